@@ -1,0 +1,1 @@
+"""The command line: parsing, printing, exit codes; one file per command."""

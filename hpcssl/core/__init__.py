@@ -1,0 +1,1 @@
+"""Errors, counter-based random numbers, the `World` value, atomic files, provenance, configuration."""

@@ -1,0 +1,1 @@
+"""Feature files: one HDF5 file per slide."""

@@ -1,0 +1,1 @@
+"""Launching: resources, submitit, rendezvous."""

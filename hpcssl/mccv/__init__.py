@@ -1,0 +1,1 @@
+"""Monte-Carlo cross-validation: splits, batched fitting, metrics."""

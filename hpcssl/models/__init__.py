@@ -1,0 +1,1 @@
+"""Encoders, projection heads, the MAE decoder, gated attention."""

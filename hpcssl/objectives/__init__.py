@@ -1,0 +1,1 @@
+"""The DINO and MAE losses."""

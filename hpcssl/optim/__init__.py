@@ -1,0 +1,1 @@
+"""Values as functions of the step, parameter groups, gradient clipping."""

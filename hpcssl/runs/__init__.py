@@ -1,0 +1,1 @@
+"""The run folder: resolved config, checkpoints, metrics, restart history."""

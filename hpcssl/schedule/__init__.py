@@ -1,0 +1,1 @@
+"""The precomputed, organ-balanced order of tiles."""

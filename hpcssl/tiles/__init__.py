@@ -1,0 +1,1 @@
+"""The slide table, tile stores, reading tiles, and procedural tissue for trials."""

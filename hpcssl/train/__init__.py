@@ -1,0 +1,1 @@
+"""One step, the train state, the loop."""

@@ -1,0 +1,67 @@
+"""Package metadata of hpcssl; beside each dependency stands why it is there."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.4",  # training, DDP, MIL heads
+    "torchvision>=0.19",  # timm needs it; its colour semantics are our reference
+    "timm>=1.0.9",  # encoders, under the names that the field uses
+    "numpy>=1.26",  # plans, schedules, stores
+    "pillow>=10",  # JPEG decoding and the reference augmentations
+    "submitit>=1.5.2",  # launching on SLURM and on this machine
+    "pydantic>=2.7",  # types of every configuration, checked with one clear message
+    "pyyaml>=6",  # recipes, specs and profiles are YAML
+    "pandas>=2.1",  # slide tables and result tables
+    "pyarrow>=15",  # Parquet
+    "h5py>=3.10",  # feature files in the layout of CLAM and TRIDENT
+    "safetensors>=0.4.3",  # checkpoints that load without unpickling code
+    "scikit-learn>=1.4",  # AUC and the other metrics
+    "matplotlib>=3.8",  # figures
+    "jinja2>=3.1",  # report.html
+    "tensorboard>=2.16",  # curves while a run goes on
+    "rich>=13.7",  # progress bars and terminal tables
+]
+
+EXTRAS = {
+    # decoding and augmentation on the GPU (and on the CPU); take the one of your CUDA driver, e.g. pip install '.[dali]'
+    "dali": ["nvidia-dali-cuda130>=1.50; python_version>='3.10'"],
+    "dali-cuda12": ["nvidia-dali-cuda120>=1.40"],  # V100 nodes: the last builds that hold Volta code
+    # pillow-simd replaces pillow's module PIL: pip uninstall -y pillow && pip install '.[simd]' (compiles; needs libjpeg and zlib headers)
+    "simd": ["pillow-simd>=9.5"],
+    "wsi": ["openslide-python>=1.3", "openslide-bin>=4"],  # whole slides
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "pandas-stubs",
+        "types-PyYAML",
+    ],
+}
+
+# Specs and profiles live at the top level, where people look for them, and are installed as data packages.
+DATA_PACKAGES = {"hpcssl.data.schedules": "schedules", "hpcssl.data.profiles": "launch/profiles"}
+
+setup(
+    name="hpcssl",
+    version="0.1.0",
+    description="Pretraining of pathology foundation models on SLURM clusters, exact from tiles to benchmark",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["hpcssl", "hpcssl.*"]), *DATA_PACKAGES],
+    package_dir={"": ".", **DATA_PACKAGES},
+    package_data={
+        "hpcssl.data.schedules": ["*.yaml", "README.md"],
+        "hpcssl.data.profiles": ["*.yaml"],
+        "hpcssl.train": ["recipes/*.yaml"],
+        "hpcssl.report": ["*.html.j2"],
+    },
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["hpcssl=hpcssl.cli.main:main"]},
+)

@@ -1,0 +1,61 @@
+"""Progress: a bar with an estimate on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Show how far some work is; gives `advance(n)`, to be called after n more units.
+
+    Without a terminal: a line at the start of longer work, every ten seconds, and at the end.
+    """
+    if sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+    else:
+        with _lines(label, total, unit) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
+def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    begun = last = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - begun) / max(done, 1) * max(total - done, 0)
+            print(f"{label}: {done} of {total} {unit}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    yield advance
+    print(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)

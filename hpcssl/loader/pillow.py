@@ -1,0 +1,86 @@
+"""The reference backend: a plan executed by Pillow, operation by operation as torchvision's transforms do on Pillow images."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
+
+from hpcssl.core.errors import StoreError
+from hpcssl.plan.draw import Q16, Plan, Views
+from hpcssl.plan.recipe import AugmentRecipe
+
+_ORDERS = tuple(itertools.permutations(range(4)))
+_SOLARIZE_FROM = 128
+
+
+def decode(jpeg: bytes, *, name: str) -> Image.Image:
+    """Return an RGB image; StoreError naming the tile where the bytes cannot be decoded."""
+    try:
+        image = Image.open(io.BytesIO(jpeg))
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise StoreError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); replace it or rebuild the store") from None
+
+
+def whole_tile(jpeg: bytes, px: int, *, name: str) -> NDArray[np.uint8]:
+    """Return the whole tile at `px` pixels a side, unaugmented, (px, px, 3) uint8; bicubic where the size differs."""
+    image = decode(jpeg, name=name)
+    return np.asarray(image if image.size == (px, px) else image.resize((px, px), Image.Resampling.BICUBIC))
+
+
+def execute(
+    jpeg: bytes, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
+) -> None:
+    """Compute every view of the plan's `index`-th tile.
+
+    Parameters
+    ----------
+    jpeg : the encoded tile
+    recipe : whose plan it is (view sizes)
+    plan : drawn parameters
+    index : which of the plan's positions
+    out : for every kind of view an array (views, positions, px, px, 3), of which [:, index] is written
+    name : the tile's name, for the error
+    """
+    tile = decode(jpeg, name=name)
+    for kind, views, target in zip(recipe.kinds, plan.kinds, out, strict=True):
+        windows = views.windows(*tile.size)[index]
+        for v, (left, top, width, height) in enumerate(windows.tolist()):
+            crop = tile.crop((left, top, left + width, top + height))
+            crop = crop.resize((kind.view_px, kind.view_px), Image.Resampling.BICUBIC)
+            target[v, index] = np.asarray(_colour(crop, views, index, v))
+
+
+def _colour(image: Image.Image, views: Views, p: int, v: int) -> Image.Image:
+    """Flip and change the colours of one view, in DINO's order."""
+    if views.flip[p, v]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if views.jitter[p, v]:
+        for operation in _ORDERS[views.order[p, v]]:
+            if operation == 0:
+                image = ImageEnhance.Brightness(image).enhance(int(views.brightness[p, v]) / Q16)
+            elif operation == 1:
+                image = ImageEnhance.Contrast(image).enhance(int(views.contrast[p, v]) / Q16)
+            elif operation == 2:
+                image = ImageEnhance.Color(image).enhance(int(views.saturation[p, v]) / Q16)
+            else:
+                image = _shift_hue(image, int(views.hue[p, v]) / Q16)
+    if views.grey[p, v]:
+        image = image.convert("L").convert("RGB")
+    if views.blur[p, v]:
+        image = image.filter(ImageFilter.GaussianBlur(int(views.sigma[p, v]) / Q16))
+    if views.solarize[p, v]:
+        image = ImageOps.solarize(image, _SOLARIZE_FROM)
+    return image
+
+
+def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
+    """Shift the hue in HSV, on Pillow's 8-bit hue, truncating the shift as torchvision does."""
+    hue, saturation, value = image.convert("HSV").split()
+    shifted = np.asarray(hue) + np.uint8(int(turns * 255) & 0xFF)
+    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")

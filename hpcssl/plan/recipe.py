@@ -1,0 +1,96 @@
+"""How views are distributed: the augmentation part of a training recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpcssl.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRecipe:
+    """Distribution of one kind of view; probabilities in [0, 1].
+
+    Attributes
+    ----------
+    count : views of this kind in every planned tile
+    view_px : side of the square view in pixels
+    scale : area of the crop as a share of the tile's, uniform between the two
+    flip : probability of a horizontal flip
+    jitter : probability of colour jitter (its strengths are the recipe's)
+    grey : probability of greyscale
+    blur : probability of a Gaussian blur, one for each view of this kind
+    solarize : probability of solarisation, one for each view of this kind
+    """
+
+    count: int
+    view_px: int
+    scale: tuple[float, float]
+    flip: float = 0.5
+    jitter: float = 0.0
+    grey: float = 0.0
+    blur: tuple[float, ...] = ()
+    solarize: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.view_px < 1:
+            raise ConfigError(f"views: count = {self.count}, view_px = {self.view_px}; expected at least 0 and 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"views: scale = {list(self.scale)}; expected two shares, 0 < low <= high <= 1")
+        for name in ("blur", "solarize"):
+            if len(getattr(self, name)) not in (0, self.count):
+                raise ConfigError(f"views: {name} has {len(getattr(self, name))} probabilities for {self.count} views")
+        for p in (self.flip, self.jitter, self.grey, *self.blur, *self.solarize):
+            if not 0 <= p <= 1:
+                raise ConfigError(f"views: probability {p}; expected 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentRecipe:
+    """Views of a planned tile and what they share; defaults are DINO's (Caron et al. 2021), which the paper kept.
+
+    Attributes
+    ----------
+    global_views : the global crops
+    local_views : the local crops; None for MAE
+    brightness, contrast, saturation : factors are uniform in [1 - value, 1 + value]
+    hue : shift uniform in [-value, value] turns
+    blur_sigma : pixels, uniform between the two
+    mask_ratio : share of the patches that MAE hides; 0 = no masks
+    """
+
+    global_views: ViewRecipe
+    local_views: ViewRecipe | None = None
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    mask_ratio: float = 0.0
+
+    @property
+    def kinds(self) -> tuple[ViewRecipe, ...]:
+        """The kinds of view, global first."""
+        return (self.global_views,) if self.local_views is None else (self.global_views, self.local_views)
+
+    @property
+    def num_views(self) -> int:
+        """Views of every tile."""
+        return sum(kind.count for kind in self.kinds)
+
+
+def dino_augment() -> AugmentRecipe:
+    """Return the published DINO multi-crop: 2 × 224 px and 8 × 96 px."""
+    return AugmentRecipe(
+        global_views=ViewRecipe(
+            count=2, view_px=224, scale=(0.4, 1.0), jitter=0.8, grey=0.2, blur=(1.0, 0.1), solarize=(0.0, 0.2)
+        ),
+        local_views=ViewRecipe(count=8, view_px=96, scale=(0.05, 0.4), jitter=0.8, grey=0.2, blur=(0.5,) * 8),
+    )
+
+
+def mae_augment() -> AugmentRecipe:
+    """Return the published MAE augmentation: one 224 px crop and a flip; 75 % of the patches hidden."""
+    return AugmentRecipe(global_views=ViewRecipe(count=1, view_px=224, scale=(0.2, 1.0)), mask_ratio=0.75)
+
+

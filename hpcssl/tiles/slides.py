@@ -1,0 +1,83 @@
+"""The slide table: one row a slide, `slide_id, organ, num_tiles` and whatever else the user knows."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+
+from hpcssl.core.errors import SlideError
+
+REQUIRED = ("slide_id", "organ", "num_tiles")
+
+
+def read_slides(path: Path) -> pd.DataFrame:
+    """Read a slide table from CSV or Parquet.
+
+    Returns
+    -------
+    DataFrame with `slide_id` and `organ` (text), `num_tiles` (int64) and every other column as text, blank = "".
+
+    Raises
+    ------
+    SlideError
+        Naming the row: a missing column, a duplicate or blank slide_id, a blank organ, a count that is not a positive integer.
+    """
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path).astype(object)
+            frame = frame.where(frame.notna(), "").map(str)
+        else:
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise SlideError(f"{path}: no such slide table") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
+        raise SlideError(f"{path}: not a slide table ({' '.join(str(error).split())})") from None
+    return check_slides(frame, where=str(path))
+
+
+def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
+    """Check a slide table and return it with `num_tiles` as int64; SlideError names what is wrong and where."""
+    for column in REQUIRED:
+        if column not in frame.columns:
+            raise SlideError(f"{where}: no column {column}; a slide table has {', '.join(REQUIRED)}")
+    if frame.empty:
+        raise SlideError(f"{where}: no slides")
+    for column in ("slide_id", "organ"):
+        blank = frame.index[frame[column].str.strip() == ""]
+        if len(blank):
+            raise SlideError(f"{where}: row {blank[0] + 1} has no {column}")
+    twice = frame["slide_id"][frame["slide_id"].duplicated()]
+    if len(twice):
+        raise SlideError(f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide")
+    counts = pd.to_numeric(frame["num_tiles"], errors="coerce")
+    bad = frame.index[~(counts >= 1) | (counts % 1 != 0)]
+    if len(bad):
+        row = frame.loc[bad[0]]
+        raise SlideError(
+            f"{where}: slide {row['slide_id']} has num_tiles {row['num_tiles']!r}; expected a positive integer"
+            f" ({len(bad)} such rows)"
+        )
+    return frame.assign(num_tiles=counts.astype("int64")).reset_index(drop=True)
+
+
+def group_keys(frame: pd.DataFrame, column: str) -> pd.Series:
+    """Return the group of every slide; a blank makes the slide its own group, never one group of all blanks.
+
+    >>> table = pd.DataFrame({"slide_id": ["a", "b", "c"], "patient_id": ["p", "", ""]})
+    >>> group_keys(table, "patient_id").nunique()
+    3
+    """
+    if column not in frame.columns:
+        raise SlideError(f"the slide table has no column {column}; it has {', '.join(frame.columns)}")
+    own = "slide " + frame["slide_id"]
+    return (column + " " + frame[column]).where(frame[column] != "", own)
+
+
+def digest_slides(frame: pd.DataFrame) -> str:
+    """Return the SHA-256 of the rows (slide_id, organ, num_tiles) in order: a new label column changes nothing."""
+    digest = hashlib.sha256()
+    for slide_id, organ, num_tiles in zip(frame["slide_id"], frame["organ"], frame["num_tiles"], strict=True):
+        digest.update(f"{slide_id}\t{organ}\t{num_tiles}\n".encode())
+    return digest.hexdigest()

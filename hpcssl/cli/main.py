@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 import hpcssl
-from hpcssl.core.errors import UserError
+from hpcssl.core.errors import UserError, describe_os_error
 
 COMMANDS = ("demo", "doctor", "store", "schedule", "pretrain", "embed", "splits", "mccv", "report")
 EXIT_USER_ERROR = 2
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(_told(error))
+        return _fail(describe_os_error(error))
     except KeyboardInterrupt:
         print("\nhpcssl: stopped; the same command goes on where it was", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -63,22 +62,6 @@ def _add_command(subparsers: argparse._SubParsersAction, name: str, module: Modu
 def _fail(message: str) -> int:
     print(f"hpcssl: error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-def _told(error: OSError) -> str:
-    """Say what an error of the operating system means to the user."""
-    where = error.filename or "the output folder"
-    advice = {
-        errno.ENOSPC: "the disk is full; free some space or choose another --out, then run the same command again",
-        errno.EDQUOT: "the quota is used up; free some space or choose another --out, then run the same command again",
-        errno.EACCES: "permission denied; make it readable (outputs: writable) for this user",
-        errno.EPERM: "permission denied; make it readable (outputs: writable) for this user",
-        errno.EROFS: "the file system is read-only; choose another --out",
-        errno.ENOENT: "no such file or folder",
-        errno.ENOTDIR: "not a folder",
-        errno.EEXIST: "already exists",
-    }.get(error.errno or 0, error.strerror or str(error))
-    return f"{where}: {advice}"
 
 
 if __name__ == "__main__":

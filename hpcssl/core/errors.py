@@ -4,6 +4,8 @@ Everything derived from `UserError` is told in one line (what, where, what was e
 the command with exit code 2. Anything else that escapes is a defect of ours and shows its traceback.
 """
 
+import errno
+
 
 class UserError(Exception):
     """Base of all errors that are the input's, not the program's."""
@@ -35,3 +37,23 @@ class FeatureError(UserError):
 
 class SplitError(UserError):
     """A split file, or a target that cannot be split."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in one line where an error of the operating system struck and what to do.
+
+    >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "out/x"))
+    'out/x: the disk is full; free some space or choose another --out, then run the same command again'
+    """
+    where = error.filename or "the output folder"
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space or choose another --out, then run the same command again",
+        errno.EDQUOT: "the quota is used up; free some space or choose another --out, then run the same command again",
+        errno.EACCES: "permission denied; make it readable (an output: writable) for this user",
+        errno.EPERM: "permission denied; make it readable (an output: writable) for this user",
+        errno.EROFS: "the file system is read-only; choose another --out",
+        errno.ENOENT: "no such file or folder",
+        errno.ENOTDIR: "not a folder",
+        errno.EEXIST: "already exists",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return f"{where}: {advice}"

@@ -52,6 +52,23 @@ def read_metrics(run: Path) -> pd.DataFrame:
     return frame.drop_duplicates("step", keep="last").sort_values("step").reset_index(drop=True)
 
 
+def last_record(run: Path) -> dict[str, Any] | None:
+    """Return the newest whole line of a trace that may be growing, or None."""
+    path = run / FILE_NAME
+    if not path.exists():
+        return None
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 8192))
+        for line in reversed(stream.read().split(b"\n")):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                return record
+    return None
+
+
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return (line, record) of every whole line; a process that was killed may leave the last one torn."""
     found = []

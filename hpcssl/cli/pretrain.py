@@ -1,0 +1,104 @@
+"""`hpcssl pretrain`: start or continue a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+SUMMARY = "pretrain an encoder with DINO or MAE; on an existing --out it goes on where it was"
+EXAMPLE = "hpcssl pretrain dino-vits16-opal --store STORE --schedule SCHED --out runs/a --cluster slurm --nodes 3 --gpus-per-node 4"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe that ships, or a YAML file")
+    parser.add_argument("--store", type=Path, required=True, help="tile store")
+    parser.add_argument("--schedule", type=Path, required=True, help="schedule built for that store")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder, new or to be continued")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
+    parser.add_argument("--cluster", choices=("none", "local", "slurm"), default="local", help="in this process, on this machine (default), or on SLURM")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (SLURM)")
+    parser.add_argument("--gpus-per-node", type=int, default=None, metavar="N", help="processes on each machine, one GPU each where it has GPUs (default: its GPUs, else 1)")
+    parser.add_argument("--cpus-per-gpu", type=int, default=8, metavar="N", help="cores for each process (SLURM; default 8)")
+    parser.add_argument("--timeout-min", type=int, default=24 * 60, help="time limit of one job in minutes (SLURM; default a day)")
+    parser.add_argument("--partition", help="of SLURM")
+    parser.add_argument("--account", help="of SLURM")
+    parser.add_argument("--cpu", action="store_true", help="reserve no GPUs (SLURM)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the run folder, start the run, and on this machine wait for it."""
+    from hpcssl.jobs.launch import Resources
+
+    resources = Resources(
+        nodes=args.nodes,
+        processes_per_node=args.gpus_per_node or _gpus_here() or 1,
+        gpus_per_node=0 if args.cpu else (args.gpus_per_node or 1 if args.cluster == "slurm" else _gpus_here()),
+        cpus_per_process=args.cpus_per_gpu,
+        timeout_min=args.timeout_min,
+        partition=args.partition,
+        account=args.account,
+    )
+    outcome = pretrain(
+        args.recipe, store=args.store, schedule=args.schedule, out=args.out, overrides=args.set, resources=resources,
+        cluster=args.cluster,
+    )
+    if args.cluster == "slurm":
+        print(f"job {outcome} submitted; run folder {args.out}\n  follow it: tail -f {args.out}/logs/{outcome}_0_log.err\n  stop it:   scancel {outcome}")
+        return 0
+    print(f"{outcome}: {args.out}")
+    return 0 if outcome == "finished" else 2
+
+
+def pretrain(
+    recipe_name: str,
+    *,
+    store: Path,
+    schedule: Path,
+    out: Path,
+    overrides: Sequence[str],
+    resources: object,
+    cluster: str,
+) -> str:
+    """Check everything that can be checked before a job waits in a queue, then launch; returns how it ended."""
+    from hpcssl.cli.progress import progress
+    from hpcssl.core.config import to_mapping
+    from hpcssl.core.world import check_divides
+    from hpcssl.jobs.launch import Resources, launch
+    from hpcssl.runs.folder import prepare_run
+    from hpcssl.runs.metrics import last_record
+    from hpcssl.schedule.file import Schedule, check_matches
+    from hpcssl.tiles.store import Store
+    from hpcssl.train.config import Timeline, load_recipe
+
+    assert isinstance(resources, Resources)
+    recipe = load_recipe(recipe_name, overrides)
+    opened_store, opened_schedule = Store.open(store), Schedule.open(schedule)
+    check_matches(opened_schedule, opened_store.slides, store=store)
+    timeline = Timeline(recipe, opened_schedule)
+    check_divides(resources.nodes * resources.processes_per_node, recipe.global_batch)
+    data = {
+        "store": str(store.resolve()),
+        "store_digest": opened_store.digest,
+        "schedule": str(schedule.resolve()),
+        "schedule_digest": opened_schedule.digest,
+    }
+    prepare_run(out, to_mapping(recipe), data=data, derived=timeline.derived())
+    record = last_record(out)
+    done = record["step"] if record else 0
+    with progress("pretraining", total=timeline.stop_step - done, unit="steps") as advance:
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            if step > done:
+                advance(step - done)
+                done = step
+
+        return launch(out, resources, cluster, on_step=on_step)  # type: ignore[arg-type]
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,132 @@
+"""What submitit runs on every rank: joins the others, trains, leaves word of how it ended."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcssl.core.errors import UserError, describe_os_error
+from hpcssl.core.world import World
+from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
+from hpcssl.runs.folder import Generation
+
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """A start of a run; pickled by submitit, called once on every rank.
+
+    Attributes
+    ----------
+    run : the prepared run folder: all that a start needs
+    token : names this submission among those of the run
+    launcher_pid : ranks stop when this local process is gone; None = they outlive it
+    """
+
+    run: str
+    token: str
+    launcher_pid: int | None = None
+
+    def __call__(self) -> str:
+        """Train; returns `finished` or `stopped`, and raises what ended it otherwise."""
+        place = _Place.from_environment()
+        try:
+            return self._train(place)
+        except BaseException as error:
+            self._leave_word(place, error)
+            raise
+
+    def checkpoint(self) -> Any:
+        """Tell submitit, whose own handler is replaced by ours, that a requeued job goes on as it is."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _train(self, place: _Place) -> str:
+        run = Path(self.run)
+        asked: list[int] = []
+        for number in _STOP_SIGNALS:  # after submitit's own handlers, which would save in the middle of a step
+            signal.signal(number, lambda received, frame: asked.append(received))
+        entry = importlib.import_module("hpcssl.train.entry")
+        stopped = importlib.import_module("hpcssl.train.loop").Stopped
+        token = f"{self.token}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        alone = place.world.size == 1
+        group = nullcontext() if alone else process_group(
+            run / "generations", token, place.world, one_node=place.num_nodes == 1
+        )
+        with group:
+            generation = Generation.take(run) if place.world.rank == 0 else None
+            try:
+                entry.pretrain(
+                    run,
+                    world=place.world,
+                    all_reduce_sum=(lambda tensor: None) if alone else all_reduce_sum,
+                    local_rank=place.local_rank,
+                    ranks_per_node=max(1, place.world.size // place.num_nodes),
+                    cores=len(os.sched_getaffinity(0)),
+                    generation=generation,
+                    asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),
+                    say=lambda text: print(f"[rank {place.world.rank}] {text}", file=sys.stderr, flush=True),  # noqa: T201
+                )
+            except stopped:
+                superseded = generation is not None and generation.is_stale()
+                if place.on_slurm and generation is not None and not superseded:
+                    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                return "stopped"
+        return "finished"
+
+    def _launcher_lives(self) -> bool:
+        if self.launcher_pid is None:
+            return True
+        with suppress(PermissionError):
+            try:
+                os.kill(self.launcher_pid, 0)
+            except ProcessLookupError:
+                return False
+        return True
+
+    def _leave_word(self, place: _Place, error: BaseException) -> None:
+        """Write why this rank ended, for the launcher; on a full disk the launcher finds that out itself."""
+        told = isinstance(error, (UserError, OSError))
+        message = describe_os_error(error) if isinstance(error, OSError) else f"{error}" if told else repr(error)
+        with suppress(OSError):
+            word = {"time": time.time(), "rank": place.world.rank, "told": told, "message": message}
+            failure_file(Path(self.run), self.token, place.world.rank).write_text(json.dumps(word), encoding="utf-8")
+
+
+def failure_file(run: Path, token: str, rank: int | str) -> Path:
+    """Return where a rank leaves word of its failure."""
+    return run / "logs" / f"failure-{token}-rank{rank}.json"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this process stands, read from the environment once."""
+
+    world: World
+    local_rank: int
+    num_nodes: int
+    on_slurm: bool
+
+    @classmethod
+    def from_environment(cls) -> _Place:
+        if "SUBMITIT_EXECUTOR" not in os.environ and "SLURM_JOB_ID" not in os.environ:
+            return cls(World(), 0, 1, False)
+        import submitit
+
+        try:
+            env = submitit.JobEnvironment()
+        except RuntimeError:  # in a SLURM allocation, but started by hand
+            return cls(World(), 0, 1, False)
+        world = World(rank=env.global_rank, size=env.num_tasks)
+        return cls(world, env.local_rank, env.num_nodes, "SLURM_JOB_ID" in os.environ and env.cluster == "slurm")

@@ -1,0 +1,69 @@
+"""DINO's projection head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcssl.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoHeadConfig:
+    """Sizes of the head; the defaults are the paper's.
+
+    out_dim : number of prototypes (logits)
+    hidden_dim : width of the two hidden layers
+    bottleneck_dim : length of the vector that is L2-normalised before the last layer
+    norm_last_layer : keep every prototype at length 1; False learns the lengths
+    """
+
+    out_dim: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    norm_last_layer: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("out_dim", "hidden_dim", "bottleneck_dim"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"head {key} {getattr(self, key)}: expected at least 1")
+
+
+class DinoHead(nn.Module):
+    """Three-layer MLP, L2 norm, weight-normalised linear layer (Caron et al., ICCV 2021, appendix C).
+
+    Parameters are `mlp.{0,2,4}.{weight,bias}`, and of the last layer `last_v` [out_dim, bottleneck_dim], its rows'
+    directions, and `last_g` [out_dim, 1], their lengths, which exists only without `norm_last_layer`. Both names of
+    the last layer begin with `last_`: its gradients are dropped in the first pseudo-epoch.
+    """
+
+    last_g: nn.Parameter | None
+
+    def __init__(self, in_dim: int, config: DinoHeadConfig) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, config.hidden_dim),
+            nn.GELU(),
+            nn.Linear(config.hidden_dim, config.hidden_dim),
+            nn.GELU(),
+            nn.Linear(config.hidden_dim, config.bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        bound = config.bottleneck_dim**-0.5
+        self.last_v = nn.Parameter(torch.empty(config.out_dim, config.bottleneck_dim).uniform_(-bound, bound))
+        lengths = None if config.norm_last_layer else nn.Parameter(torch.ones(config.out_dim, 1))
+        self.register_parameter("last_g", lengths)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Return the logits, [B, out_dim]; without `last_g` they are cosines."""
+        z_BE = F.normalize(self.mlp(x_BD), dim=-1)
+        weight_KE = F.normalize(self.last_v, dim=-1)
+        if self.last_g is not None:
+            weight_KE = self.last_g * weight_KE
+        return F.linear(z_BE, weight_KE)

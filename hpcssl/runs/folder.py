@@ -1,0 +1,110 @@
+"""The run folder: what a run is, and which process may write to it.
+
+    config.yaml          resolved settings with derived values and data digests, written before step 0
+    provenance.json      versions, git, hardware
+    metrics.jsonl        the training trace
+    checkpoints/         step-000000320.safetensors …
+    restarts.jsonl       one line a start: when, where, from which step, with how many processes
+    generations/         fencing: one empty file a start; the newest start owns the folder
+    logs/                the launcher's logs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpcssl.core.atomic import write_atomic
+from hpcssl.core.config import dump_yaml, first_difference, read_yaml
+from hpcssl.core.errors import RunError
+from hpcssl.core.provenance import provenance
+
+CONFIG = "config.yaml"
+# settings that may change when a run continues: where it stops, and how (not what) it computes
+FREE_SETTINGS = ("stop_after", "loader", "train", "checkpoint")
+
+
+def prepare_run(run: Path, config: Mapping[str, Any], *, data: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+    """Make a run folder, or check that an existing one is this run and take over its free settings.
+
+    Parameters
+    ----------
+    config : resolved settings
+    data : where store and schedule are, and their digests (`store`, `store_digest`, `schedule`, `schedule_digest`)
+    derived : values computed from both, for the reader
+
+    Raises
+    ------
+    RunError
+        If the folder holds something else, or a run with another setting or other data; both values are named.
+    """
+    if run.exists() and not (run / CONFIG).exists() and any(run.iterdir()):
+        raise RunError(f"{run}: not empty and no run (no {CONFIG}); choose another --out")
+    wanted = {**config, "data": dict(data), "derived": dict(derived)}
+    if (run / CONFIG).exists():
+        _check_same(run, read_yaml(run / CONFIG), wanted)
+    for folder in ("checkpoints", "generations", "logs"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+    write_atomic(run / "provenance.json", json.dumps(provenance(), indent=1) + "\n")
+    write_atomic(run / CONFIG, dump_yaml(wanted))
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Return the resolved settings of a run; RunError where there is none."""
+    if not (run / CONFIG).is_file():
+        raise RunError(f"{run}: no run (no {CONFIG}); start one with hpcssl pretrain")
+    return read_yaml(run / CONFIG)
+
+
+def _check_same(run: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse another setting or other data; where they lie may change, what they are may not."""
+
+    def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in values.items() if k not in (*FREE_SETTINGS, "derived", "data")}
+        return kept | {k: v for k, v in values["data"].items() if k.endswith("_digest")}
+
+    difference = first_difference(fixed(old), fixed(new))
+    if difference:
+        key, before, now = difference
+        raise RunError(f"{run}: this run has {key} = {before}, asked for is {now}; use the same, or another --out")
+
+
+class Generation:
+    """A start's claim to a run folder; a later start makes it stale."""
+
+    def __init__(self, run: Path, number: int):
+        self.number = number
+        self._next = _generation_file(run, number + 1)
+
+    @classmethod
+    def take(cls, run: Path) -> Generation:
+        """Claim the folder for this start."""
+        folder = run / "generations"
+        folder.mkdir(exist_ok=True)
+        number = max((int(f.name) for f in folder.iterdir() if f.name.isdigit()), default=0)
+        while True:
+            number += 1
+            try:
+                os.close(os.open(_generation_file(run, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                return cls(run, number)
+            except FileExistsError:
+                continue
+
+    def is_stale(self) -> bool:
+        """Return whether a later start has taken over; a stale process publishes nothing more."""
+        return self._next.exists()
+
+
+def _generation_file(run: Path, number: int) -> Path:
+    return run / "generations" / f"{number:06d}"
+
+
+def record_start(run: Path, **facts: Any) -> None:
+    """Append one line to the restart history."""
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+    with (run / "restarts.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")

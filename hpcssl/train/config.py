@@ -1,0 +1,197 @@
+"""Everything that a pretraining run is: one complete configuration, resolved before step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hpcssl.core import config, resources
+from hpcssl.core.errors import ConfigError
+from hpcssl.loader.stream import LoaderConfig
+from hpcssl.models.encoder import EncoderConfig
+from hpcssl.models.heads import DinoHeadConfig
+from hpcssl.models.mae import MaeDecoderConfig
+from hpcssl.optim.values import cosine
+from hpcssl.plan.recipe import AugmentRecipe
+from hpcssl.schedule.file import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its values over the steps.
+
+    Attributes
+    ----------
+    lr_per_256 : peak learning rate for a global batch of 256, scaled linearly
+    final_lr : learning rate at the schedule's end
+    warmup_pseudo_epochs : linear warm-up from 0
+    weight_decay, final_weight_decay : at the first and the last step, cosine between; none on biases and 1-D parameters
+    betas : of AdamW
+    clip : norm that each parameter's gradient is clipped to; None = not clipped
+    """
+
+    lr_per_256: float
+    final_lr: float = 1e-6
+    warmup_pseudo_epochs: float = 1.0
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoConfig:
+    """DINO's own settings (Caron et al. 2021); the defaults are the paper's.
+
+    Attributes
+    ----------
+    head : sizes of the projection head
+    student_temperature, teacher_temperature : of the softmax
+    center_momentum : of the running mean of the teacher's logits
+    momentum : of the teacher at step 0; rises to 1 by a cosine
+    freeze_last_layer_pseudo_epochs : how long the head's last layer gets no gradient
+    """
+
+    head: DinoHeadConfig = field(default_factory=DinoHeadConfig)
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    center_momentum: float = 0.9
+    momentum: float = 0.996
+    freeze_last_layer_pseudo_epochs: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How, not what, is computed.
+
+    Attributes
+    ----------
+    precision : fp32, bf16, fp16 (with loss scaling), or auto: bf16 where the GPU has it, else fp16; fp32 on the CPU
+    micro_batch : most tiles of a rank in one forward pass; None = the rank's whole share
+    threads : CPU threads of a rank; None = the node's cores shared by its ranks
+    deterministic : only deterministic kernels on GPUs, so that weights repeat bitwise
+    """
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    micro_batch: int | None = None
+    threads: int | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and kept; the first (untrained) and every pseudo-epoch's are always both.
+
+    Attributes
+    ----------
+    every_min : minutes between two
+    keep_last : of the others, how many stay
+    """
+
+    every_min: float = 15.0
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pretraining run.
+
+    Attributes
+    ----------
+    objective : what is learnt
+    seed : of weights, plans and masks
+    global_batch : tiles of one optimiser step over all ranks; constant for a run
+    schedule_pseudo_epochs : length of every schedule of values; None = the tile schedule's
+    stop_after : pseudo-epochs to train; None = all; free to change
+    """
+
+    objective: Literal["dino", "mae"]
+    global_batch: int
+    encoder: EncoderConfig
+    augment: AugmentRecipe
+    optim: OptimConfig
+    seed: int = 0
+    schedule_pseudo_epochs: int | None = None
+    stop_after: float | None = None
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    decoder: MaeDecoderConfig = field(default_factory=MaeDecoderConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1:
+            raise ConfigError(f"recipe: global_batch = {self.global_batch}; expected at least 1")
+        if self.objective == "mae" and not self.augment.mask_ratio:
+            raise ConfigError("recipe: objective mae needs augment.mask_ratio above 0")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Load a recipe that ships or a YAML file, with `--set` applied; ConfigError for anything unknown in it."""
+    path = resources.locate("recipe", name_or_path)
+    values = config.with_overrides(config.read_yaml(path), overrides)
+    return config.build(PretrainConfig, values, where=f"recipe {path.stem}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepValues:
+    """What changes with the step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    last_layer_frozen: bool
+
+
+class Timeline:
+    """A run's values as functions of the step and of the schedule's length, never of where the run stops."""
+
+    def __init__(self, recipe: PretrainConfig, schedule: Schedule):
+        self._recipe = recipe
+        self._positions = schedule.positions_per_pseudo_epoch
+        length = recipe.schedule_pseudo_epochs or schedule.num_pseudo_epochs
+        self.total_steps = self.step_at(length)
+        stop_after = length if recipe.stop_after is None else recipe.stop_after
+        self.stop_step = self.step_at(stop_after)
+        if self.stop_step * recipe.global_batch > schedule.num_positions or stop_after > length:
+            raise ConfigError(
+                f"recipe: stop_after = {stop_after:g} pseudo-epochs, but {schedule.path} has {schedule.num_pseudo_epochs}"
+                f" and schedule_pseudo_epochs is {length}"
+            )
+        self.warmup_steps = self.step_at(recipe.optim.warmup_pseudo_epochs)
+        self.frozen_steps = self.step_at(recipe.dino.freeze_last_layer_pseudo_epochs)
+        self.peak_lr = recipe.optim.lr_per_256 * recipe.global_batch / 256
+
+    def step_at(self, pseudo_epochs: float) -> int:
+        """Return the number of whole steps in so many pseudo-epochs."""
+        return int(pseudo_epochs * self._positions) // self._recipe.global_batch
+
+    def pseudo_epoch_at(self, step: int) -> float:
+        """Return how many pseudo-epochs the first `step` steps have consumed."""
+        return step * self._recipe.global_batch / self._positions
+
+    def ends_pseudo_epoch(self, step: int) -> bool:
+        """Return whether a pseudo-epoch's last position was consumed by the step before `step`, or none yet was."""
+        return step == 0 or int(self.pseudo_epoch_at(step)) > int(self.pseudo_epoch_at(step - 1))
+
+    def values(self, step: int) -> StepValues:
+        """Return the learning rate, weight decay and momentum of a step."""
+        optim, total = self._recipe.optim, self.total_steps
+        return StepValues(
+            lr=cosine(step, base=self.peak_lr, final=optim.final_lr, total_steps=total, warmup_steps=self.warmup_steps),
+            weight_decay=cosine(step, base=optim.weight_decay, final=optim.final_weight_decay, total_steps=total),
+            momentum=cosine(step, base=self._recipe.dino.momentum, final=1.0, total_steps=total),
+            last_layer_frozen=step < self.frozen_steps,
+        )
+
+    def derived(self) -> Mapping[str, Any]:
+        """Return the derived values for the run folder's reader."""
+        return {
+            "total_steps": self.total_steps,
+            "stop_step": self.stop_step,
+            "warmup_steps": self.warmup_steps,
+            "peak_lr": self.peak_lr,
+            "positions_per_pseudo_epoch": self._positions,
+            "samples": self.stop_step * self._recipe.global_batch,
+        }

@@ -1,0 +1,150 @@
+"""What the loop needs of DINO and of MAE: a loss for some tiles, and what follows an update."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpcssl.core.rng import key_of
+from hpcssl.models.encoder import build_encoder, drop_path_rates, residual_scale
+from hpcssl.models.heads import DinoHead
+from hpcssl.models.mae import MaskedAutoencoder
+from hpcssl.objectives.dino import dino_loss, teacher_entropy, update_center
+from hpcssl.objectives.mae import mae_loss
+from hpcssl.optim.parameters import update_average
+from hpcssl.plan.draw import draw_drop_path
+from hpcssl.train.config import PretrainConfig, StepValues
+from hpcssl.train.reduce import Collectives
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as both papers normalise
+
+
+class Objective(Protocol):
+    """A trainable with its loss.
+
+    `module` holds everything that is saved; `trained` names its part that the optimiser sees; `encoder_prefix` is where
+    in `module` the weights stand that features are made with.
+    """
+
+    module: nn.Module
+    trained: nn.Module
+    encoder_prefix: str
+
+    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
+        """Return the mean loss of some tiles; views are uint8 (V, B, px, px, 3) for each kind."""
+
+    def before_update(self, values: StepValues) -> None:
+        """Change gradients after they were reduced."""
+
+    def after_update(self, values: StepValues, count: int, collectives: Collectives) -> dict[str, float]:
+        """Follow an update of the weights; `count` tiles were in this rank's share. Returns what is worth logging."""
+
+
+def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
+    """Build the objective with weights that depend on the seed alone, the same on every rank and device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_of(recipe.seed, "weights") >> 1)
+        return Dino(recipe, device) if recipe.objective == "dino" else Mae(recipe, device)
+
+
+class Dino:
+    """Student, teacher and centre (Caron et al. 2021)."""
+
+    encoder_prefix = "teacher.encoder."
+
+    def __init__(self, recipe: PretrainConfig, device: torch.device):
+        self._recipe, self._config = recipe, recipe.dino
+        encoder = build_encoder(recipe.encoder)
+        student = nn.ModuleDict({"encoder": encoder, "head": DinoHead(encoder.embed_dim, recipe.dino.head)})
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        self.module = nn.ModuleDict({"student": student, "teacher": teacher}).to(device)
+        self.module.register_buffer("center", torch.zeros(recipe.dino.head.out_dim, device=device))
+        self.trained = student
+        self._student, self._teacher = student, teacher
+        self._rates = drop_path_rates(recipe.encoder)
+        self._sum = torch.zeros_like(self._center)
+        self._entropy = torch.zeros((), device=device)
+
+    @property
+    def _center(self) -> Tensor:
+        return self.module.get_buffer("center")
+
+    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
+        """Return the mean cross-entropy of the tiles and add the teacher's logits to the step's sum."""
+        with torch.no_grad():
+            teacher = self._logits(self._teacher, views[0], scale=None)
+        students, first_view = [], 0
+        for kind in views:
+            keep = draw_drop_path(
+                self._recipe.seed, positions, range(first_view, first_view + len(kind)), self._rates
+            )
+            scale = residual_scale(torch.from_numpy(keep.transpose(1, 0, 2).reshape(-1, len(self._rates))), self._rates)
+            students.append(self._logits(self._student, kind, scale.to(kind.device)))
+            first_view += len(kind)
+        with torch.no_grad():
+            self._sum += teacher.sum((0, 1), dtype=self._sum.dtype)
+            self._entropy = teacher_entropy(teacher, self._center, self._config.teacher_temperature)
+        return dino_loss(
+            torch.cat(students),
+            teacher,
+            self._center,
+            student_temperature=self._config.student_temperature,
+            teacher_temperature=self._config.teacher_temperature,
+        )
+
+    def before_update(self, values: StepValues) -> None:
+        """Drop the gradient of the head's last layer while it is frozen, so that weight decay leaves it, too."""
+        if values.last_layer_frozen:
+            for name, parameter in self._student["head"].named_parameters():
+                if name.startswith("last_"):
+                    parameter.grad = None
+
+    def after_update(self, values: StepValues, count: int, collectives: Collectives) -> dict[str, float]:
+        """Move the teacher, and the centre by the mean over the global batch."""
+        update_average(self._teacher.parameters(), self._student.parameters(), values.momentum)
+        collectives.all_reduce_sum(self._sum)
+        vectors = self._recipe.augment.global_views.count * count * collectives.world.size
+        self._center.copy_(update_center(self._center, self._sum, vectors, self._config.center_momentum))
+        self._sum.zero_()
+        return {"teacher_entropy": float(self._entropy), "momentum": values.momentum}
+
+    @staticmethod
+    def _logits(model: nn.ModuleDict, views: Tensor, scale: Tensor | None) -> Tensor:
+        """Return the head's output for views (V, B, px, px, 3), as (V, B, K)."""
+        features = model["encoder"](normalised(views.flatten(0, 1)), scale)
+        return model["head"](features).unflatten(0, views.shape[:2])
+
+
+class Mae:
+    """The masked autoencoder (He et al. 2022)."""
+
+    encoder_prefix = "encoder."
+
+    def __init__(self, recipe: PretrainConfig, device: torch.device):
+        self.module = MaskedAutoencoder(build_encoder(recipe.encoder), recipe.decoder).to(device)
+        self.trained = self.module
+        self._patch_px = self.module.encoder.patch_px
+
+    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
+        """Return the mean squared error over the hidden patches."""
+        assert mask is not None, "the plan of an MAE recipe holds masks"
+        images = normalised(views[0][0])
+        return mae_loss(self.module(images, mask), images, mask.to(images.device), self._patch_px)
+
+    def before_update(self, values: StepValues) -> None:
+        """Do nothing."""
+
+    def after_update(self, values: StepValues, count: int, collectives: Collectives) -> dict[str, float]:
+        """Do nothing."""
+        return {}
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Return uint8 images (B, px, px, 3) as float32 (B, 3, px, px), less ImageNet's mean, over its deviation."""
+    mean = torch.tensor(_MEAN, device=pixels.device) * 255
+    std = torch.tensor(_STD, device=pixels.device) * 255
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)

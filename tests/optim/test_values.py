@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hpcssl.core.errors import ConfigError
+from hpcssl.optim.values import cosine
+
+
+@pytest.mark.parametrize(("warmup", "start"), [(0, 0.0), (1, 0.0), (7, 0.0), (10, 1e-5), (40, 0.0)])
+def test_follows_the_published_table_of_values(warmup, start):
+    base, final, total = 5e-4, 1e-6, 40
+    ramp = np.linspace(start, base, warmup) if warmup else np.array([])
+    i = np.arange(total - warmup)
+    table = np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / max(len(i), 1)))])
+    ours = [
+        cosine(s, base=base, final=final, total_steps=total, warmup_steps=warmup, warmup_start=start)
+        for s in range(total)
+    ]
+    np.testing.assert_allclose(ours, table, rtol=1e-12, atol=0)
+
+
+def test_rises_when_the_final_value_is_larger_and_stays_there():
+    values = [cosine(s, base=0.996, final=1.0, total_steps=10) for s in range(15)]
+    assert values[0] == 0.996
+    assert values[10:] == [1.0] * 5
+    assert values[:11] == sorted(values[:11])
+
+
+def test_does_not_depend_on_where_a_run_stops():
+    whole = [cosine(s, base=1.0, final=0.0, total_steps=50, warmup_steps=5) for s in range(50)]
+    assert cosine(24, base=1.0, final=0.0, total_steps=50, warmup_steps=5) == whole[24] > 0.5
+
+
+def test_refuses_a_warm_up_longer_than_the_schedule():
+    with pytest.raises(ConfigError, match="warm-up of 11 steps in a schedule of 10"):
+        cosine(0, base=1.0, final=0.0, total_steps=10, warmup_steps=11)

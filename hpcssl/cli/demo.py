@@ -1,0 +1,333 @@
+"""`hpcssl demo`: from JPEG tiles to a benchmark report, on this machine's CPU, through the code that a cluster run uses.
+
+Every stage leaves its result whole or not at all, and one that is there is not computed again; so a demo that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpcssl.schedule.file import Schedule
+    from hpcssl.schedule.spec import ScheduleSpec
+    from hpcssl.tiles.store import Store
+    from hpcssl.train.config import PretrainConfig, Timeline
+
+SUMMARY = "everything, end to end, on this machine's CPU: tiles to benchmark report in minutes"
+EXAMPLE = "hpcssl demo --tiles TILES --out demo-out"
+RECIPE, SPEC, PRESET = "dino-demo", "demo", "mccv-demo"
+_PROCESSES = 2
+_STAGES = 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything; continued where it was (%(default)s)")
+    parser.add_argument("--tiles", type=Path, help="JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)")
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="column of slides.csv to predict (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the stages that are not done."""
+    begun = time.monotonic()
+    demo = Demo(args.out, args.tiles, args.label, args.seed)
+    demo.claim()
+    print("about 5 minutes on 2 cores; stop it whenever you like: the same command goes on where it was", file=sys.stderr)
+    demo.prepare_tiles()
+    demo.build_store()
+    demo.build_schedule()
+    demo.pretrain()
+    demo.embed()
+    demo.benchmark()
+    demo.report()
+    print(f"{args.out / 'report.html'} (this took {time.monotonic() - begun:.0f} s)")
+    return 0
+
+
+@dataclass
+class Demo:
+    """The stages, in order; each is a few calls of the rooms."""
+
+    out: Path
+    user_tiles: Path | None
+    label: str
+    seed: int
+
+    def claim(self) -> None:
+        """Take `out` for these arguments; refuse a folder of something else or of other arguments."""
+        from hpcssl.core.atomic import write_atomic
+        from hpcssl.core.config import first_difference
+        from hpcssl.core.errors import ConfigError, StoreError
+
+        if self.user_tiles and not self.user_tiles.is_dir():
+            raise StoreError(f"{self.user_tiles}: no such folder of tiles")
+        asked: dict[str, Any] = {
+            "tiles": str(self.user_tiles.resolve()) if self.user_tiles else "drawn",
+            "label": self.label,
+            "seed": self.seed,
+        }
+        file = self.out / "demo.json"
+        if file.exists():
+            difference = first_difference(json.loads(file.read_text(encoding="utf-8")), asked)
+            if difference:
+                key, before, now = difference
+                raise ConfigError(f"{self.out}: a demo with {key} = {before}, asked for is {now}; choose another --out")
+            return
+        leftovers = (".demo.json.",)  # of a demo that was killed while it wrote its first file
+        if self.out.exists() and any(not e.name.startswith(leftovers) for e in self.out.iterdir()):
+            raise ConfigError(f"{self.out}: not empty and no demo; choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(asked, indent=1) + "\n")
+
+    def prepare_tiles(self) -> None:
+        """Draw tiles where the user has none."""
+        if self.user_tiles:
+            _stage(1, f"tiles: {self.user_tiles}")
+            return
+        from hpcssl.cli.progress import progress
+        from hpcssl.tiles.synthetic import draw_tiles, plan_slides
+
+        _stage(1, f"tiles: none given, drawing procedural tissue into {self._tiles}")
+        total = sum(s.num_tiles for s in plan_slides(self.seed))
+        with progress("drawing", total=total, unit="tiles") as advance:
+            draw_tiles(self._tiles, seed=self.seed, on_progress=advance)
+
+    def build_store(self) -> None:
+        """Index the tiles and check that they are as indexed."""
+        from hpcssl.cli.progress import progress
+        from hpcssl.tiles.scan import build_store
+        from hpcssl.tiles.store import Store
+
+        _stage(2, "tile store")
+        if not self._store_path.exists():
+            build_store(self._tiles, self._store_path)
+        store = Store.open(self._store_path)
+        with progress("verifying the store", total=store.num_tiles, unit="tiles") as advance:
+            store.verify(advance)
+
+    def build_schedule(self) -> None:
+        """Build the organ-balanced schedule and check its guarantees."""
+        from hpcssl.cli.progress import progress
+        from hpcssl.schedule.build import build_schedule
+        from hpcssl.schedule.verify import verify_schedule
+
+        _stage(3, "organ-balanced schedule")
+        spec = demo_spec(self.store.slides, self.seed)
+        if not self._schedule_path.exists():
+            build_schedule(spec, self.store.slides, self._schedule_path)
+        total = spec.num_pseudo_epochs * spec.positions_per_pseudo_epoch
+        with progress("verifying the schedule", total=total, unit="positions") as advance:
+            verify_schedule(self._schedule_path, on_progress=advance)
+
+    def pretrain(self) -> None:
+        """Train a small ViT with DINO in two processes, through submitit's local executor."""
+        from hpcssl.cli.pretrain import pretrain
+        from hpcssl.core.errors import RunError
+        from hpcssl.jobs.launch import Resources
+        from hpcssl.runs.checkpoint import checkpoint_steps
+
+        _stage(4, f"pretraining: DINO, {_PROCESSES} processes, {self.timeline.stop_step} steps")
+        if self.timeline.stop_step in checkpoint_steps(self._run):
+            return
+        outcome = pretrain(
+            RECIPE,
+            store=self._store_path,
+            schedule=self._schedule_path,
+            out=self._run,
+            overrides=self._overrides,
+            resources=Resources(processes_per_node=_PROCESSES),
+            cluster="local",
+        )
+        if outcome != "finished":
+            raise RunError(f"{self._run}: training was stopped; the same command goes on where it was")
+
+    def embed(self) -> None:
+        """Embed every slide with the untrained weights, half-way and at the end."""
+        from hpcssl.cli.progress import progress
+        from hpcssl.embed.encoder import Source
+        from hpcssl.embed.run import embed_store
+
+        _stage(5, f"embedding {self.store.num_slides} slides with {len(self._steps)} checkpoints")
+        with progress("embedding", total=self.store.num_slides * len(self._steps), unit="slides") as advance:
+            for step in self._steps:
+                source = Source.parse(f"{self._run}@{step}")
+                embed_store(self.store, source, self._features(step), threads=_cores(), on_progress=advance)
+
+    def benchmark(self) -> None:
+        """Fit gated-attention heads over Monte-Carlo splits, one task an organ."""
+        from hpcssl.cli.progress import progress
+        from hpcssl.mccv.presets import preset_named
+        from hpcssl.mccv.run import plan_parts, run_parts
+
+        splits = self._write_splits()
+        _stage(6, f"benchmark: {len(splits)} tasks, 20 splits × 2 replicas of each" if splits else "benchmark: no task")
+        if not splits:
+            return
+        preset = preset_named(PRESET)
+        parts = plan_parts([self._features(s) for s in self._steps], splits, preset, seed=self.seed)
+        total = preset.epochs * sum(len(part.runs) for part in parts)
+        with progress("fitting heads", total=total, unit="epochs") as advance:
+            run_parts(parts, preset, self._results, seed=self.seed, threads=_cores(), on_progress=advance)
+
+    def report(self) -> None:
+        """Write the report and print the closing table."""
+        from rich.console import Console
+
+        from hpcssl.cli.report import format_table
+        from hpcssl.report.page import write_report
+        from hpcssl.report.results import read_results
+        from hpcssl.report.summary import summarise, verdict_text
+
+        _stage(7, "report")
+        results = self._results if (self._results / "results.csv").exists() else None
+        write_report(
+            self.out,
+            results=results,
+            runs=[self._run],
+            schedule=self._schedule_path,
+            title="hpcssl demo",
+            notes=self._notes(),
+        )
+        if results:
+            summary = summarise(read_results(results))
+            Console().print(format_table(summary))
+            print(verdict_text(summary))
+
+    def _write_splits(self) -> list[Path]:
+        """Write one split file an organ; an organ whose labels allow none is said and left out."""
+        from hpcssl.core.atomic import write_atomic
+        from hpcssl.core.errors import SplitError
+        from hpcssl.mccv.splits import make_splits
+
+        slides, written = self.store.slides, []
+        if self.label not in slides:
+            _say(f"no column {self.label} in the slide table: the demo ends after embedding, without a benchmark")
+            return []
+        for organ, of_organ in slides.groupby("organ"):
+            path = self.out / "splits" / f"{organ}.csv"
+            if not path.exists():
+                try:
+                    table = make_splits(of_organ.reset_index(drop=True), self.label, 20, 0.8, "patient_id", self.seed)
+                except SplitError as error:
+                    _say(f"no task for {organ}: {error}")
+                    continue
+                path.parent.mkdir(exist_ok=True)
+                write_atomic(path, table.to_csv(index=False))
+            written.append(path)
+        return written
+
+    def _notes(self) -> dict[str, str]:
+        from hpcssl.core.provenance import provenance
+
+        facts = provenance()
+        slides = self.store.slides
+        per_organ = ", ".join(f"{organ} {n}" for organ, n in slides["organ"].value_counts().sort_index().items())
+        return {
+            "tiles": str(self.user_tiles) if self.user_tiles else f"{self._tiles}, drawn by the demo",
+            "slides": f"{self.store.num_slides} ({per_organ})",
+            "number of tiles": f"{self.store.num_tiles:,}",
+            "recipe": f"{RECIPE}, global batch {self.recipe.global_batch}, {_PROCESSES} processes",
+            "samples seen": f"{self.timeline.stop_step * self.recipe.global_batch:,}",
+            "benchmark": f"{PRESET}: gated attention, 20 Monte-Carlo splits × 2 replicas",
+            "seed": str(self.seed),
+            "hardware": f"{facts['cpu_count']} CPU cores ({facts['machine']})",
+            "versions": ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
+        }
+
+    @property
+    def _tiles(self) -> Path:
+        return self.user_tiles or self.out / "tiles"
+
+    @property
+    def _store_path(self) -> Path:
+        return self.out / "store"
+
+    @property
+    def _schedule_path(self) -> Path:
+        return self.out / "schedule"
+
+    @property
+    def _run(self) -> Path:
+        return self.out / RECIPE
+
+    @property
+    def _results(self) -> Path:
+        return self.out / "results"
+
+    @property
+    def _overrides(self) -> list[str]:
+        return [f"seed={self.seed}"]
+
+    def _features(self, step: int) -> Path:
+        return self.out / "features" / f"step-{step:06d}"
+
+    @cached_property
+    def store(self) -> Store:
+        """The tile store."""
+        from hpcssl.tiles.store import Store
+
+        return Store.open(self._store_path)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The tile schedule."""
+        from hpcssl.schedule.file import Schedule
+
+        return Schedule.open(self._schedule_path)
+
+    @cached_property
+    def recipe(self) -> PretrainConfig:
+        """The pretraining recipe."""
+        from hpcssl.train.config import load_recipe
+
+        return load_recipe(RECIPE, self._overrides)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Steps and pseudo-epochs of the run."""
+        from hpcssl.train.config import Timeline
+
+        return Timeline(self.recipe, self.schedule)
+
+    @property
+    def _steps(self) -> list[int]:
+        """The checkpoints that are compared: untrained, half-way, last."""
+        length = self.schedule.num_pseudo_epochs
+        return [self.timeline.step_at(n) for n in (0, length // 2, length)]
+
+
+def demo_spec(slides: pd.DataFrame, seed: int) -> ScheduleSpec:
+    """Return the demo's schedule spec, widened where a user's tiles would not fit it."""
+    from dataclasses import replace
+
+    from hpcssl.schedule.spec import load_spec
+
+    spec = load_spec(SPEC, [f"seed={seed}"])
+    groups = min(spec.num_groups, int(slides["organ"].value_counts().max()))
+    # every slide of a group gets a position; whole batches; and few tiles are repeated as often as it takes
+    slides_in_group = int((-(-slides["organ"].value_counts() // groups)).sum())
+    positions = max(spec.positions_per_pseudo_epoch, -(-slides_in_group // 32) * 32)
+    return replace(spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=max(spec.max_repeats, positions))
+
+
+def _stage(number: int, text: str) -> None:
+    _say(f"[{number}/{_STAGES}] {text}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

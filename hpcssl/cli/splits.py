@@ -1,0 +1,87 @@
+"""`hpcssl splits`: draw and check Monte-Carlo train/val splits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "draw Monte-Carlo train/val splits of labelled slides, or check such a file"
+EXAMPLE = (
+    "hpcssl splits --slides slides.csv --organ breast --target label --out breast.csv\n  hpcssl splits check breast.csv"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "action", nargs="?", choices=["draw", "check"], default="draw", help="draw (if left out) or check"
+    )
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="split file to check")
+    parser.add_argument("--slides", type=Path, metavar="TABLE", help="slide table, CSV or Parquet")
+    parser.add_argument("--target", metavar="COLUMN", help="column of the label; slides where it is blank are left out")
+    parser.add_argument("--out", type=Path, metavar="SPLITS.csv", help="split file to write")
+    parser.add_argument("--organ", metavar="NAME", help="only the slides of one organ")
+    parser.add_argument("--num", type=int, default=20, help="number of splits (%(default)s)")
+    parser.add_argument("--train", type=float, default=0.8, help="part of each class that trains (%(default)s)")
+    parser.add_argument(
+        "--group", default="patient_id", metavar="COLUMN", help="slides alike here stay on one side (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    parser.add_argument("--features", type=Path, metavar="FEATURES", help="check: all slides have features here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw or check."""
+    return _check(args) if args.action == "check" else _draw(args)
+
+
+def _draw(args: argparse.Namespace) -> int:
+    from hpcssl.core.atomic import write_atomic
+    from hpcssl.core.errors import ConfigError, SplitError
+    from hpcssl.mccv.splits import make_splits
+    from hpcssl.tiles.slides import read_slides
+
+    for option in ("slides", "target", "out"):
+        if getattr(args, option) is None:
+            raise ConfigError(f"splits: --{option} is missing; example: {EXAMPLE.splitlines()[0]}")
+    frame = read_slides(args.slides)
+    if args.organ is not None:
+        organs = sorted(frame["organ"].unique())
+        if args.organ not in organs:
+            raise SplitError(f"{args.slides}: no slide of organ {args.organ}; it has {', '.join(organs)}")
+        frame = frame[frame["organ"] == args.organ]
+    table = make_splits(frame, args.target, args.num, args.train, args.group, args.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out, table.to_csv(index=False))
+    print(f"{args.out}: {_described(table)}")
+    if len(table) < len(frame):
+        print(f"{len(frame) - len(table)} slides have no {args.target} and were left out")
+    if args.group not in frame.columns:
+        print(f"no column {args.group} in {args.slides}: every slide is a group of its own")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.features.folder import FeatureSet
+    from hpcssl.mccv.splits import read_splits, without_missing
+
+    if args.file is None:
+        raise ConfigError("splits check: no FILE named; example: hpcssl splits check breast.csv")
+    table = read_splits(args.file, args.group)
+    if args.features is not None:
+        where = f"{args.file} with {args.features}"
+        without_missing(table, FeatureSet.open(args.features).slides, where=where, allow_missing=False)
+    groups = f"no {args.group} on both sides" if args.group in table.columns else f"no column {args.group} to check"
+    print(f"{args.file}: {_described(table)}; {groups}")
+    return 0
+
+
+def _described(table) -> str:  # type: ignore[no-untyped-def]  # pandas is imported only when the command runs
+    from hpcssl.mccv.splits import TRAIN, split_columns
+
+    columns = split_columns(table)
+    sizes = [int((table[column] == TRAIN).sum()) for column in columns]
+    per_class = ", ".join(f"{name} {count}" for name, count in table["target"].value_counts().sort_index().items())
+    train = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    return f"{len(columns)} splits of {len(table)} slides ({per_class}), {train} in train"

@@ -1,0 +1,153 @@
+"""Figures: loss and AUC over the epochs of the benchmark, one figure a task (the paper's Figure 2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from hpcssl.report.bootstrap import RESAMPLES, mean_interval
+from hpcssl.report.results import Arm, split_matrices
+from hpcssl.report.style import SOLID, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+
+METRICS = {"train_loss": "training loss", "val_loss": "validation loss", "auc": "validation AUC"}
+_MAX_BANDS = 6
+_MAX_MARKED_EPOCHS = 12
+WHAT_THE_INTERVAL_IS = (
+    f"the 95 % bootstrap interval ({RESAMPLES:,} resamples of the splits) of the mean over the splits: the variability "
+    "over the splits, which share slides, and so narrower than the uncertainty of the AUC itself"
+)
+
+
+def curve_parts(results: pd.DataFrame) -> list[Part]:
+    """Return one figure for each task of a checked results table."""
+    tables = {metric: split_matrices(results, metric) for metric in METRICS}
+    everything = looks([arm for table in tables.values() for arm in table])
+    points = pd.concat([_points(metric, arm, m) for metric, table in tables.items() for arm, m in table.items()])
+    tasks = sorted(points["task"].unique())
+    return [
+        _part(task, name, points[points["task"] == task], everything) for task, name in zip(tasks, file_names(tasks))
+    ]
+
+
+def file_names(tasks: list[str]) -> list[str]:
+    """Return a file name's stem for each task, all different.
+
+    >>> file_names(["lung: EGFR", "lung/EGFR"])
+    ['curves_lung-EGFR', 'curves_lung-EGFR-2']
+    """
+    names: list[str] = []
+    for task in tasks:
+        stem = "curves_" + (re.sub(r"[^A-Za-z0-9_]+", "-", task).strip("-")[:60] or "task")
+        taken = {name.lower() for name in names}
+        number, name = 1, stem
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return names
+
+
+def _points(metric: str, arm: Arm, matrix: pd.DataFrame) -> pd.DataFrame:
+    mean, low, high = mean_interval(matrix.to_numpy(), arm.task)
+    known = matrix.notna().sum().to_numpy()
+    columns = {"metric": metric, "epoch": matrix.columns, "mean": mean, "low": low, "high": high, "splits": known}
+    return pd.DataFrame({**arm._asdict(), **columns})
+
+
+def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[str, str], Look]) -> Part:
+    present = set(zip(points["encoder"], points["checkpoint"]))
+    used = {key: look for key, look in everything.items() if key in present}
+    banded = _banded(list(used))
+    auc = points[points["metric"] == "auc"]
+    most, fewest = int(points["splits"].max()), int(auc["splits"].min()) if len(auc) else 0
+    caption = [f"Mean over {most} split{'s' if most != 1 else ''}, replicas of a split averaged first."]
+    if most > 1:
+        which = "Shaded" if len(banded) == len(used) else "Shaded, for the first and the last checkpoint only,"
+        caption.append(f"{which} is {WHAT_THE_INTERVAL_IS}.")
+    else:
+        caption.append("With one split there is no interval.")
+    if len(auc) and fewest < most:
+        caption.append(f"Some splits have no AUC (as few as {fewest} of {most} have one) and are left out there.")
+    last = [
+        f"{look.label} {rows['mean'].iloc[-1]:.3f}"
+        for key, look in used.items()
+        if len(rows := auc[(auc["encoder"] == key[0]) & (auc["checkpoint"] == key[1])])
+    ]
+    return Part(
+        name=name,
+        title=f"{task}: loss and AUC over the epochs",
+        caption=" ".join(caption),
+        alt=f"Training loss, validation loss and AUC by epoch on {task}. AUC at the last epoch: {', '.join(last)}.",
+        png=draw(WIDTH_INCH, 5.6, lambda figure: _paint(figure, points, used, banded)),
+        table=points,
+    )
+
+
+def _banded(keys: list[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Choose the lines that get a band: all, or, where bands would hide each other, each encoder's first and last."""
+    if len(keys) <= _MAX_BANDS:
+        return set(keys)
+    trained: dict[str, list[tuple[str, str]]] = {}
+    for key in keys:
+        trained.setdefault(key[0], []).append(key)
+    ends = {end for group in trained.values() for end in (group[0], group[-1])}
+    return ends if len(ends) <= _MAX_BANDS else set()
+
+
+def _paint(
+    figure: Figure, points: pd.DataFrame, used: Mapping[tuple[str, str], Look], banded: set[tuple[str, str]]
+) -> None:
+    grid = figure.subplots(2, 2, sharex=False).ravel()
+    for axes, (metric, label) in zip(grid, METRICS.items()):
+        rows = points[points["metric"] == metric]
+        for key, look in used.items():
+            line = rows[(rows["encoder"] == key[0]) & (rows["checkpoint"] == key[1])]
+            _line(axes, line, look, band=key in banded)
+        if not rows["mean"].notna().any():
+            say_empty(axes)
+        axes.set_title(label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
+        if metric == "auc" and np.nanmin([*axes.get_ylim(), 1]) < 0.5 < axes.get_ylim()[1]:
+            axes.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
+    _legend(grid[3], used, marked=points["epoch"].nunique() <= _MAX_MARKED_EPOCHS)
+
+
+def _line(axes: Axes, line: pd.DataFrame, look: Look, *, band: bool) -> None:
+    if line.empty:
+        return
+    marker = look.marker if len(line) <= _MAX_MARKED_EPOCHS else ""
+    z = 2.5 if look.dash == SOLID else 2.4
+    axes.plot(
+        line["epoch"], line["mean"], color=look.colour, linestyle=look.dash, marker=marker, markersize=3, zorder=z
+    )
+    if band:
+        axes.fill_between(line["epoch"], line["low"], line["high"], color=look.colour, alpha=0.16, linewidth=0)
+
+
+def _legend(axes: Axes, used: Mapping[tuple[str, str], Look], *, marked: bool) -> None:
+    axes.set_axis_off()
+    encoders = {encoder for encoder, _ in used}
+    title = elided(next(iter(encoders)), 40) if len(encoders) == 1 else "encoder, checkpoint"
+    handles = [
+        Line2D([], [], color=look.colour, linestyle=look.dash, marker=look.marker if marked else "", markersize=3)
+        for look in used.values()
+    ]
+    size = 8.5 if len(used) <= 14 else 6.5 if len(used) <= 26 else 5.0
+    axes.legend(
+        handles,
+        [look.label for look in used.values()],
+        title=title,
+        loc="center left",
+        fontsize=size,
+        ncols=1 if len(used) <= 18 or len(encoders) > 1 else 2,
+        handlelength=3,
+        alignment="left",
+    )

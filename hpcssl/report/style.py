@@ -1,0 +1,155 @@
+"""How every figure looks: size, fonts, colours that colour-blind readers can tell apart, and the parts of a report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from hpcssl.report.results import UNTRAINED, Arm
+
+DPI = 150
+WIDTH_INCH = 7.2
+INK = "#222222"
+GREY = "#767676"
+# Okabe and Ito, "Color Universal Design" (2008), without yellow, which is faint on white
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+Dash = tuple[float, tuple[float, ...]]
+SOLID: Dash = (0, ())
+_UNTRAINED_DASH: Dash = (0, (3, 1.5))
+_FIXED_DASH: Dash = (0, (5, 1.5, 1, 1.5))
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "text.parse_math": False,
+    "axes.formatter.useoffset": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One figure of the report: its picture, its numbers and its words."""
+
+    name: str
+    """Stem of the PNG and the CSV beside the report."""
+    title: str
+    caption: str
+    alt: str
+    png: bytes
+    table: pd.DataFrame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How an arm is drawn."""
+
+    colour: str
+    dash: Dash
+    marker: str
+    label: str
+
+
+def draw(width_inch: float, height_inch: float, paint: Callable[[Figure], None]) -> bytes:
+    """Return the PNG of what `paint` puts on an empty figure; nothing global is changed."""
+    with mpl.rc_context(_SETTINGS), io.BytesIO() as stream:
+        figure = Figure(figsize=(width_inch, height_inch), dpi=DPI, layout="constrained", facecolor="white")
+        paint(figure)
+        figure.savefig(stream, format="png", dpi=DPI)
+        return stream.getvalue()
+
+
+def looks(arms: Sequence[Arm]) -> dict[tuple[str, str], Look]:
+    """Give every (encoder, checkpoint) its look, the same in all figures.
+
+    Checkpoints of one encoder run along a ramp of colours in the order of their steps; untrained weights are dashed.
+    """
+    checkpoints: dict[str, list[str]] = {}
+    for arm in arms:
+        known = checkpoints.setdefault(arm.encoder, [])
+        if arm.checkpoint not in known:
+            known.append(arm.checkpoint)
+    trained = [encoder for encoder, names in checkpoints.items() if names != [""]]
+    found = {}
+    for index, (encoder, names) in enumerate(checkpoints.items()):
+        base, marker = PALETTE[index % len(PALETTE)], _MARKERS[index % len(_MARKERS)]
+        later = [name for name in names if name not in ("", UNTRAINED)]
+        for name in names:
+            colour, dash = base, SOLID
+            if name == UNTRAINED:
+                colour, dash = (GREY if len(trained) == 1 else _mixed(base, 0.45)), _UNTRAINED_DASH
+            elif name == "":
+                dash = _FIXED_DASH
+            elif len(trained) == 1:
+                colour = _along_plasma(later.index(name), len(later))
+            else:
+                colour = _mixed(base, 1.0 if len(later) == 1 else 0.65 + 0.35 * later.index(name) / (len(later) - 1))
+            label = arm_label(encoder, name, alone=len(checkpoints) == 1)
+            found[encoder, name] = Look(colour=colour, dash=dash, marker=marker, label=label)
+    return found
+
+
+def arm_label(encoder: str, checkpoint: str, *, alone: bool) -> str:
+    """Name a line in a legend; `alone`: there is no other encoder.
+
+    >>> arm_label("vit-demo", "1200", alone=True), arm_label("resnet50", "", alone=False)
+    ('step 1,200', 'resnet50')
+    """
+    if not checkpoint:
+        return elided(encoder, 34)
+    what = "untrained" if checkpoint == UNTRAINED else checkpoint
+    if checkpoint.isdigit() and checkpoint != UNTRAINED:
+        what = f"step {int(checkpoint):,}"
+    return what if alone else f"{elided(encoder, 22)}, {what}"
+
+
+def elided(text: str, length: int) -> str:
+    """Shorten a name in its middle, and keep matplotlib from dropping one that starts with an underscore.
+
+    >>> elided("a-very-long-name-of-an-encoder", 15)
+    'a-very-…encoder'
+    """
+    if len(text) > length:
+        text = f"{text[: length // 2]}…{text[-(length - length // 2 - 1) :]}"
+    return f" {text}" if text.startswith("_") else text
+
+
+def say_empty(axes: Axes, words: str = "no values") -> None:
+    """Write into an empty panel that it is empty."""
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def _along_plasma(index: int, count: int) -> str:
+    return to_hex(mpl.colormaps["plasma"](0.03 + 0.69 * (index / (count - 1) if count > 1 else 0.0)))
+
+
+def _mixed(colour: str, strength: float) -> str:
+    """Return a colour mixed with white."""
+    red, green, blue = (1 - strength * (1 - channel) for channel in to_rgb(colour))
+    return to_hex((red, green, blue))

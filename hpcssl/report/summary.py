@@ -1,0 +1,161 @@
+"""What came out: one row per task, encoder and checkpoint, and a verdict in words.
+
+The figure of a run is the AUC of its last epoch, never the best one; replicas of a split are averaged first. A
+difference to the untrained weights is taken split by split, because all encoders share the splits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from hpcssl.report.bootstrap import mean_interval
+from hpcssl.report.results import UNTRAINED, Arm, ReportError, checked, replicas_with_value, split_matrices
+
+COLUMNS = (
+    "task",
+    "encoder",
+    "checkpoint",
+    "last_epoch",
+    "splits",
+    "replicas",
+    "auc",
+    "auc_low",
+    "auc_high",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "paired_splits",
+)
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per task, encoder and checkpoint.
+
+    Parameters
+    ----------
+    results : long table with the columns of `hpcssl.report.results.COLUMNS`
+
+    Returns
+    -------
+    Columns: task, encoder, checkpoint; last_epoch; splits (with an AUC) and replicas (most that a split has); auc and
+    its 95 % interval auc_low, auc_high over the splits; difference (to checkpoint 0 of the same encoder and task, mean
+    over the splits that both have) with difference_low, difference_high and paired_splits. What cannot be computed is
+    NaN.
+
+    Raises
+    ------
+    ReportError
+        If the table is not a results table, or holds no AUC.
+    """
+    table = checked(results)
+    matrices = split_matrices(table, "auc")
+    if not matrices:
+        raise ReportError("results: no rows of the metric auc; expected one for every epoch of every run")
+    counts = replicas_with_value(table)
+    rows = []
+    for arm, matrix in matrices.items():
+        base = matrices.get(arm._replace(checkpoint=UNTRAINED))
+        rows.append(_row(arm, matrix, base if arm.checkpoint != UNTRAINED else None, int(counts.loc[arm].max())))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _row(arm: Arm, matrix: pd.DataFrame, base: pd.DataFrame | None, replicas: int) -> list[object]:
+    last = matrix.iloc[:, -1]
+    auc = [float(v[0]) for v in mean_interval(last.to_numpy()[:, None], arm.task)]
+    difference, paired = [np.nan] * 3, 0
+    if base is not None:
+        paired_values = (last - base.iloc[:, -1]).dropna()
+        paired = len(paired_values)
+        if paired:
+            difference = [float(v[0]) for v in mean_interval(paired_values.to_numpy()[:, None], arm.task)]
+    return [*arm, int(matrix.columns[-1]), int(last.notna().sum()), replicas, *auc, *difference, paired]
+
+
+def verdict(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """Return, for each encoder, how its last checkpoint did against its untrained weights: (overall, task by task).
+
+    "Beat" and "fell behind" mean that the interval of the paired difference excludes zero.
+    """
+    told = []
+    for encoder, rows in summary.groupby("encoder", sort=True):
+        trained = rows[rows["checkpoint"].str.isdigit() & (rows["checkpoint"] != UNTRAINED)]
+        tasks = set(rows.loc[rows["checkpoint"] == UNTRAINED, "task"])
+        last = [part.iloc[-1] for task, part in trained.groupby("task", sort=True) if task in tasks]
+        if last:
+            overall = _overall(str(encoder), [_outcome(row) for row in last])
+            told.append((overall, [_told(row, rows) for row in last]))
+    nothing = "No encoder has both its untrained weights and a later checkpoint in these results: nothing to compare."
+    return told or [(nothing, [])]
+
+
+def verdict_text(summary: pd.DataFrame) -> str:
+    """Return the verdict as lines, those of the tasks indented."""
+    return "\n".join(line for overall, tasks in verdict(summary) for line in (overall, *(f"  {t}" for t in tasks)))
+
+
+def _outcome(row: pd.Series) -> str:
+    if np.isnan(row["difference_low"]):
+        return "unknown"
+    if row["difference_low"] > 0:
+        return "better"
+    return "worse" if row["difference_high"] < 0 else "unclear"
+
+
+def _overall(encoder: str, outcomes: list[str]) -> str:
+    words = {
+        "worse": "it fell behind them",
+        "unclear": "the interval of the difference includes zero",
+        "unknown": "there are too few values to say",
+    }
+    rest = [f"on {outcomes.count(kind)} {said}" for kind, said in words.items() if kind in outcomes]
+    of = f"{len(outcomes)} task{'s' if len(outcomes) > 1 else ''}"
+    beat = f"{encoder}: the last checkpoint beat the untrained weights on {outcomes.count('better')} of {of}"
+    return "; ".join([beat, *rest]) + "."
+
+
+def _told(row: pd.Series, rows: pd.DataFrame) -> str:
+    untrained = rows[(rows["task"] == row["task"]) & (rows["checkpoint"] == UNTRAINED)].iloc[0]
+    if np.isnan(row["difference"]):
+        return f"{row['task']}: nothing to compare (no split has an AUC of both untrained weights and last checkpoint)."
+    values = (
+        f"{row['task']}: AUC {row['auc']:.3f} after step {int(row['checkpoint']):,} against {untrained['auc']:.3f} "
+        f"untrained, difference {signed(row['difference'])}"
+    )
+    ending = {
+        "better": "better than untrained",
+        "worse": "worse than untrained",
+        "unclear": "the interval includes zero",
+    }.get(_outcome(row))
+    if ending is None:
+        return f"{values}; one split gives no interval, so this decides nothing."
+    return f"{values} (95 % interval {signed(row['difference_low'])} to {signed(row['difference_high'])}): {ending}."
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, and a true minus.
+
+    >>> signed(0.0912), signed(-0.02), signed(float("nan"))
+    ('+0.091', '−0.020', '–')
+    """
+    return "–" if np.isnan(value) else f"{value:+.3f}".replace("-", "−")
+
+
+def interval_text(mean: float, low: float, high: float) -> str:
+    """Return a mean and its interval for a table.
+
+    >>> interval_text(0.81234, 0.79, 0.83), interval_text(0.5, float("nan"), float("nan"))
+    ('0.812 (0.790–0.830)', '0.500')
+    """
+    if np.isnan(mean):
+        return "–"
+    return f"{mean:.3f}" if np.isnan(low) else f"{mean:.3f} ({low:.3f}–{high:.3f})"
+
+
+def difference_text(mean: float, low: float, high: float) -> str:
+    """Return a signed difference and its interval for a table.
+
+    >>> difference_text(0.0912, 0.06, 0.12)
+    '+0.091 (+0.060 to +0.120)'
+    """
+    return signed(mean) if np.isnan(mean) or np.isnan(low) else f"{signed(mean)} ({signed(low)} to {signed(high)})"

@@ -1,0 +1,214 @@
+"""Each check with the facts of machines that are not this one, and the command on this one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcssl.cli import checks, doctor
+from hpcssl.cli.checks import FAIL, PASS, WARN, Check
+
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [((3, 9, 18), FAIL), ((3, 10, 0), PASS), ((3, 13, 9), PASS), ((3, 14, 0), WARN), ((2, 7, 18), FAIL)],
+)
+def test_python(version: tuple, status: str) -> None:
+    assert checks.check_python(version).status == status
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "status", "precision"),
+    [
+        ((7, 0), CU126, PASS, "fp16 with loss scaling"),
+        ((7, 5), CU130, PASS, "fp16 with loss scaling"),
+        ((8, 0), CU126, PASS, "bf16"),
+        ((8, 9), CU130, PASS, "bf16"),  # sm_86 code runs on sm_89
+        ((9, 0), CU130, PASS, "bf16"),
+        ((12, 1), CU130, PASS, "bf16"),  # through the PTX
+        ((7, 0), CU130, FAIL, None),
+        ((10, 0), CU126, FAIL, None),
+        ((8, 0), [], FAIL, None),
+    ],
+)
+def test_gpu_precision_and_builds(capability: tuple, archs: list, status: str, precision: str | None) -> None:
+    check = checks.check_gpu(0, "GPU", capability, 16.0, archs)
+    assert check.status == status
+    if precision:
+        assert f"precision: {precision}" in check.detail
+    else:
+        assert f"sm_{capability[0]}{capability[1]}" in check.detail
+        assert check.fix
+
+
+def test_volta_without_code_names_the_pins() -> None:
+    fix = checks.check_gpu(0, "Tesla V100", (7, 0), 32.0, CU130).fix
+    for pin in ("torch<=2.14", "cu126", "nvidia-dali-cuda120"):
+        assert pin in fix
+    assert "get_arch_list" in checks.check_gpu(0, "B200", (10, 0), 180.0, CU126).fix
+
+
+def test_no_gpu_says_why() -> None:
+    assert checks.check_no_gpu(None, driver=False).detail.startswith("none")
+    assert "built for the CPU" in checks.check_no_gpu(None, driver=True).detail
+    assert "CUDA 13.0" in checks.check_no_gpu("13.0", driver=True).detail
+    assert {checks.check_no_gpu(c, d).status for c in (None, "13.0") for d in (True, False)} == {WARN}
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [(None, FAIL), ("1.0.8", FAIL), ("1.0.9", PASS), ("1.0.31", PASS), ("1.1.0.dev0", PASS)]
+)
+def test_required_package(version: str | None, status: str) -> None:
+    check = checks.check_package("timm", version, "1.0.9", "the encoders")
+    assert (check.status, bool(check.fix)) == (status, status == FAIL)
+
+
+def test_torch_tells_its_threads() -> None:
+    assert checks.check_torch("2.15.0+cpu", 2, 8) == Check(
+        name="torch", status=PASS, detail="2.15.0+cpu, 2 threads on 8 CPUs"
+    )
+    assert checks.check_torch("2.3.1", 2, 8).status == FAIL
+
+
+@pytest.mark.parametrize(
+    ("check", "status", "word"),
+    [
+        (checks.check_dali(None, "no module nvidia"), WARN, "not installed"),
+        (checks.check_dali("nvidia-dali-cuda130 2.4", "libcuda missing"), WARN, "libcuda missing"),
+        (checks.check_dali("nvidia-dali-cuda130 2.4", None), PASS, "without a GPU"),
+        (checks.check_pillow("12.0", None, "12.0", True), PASS, "pillow 12.0"),
+        (checks.check_pillow(None, "9.5.0.post2", "9.5.0.post2", True), PASS, "pillow-simd 9.5.0.post2"),
+        (checks.check_pillow("12.0", None, "12.0", False), WARN, "libjpeg-turbo"),
+        (checks.check_pillow("12.0", "9.5", "9.5", True), FAIL, "both"),
+        (checks.check_openslide(None, "no module openslide"), WARN, "not needed for JPEG"),
+        (checks.check_openslide("1.4", None), PASS, "1.4"),
+        (checks.check_slurm(["sinfo", "sbatch"], None), WARN, "no sinfo and no sbatch"),
+        (checks.check_slurm([], None), WARN, "no answer within 5 s"),
+        (checks.check_slurm([], "gpu* cpu"), PASS, "gpu* cpu"),
+        (checks.check_disk(Path("/x"), 500, True), PASS, "500.0 GiB"),
+        (checks.check_disk(Path("/x"), 19.9, True), WARN, "19.9 GiB"),
+        (checks.check_disk(Path("/x"), 0.9, True), FAIL, "0.9 GiB"),
+        (checks.check_disk(Path("/x"), 500, False), FAIL, "not writable"),
+        (checks.check_shared_memory(0.0625), WARN, "0.06 GiB"),
+        (checks.check_shared_memory(1.0), PASS, "1.0 GiB"),
+        (checks.check_shared_memory(None), WARN, "no /dev/shm"),
+        (checks.check_open_files(1024, 1048576), WARN, "1024"),
+        (checks.check_open_files(4096, 4096), PASS, "4096"),
+        (checks.check_open_files(-1, -1), PASS, "no limit"),
+        (checks.check_processes(["fork", "spawn"], None), PASS, "gloo"),
+        (checks.check_processes(["spawn"], None), WARN, "no fork"),
+        (checks.check_processes(["fork"], "cannot resolve host"), FAIL, "cannot resolve host"),
+        (checks.check_temp_folder("/tmp", None), PASS, "/tmp"),
+        (checks.check_temp_folder("/tmp", "Read-only file system"), FAIL, "Read-only"),
+    ],
+)
+def test_other_checks(check: Check, status: str, word: str) -> None:
+    assert check.status == status
+    assert word in check.detail
+    assert bool(check.fix) == (status != PASS)
+
+
+def test_open_files_fix_respects_the_hard_limit() -> None:
+    assert checks.check_open_files(1024, 1048576).fix == "ulimit -n 65536"
+    assert "ulimit -n 2048" in checks.check_open_files(1024, 2048).fix
+
+
+def test_a_check_that_blows_up_is_a_failed_line() -> None:
+    def blow() -> Check:
+        raise ImportError("libfoo.so:\n undefined symbol")
+
+    (check,) = doctor.guarded("torch", blow)
+    assert check.status == FAIL
+    assert check.detail == "ImportError: libfoo.so: undefined symbol"
+    assert check.fix
+
+
+def test_an_optional_module_that_breaks_is_told_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brokenthing.py").write_text("raise OSError('libopenslide.so.1: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._failure("brokenthing") == "libopenslide.so.1: cannot open"
+    assert doctor._failure("nosuchthing.sub") == "no module nosuchthing"
+    assert doctor._failure("json") is None
+    assert doctor._import("nosuchthing") is None
+    with pytest.raises(OSError, match="cannot open"):
+        doctor._import("brokenthing")
+
+
+def test_slurm_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, body in (("sinfo", "exec sleep 30"), ("sbatch", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor, "SLURM_TIMEOUT_S", 0.2)
+    begun = time.monotonic()
+    assert doctor._slurm() == ([], None)
+    assert time.monotonic() - begun < 5
+    (tmp_path / "sinfo").write_text("#!/bin/sh\nprintf 'gpu*\\ncpu\\n'\n")
+    assert doctor._slurm() == ([], "gpu* cpu")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
+    assert doctor._slurm() == ([], None)
+
+
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    check = doctor._disk(tmp_path / "a" / "b")
+    assert str(tmp_path) in check.detail
+
+
+def test_exit_code_follows_the_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import argparse
+
+    def outcome(*statuses: str) -> int:
+        lines = [
+            Check(name=f"c{i}", status=s, detail="d", fix="" if s == PASS else "f") for i, s in enumerate(statuses)
+        ]
+        monkeypatch.setattr(doctor, "diagnose", lambda out: lines)
+        return doctor.run(argparse.Namespace(out=Path()))
+
+    assert outcome(PASS, WARN) == 0
+    assert outcome(PASS, FAIL, WARN) == 2
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "pass  c0  d",
+        "fail  c1  d; fix: f",
+        "warn  c2  d; fix: f",
+        "1 pass, 1 warn, 1 fail",
+    ]
+
+
+def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    doctor.show([Check(name="dali", status=WARN, detail="not [bold]here[/bold]", fix="pip install '.[dali]'")])
+    out = capsys.readouterr().out
+    assert "│" in out
+    assert "not [bold]here[/bold]" in out
+    assert "'.[dali]'" in out
+
+
+def test_the_command_here(tmp_path: Path) -> None:
+    """On this machine: every line is a pass, warn or fail with a fix, no terminal codes, within 10 seconds."""
+    command = [sys.executable, "-c", "import sys; from hpcssl.cli.main import main; sys.exit(main())", "doctor"]
+    seconds = []
+    for _ in range(2):  # the first may read the packages from a cold disk
+        begun = time.monotonic()
+        arguments = [*command, "--out", str(tmp_path)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+        seconds.append(time.monotonic() - begun)
+    *lines, summary = done.stdout.splitlines()
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    names = [line[6:].split("  ")[0] for line in lines]
+    for name in ("python", "torch", "torchvision", "timm", "pillow", "dali", "slurm", "openslide", "disk", "processes"):
+        assert name in names
+    for line in lines:
+        assert line.startswith(("pass  ", "warn  ", "fail  "))
+        assert line.startswith("pass") or "; fix: " in line
+    failed = sum(line.startswith("fail") for line in lines)
+    assert f"{failed} fail" in summary
+    assert done.returncode == (2 if failed else 0)
+    assert min(seconds) < 10

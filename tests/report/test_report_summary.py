@@ -1,0 +1,90 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from hpcssl.report.results import ReportError
+from hpcssl.report.summary import summarise, verdict, verdict_text
+
+
+def test_the_last_epoch_counts_never_the_best(make_results) -> None:
+    results = make_results({("lung", "vit", "0"): 0.7}, epochs=3)
+    auc = results["metric"] == "auc"
+    results.loc[auc, "value"] = results.loc[auc, "epoch"].map({1: 0.6, 2: 0.9, 3: 0.7})
+    row = summarise(results).iloc[0]
+    assert row["auc"] == pytest.approx(0.7)
+    assert (row["last_epoch"], row["splits"], row["replicas"]) == (3, 20, 2)
+
+
+def test_a_last_epoch_without_a_value_is_not_replaced_by_an_earlier_one(make_results) -> None:
+    results = make_results({("lung", "vit", "0"): 0.7}, splits=4)
+    last = (results["metric"] == "auc") & (results["epoch"] == 5)
+    results.loc[last & (results["split"] == 1), "value"] = np.nan
+    assert summarise(results).iloc[0]["splits"] == 3
+    results.loc[last, "value"] = np.nan
+    row = summarise(results).iloc[0]
+    assert np.isnan(row["auc"])
+    assert row["splits"] == row["replicas"] == 0
+
+
+def test_differences_are_paired_over_the_splits(make_results, demo_levels) -> None:
+    summary = summarise(make_results(demo_levels)).set_index(["task", "checkpoint"])
+    row = summary.loc[("lung", "200")]
+    assert row["difference"] == pytest.approx(0.1, abs=0.005)
+    assert row["difference"] == pytest.approx(row["auc"] - summary.loc[("lung", "0"), "auc"])
+    # splits move the AUC by 0.03, and both arms alike: the paired interval is far narrower than the AUC's own
+    assert row["difference_high"] - row["difference_low"] < 0.3 * (row["auc_high"] - row["auc_low"])
+    assert np.isnan(summary.loc[("lung", "0"), "difference"])
+
+
+def test_a_difference_uses_the_splits_that_both_have(make_results, demo_levels) -> None:
+    results = make_results(demo_levels)
+    dropped = (results["task"] == "lung") & (results["checkpoint"] == "200") & (results["split"] > 15)
+    summary = summarise(results[~dropped]).set_index(["task", "checkpoint"])
+    assert summary.loc[("lung", "200"), "paired_splits"] == 15
+    assert summary.loc[("lung", "200"), "difference"] == pytest.approx(0.1, abs=0.005)
+
+
+def test_the_order_of_the_rows_is_nothing(make_results, demo_levels) -> None:
+    results = make_results(demo_levels)
+    shuffled = results.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(summarise(results), summarise(shuffled))
+
+
+def test_results_without_an_auc_are_refused(make_results) -> None:
+    results = make_results({("lung", "vit", "0"): 0.7})
+    with pytest.raises(ReportError, match="auc"):
+        summarise(results[results["metric"] != "auc"])
+
+
+def test_the_verdict_tells_a_gain_from_none(make_results, demo_levels) -> None:
+    [(overall, tasks)] = verdict(summarise(make_results(demo_levels)))
+    assert "beat the untrained weights on 1 of 2 tasks; on 1 the interval of the difference includes zero" in overall
+    assert tasks[0].startswith("breast:")
+    assert "includes zero" in tasks[0]
+    assert "after step 200" in tasks[1]
+    assert tasks[1].endswith("better than untrained.")
+
+
+def test_the_verdict_is_about_the_last_checkpoint_not_the_best(make_results) -> None:
+    levels = {("lung", "vit", "0"): 0.7, ("lung", "vit", "900"): 0.9, ("lung", "vit", "1000"): 0.6}
+    text = verdict_text(summarise(make_results(levels)))
+    assert "on 0 of 1 task; on 1 it fell behind them" in text
+    assert "after step 1,000" in text
+    assert "worse than untrained" in text
+
+
+def test_one_split_decides_nothing(make_results, demo_levels) -> None:
+    text = verdict_text(summarise(make_results(demo_levels, splits=1)))
+    assert "on 0 of 2 tasks; on 2 there are too few values to say" in text
+    assert "better" not in text
+
+
+def test_without_untrained_weights_nothing_is_compared(make_results) -> None:
+    levels = {("lung", "resnet50", ""): 0.7, ("lung", "vit", "100"): 0.8}
+    assert "nothing to compare" in verdict_text(summarise(make_results(levels)))
+
+
+def test_baselines_beside_a_run_have_no_difference(make_results, demo_levels) -> None:
+    summary = summarise(make_results(demo_levels | {("lung", "resnet50", ""): 0.6}))
+    assert summary.loc[summary["encoder"] == "resnet50", "difference"].isna().all()
+    assert len(verdict(summary)) == 1

@@ -25,10 +25,11 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    # decoding and augmentation on the GPU (and on the CPU); take the one of your CUDA driver, e.g. pip install '.[dali]'
-    "dali": ["nvidia-dali-cuda130>=1.50; python_version>='3.10'"],
+    # decoding and augmentation on the GPU, or on the CPU; take the one of your CUDA driver
+    "dali": ["nvidia-dali-cuda130>=1.50"],
     "dali-cuda12": ["nvidia-dali-cuda120>=1.40"],  # V100 nodes: the last builds that hold Volta code
-    # pillow-simd replaces pillow's module PIL: pip uninstall -y pillow && pip install '.[simd]' (compiles; needs libjpeg and zlib headers)
+    # pillow-simd replaces pillow's module PIL: pip uninstall -y pillow && pip install '.[simd]'
+    # (it is compiled: needs a C compiler and the headers of libjpeg and zlib)
     "simd": ["pillow-simd>=9.5"],
     "wsi": ["openslide-python>=1.3", "openslide-bin>=4"],  # whole slides
     "dev": [

@@ -1,6 +1,7 @@
-"""`hpcssl demo`: from JPEG tiles to a benchmark report, on this machine's CPU, through the code that a cluster run uses.
+"""`hpcssl demo`: from JPEG tiles to a benchmark report, on this machine's CPU, by the code that a cluster run uses.
 
-Every stage leaves its result whole or not at all, and one that is there is not computed again; so a demo that was stopped goes on.
+Every stage leaves its result whole or not at all, and one that is there is not computed again; so a demo that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ _STAGES = 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything; continued where it was (%(default)s)")
-    parser.add_argument("--tiles", type=Path, help="JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)")
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="column of slides.csv to predict (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), help="folder for everything; continued where it was (%(default)s)"
+    )
+    parser.add_argument(
+        "--tiles",
+        type=Path,
+        help="JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)",
+    )
+    parser.add_argument(
+        "--label", default="label", metavar="COLUMN", help="column of slides.csv to predict (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
 
 
@@ -43,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     demo = Demo(args.out, args.tiles, args.label, args.seed)
     demo.claim()
-    print("about 5 minutes on 2 cores; stop it whenever you like: the same command goes on where it was", file=sys.stderr)
+    print(
+        "about 5 minutes on 2 cores; stop it whenever you like: the same command goes on where it was", file=sys.stderr
+    )
     demo.prepare_tiles()
     demo.build_store()
     demo.build_schedule()
@@ -134,7 +145,7 @@ class Demo:
         """Train a small ViT with DINO in two processes, through submitit's local executor."""
         from hpcssl.cli.pretrain import pretrain
         from hpcssl.core.errors import RunError
-        from hpcssl.jobs.launch import Resources
+        from hpcssl.jobs.cluster import Resources
         from hpcssl.runs.checkpoint import checkpoint_steps
 
         _stage(4, f"pretraining: DINO, {_PROCESSES} processes, {self.timeline.stop_step} steps")
@@ -318,7 +329,9 @@ def demo_spec(slides: pd.DataFrame, seed: int) -> ScheduleSpec:
     # every slide of a group gets a position; whole batches; and few tiles are repeated as often as it takes
     slides_in_group = int((-(-slides["organ"].value_counts() // groups)).sum())
     positions = max(spec.positions_per_pseudo_epoch, -(-slides_in_group // 32) * 32)
-    return replace(spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=max(spec.max_repeats, positions))
+    return replace(
+        spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=max(spec.max_repeats, positions)
+    )
 
 
 def _stage(number: int, text: str) -> None:

@@ -13,10 +13,24 @@ EXAMPLE = "hpcssl embed --store STORE --encoder runs/a@150000 --out features/a-1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--store", type=Path, required=True, help="tile store")
-    parser.add_argument("--encoder", required=True, metavar="RUN[@STEP]", help="a run's newest checkpoint, or that of a step; step 0 is untrained")
-    parser.add_argument("--out", type=Path, required=True, metavar="FEATURES", help="folder of feature files, new or to be completed")
-    parser.add_argument("--tile-px", type=int, default=None, help="side that tiles are resized to (default: the encoder's)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for decoding and computing (default: all cores)")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        metavar="RUN[@STEP]",
+        help="a run's newest checkpoint, or that of a step; step 0 is untrained",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FEATURES", help="folder of feature files, new or to be completed"
+    )
+    parser.add_argument(
+        "--tile-px", type=int, default=None, help="side that tiles are resized to (default: the encoder's)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="for decoding and computing (default: all cores)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

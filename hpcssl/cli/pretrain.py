@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SUMMARY = "pretrain an encoder with DINO or MAE; on an existing --out it goes on where it was"
-EXAMPLE = "hpcssl pretrain dino-vits16-opal --store STORE --schedule SCHED --out runs/a --cluster slurm --nodes 3 --gpus-per-node 4"
+EXAMPLE = (
+    "hpcssl pretrain dino-vits16-opal --store STORE --schedule SCHED --out runs/a"
+    " --cluster slurm --nodes 3 --gpus-per-node 4"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,12 +19,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, required=True, help="tile store")
     parser.add_argument("--schedule", type=Path, required=True, help="schedule built for that store")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder, new or to be continued")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
-    parser.add_argument("--cluster", choices=("none", "local", "slurm"), default="local", help="in this process, on this machine (default), or on SLURM")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=("none", "local", "slurm"),
+        default="local",
+        help="in this process, on this machine (default), or on SLURM",
+    )
     parser.add_argument("--nodes", type=int, default=1, help="machines (SLURM)")
-    parser.add_argument("--gpus-per-node", type=int, default=None, metavar="N", help="processes on each machine, one GPU each where it has GPUs (default: its GPUs, else 1)")
-    parser.add_argument("--cpus-per-gpu", type=int, default=8, metavar="N", help="cores for each process (SLURM; default 8)")
-    parser.add_argument("--timeout-min", type=int, default=24 * 60, help="time limit of one job in minutes (SLURM; default a day)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes on each machine, one GPU each where it has GPUs (default: its GPUs, else 1)",
+    )
+    parser.add_argument(
+        "--cpus-per-gpu", type=int, default=8, metavar="N", help="cores for each process (SLURM; default 8)"
+    )
+    parser.add_argument(
+        "--timeout-min", type=int, default=24 * 60, help="time limit of one job in minutes (SLURM; default a day)"
+    )
     parser.add_argument("--partition", help="of SLURM")
     parser.add_argument("--account", help="of SLURM")
     parser.add_argument("--cpu", action="store_true", help="reserve no GPUs (SLURM)")
@@ -29,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the run folder, start the run, and on this machine wait for it."""
-    from hpcssl.jobs.launch import Resources
+    from hpcssl.jobs.cluster import Resources
 
     resources = Resources(
         nodes=args.nodes,
-        processes_per_node=args.gpus_per_node or _gpus_here() or 1,
+        processes_per_node=1 if args.cluster == "none" else args.gpus_per_node or _gpus_here() or 1,
         gpus_per_node=0 if args.cpu else (args.gpus_per_node or 1 if args.cluster == "slurm" else _gpus_here()),
         cpus_per_process=args.cpus_per_gpu,
         timeout_min=args.timeout_min,
@@ -41,11 +61,20 @@ def run(args: argparse.Namespace) -> int:
         account=args.account,
     )
     outcome = pretrain(
-        args.recipe, store=args.store, schedule=args.schedule, out=args.out, overrides=args.set, resources=resources,
+        args.recipe,
+        store=args.store,
+        schedule=args.schedule,
+        out=args.out,
+        overrides=args.set,
+        resources=resources,
         cluster=args.cluster,
     )
     if args.cluster == "slurm":
-        print(f"job {outcome} submitted; run folder {args.out}\n  follow it: tail -f {args.out}/logs/{outcome}_0_log.err\n  stop it:   scancel {outcome}")
+        print(
+            f"job {outcome} submitted; run folder {args.out}\n"
+            f"  follow it: tail -f {args.out}/logs/{outcome}_0_log.err\n"
+            f"  stop it:   scancel {outcome}"
+        )
         return 0
     print(f"{outcome}: {args.out}")
     return 0 if outcome == "finished" else 2
@@ -65,7 +94,8 @@ def pretrain(
     from hpcssl.cli.progress import progress
     from hpcssl.core.config import to_mapping
     from hpcssl.core.world import check_divides
-    from hpcssl.jobs.launch import Resources, launch
+    from hpcssl.jobs.cluster import Resources
+    from hpcssl.jobs.launch import launch
     from hpcssl.runs.folder import prepare_run
     from hpcssl.runs.metrics import last_record
     from hpcssl.schedule.file import Schedule, check_matches

@@ -17,10 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--store", type=Path, help="tile store to draw from")
     source.add_argument("--slides", type=Path, metavar="TABLE", help="slide table to draw from")
     build.add_argument("--spec", required=True, help="a spec that ships, or a YAML file")
-    build.add_argument("--out", type=Path, required=True, metavar="SCHED", help="folder of the schedule; must not exist")
+    build.add_argument(
+        "--out", type=Path, required=True, metavar="SCHED", help="folder of the schedule; must not exist"
+    )
     build.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the spec")
     build.set_defaults(run=_build)
-    verify = actions.add_parser("verify", help="check every guarantee and checksum", epilog="example: hpcssl schedule verify SCHED")
+    verify = actions.add_parser(
+        "verify", help="check every guarantee and checksum", epilog="example: hpcssl schedule verify SCHED"
+    )
     verify.add_argument("schedule", type=Path, metavar="SCHED")
     verify.set_defaults(run=_verify)
 

@@ -12,15 +12,23 @@ EXAMPLE = "hpcssl store build TILES --out STORE --slides slides.csv"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    build = actions.add_parser("build", help="index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", epilog=f"example: {EXAMPLE}")
+    build = actions.add_parser(
+        "build", help="index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", epilog=f"example: {EXAMPLE}"
+    )
     build.add_argument("tiles", type=Path, metavar="TILES", help="root of the tiles")
     build.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder of the store; must not exist")
-    build.add_argument("--slides", type=Path, help="slide table (default: TILES/slides.csv where there is one, else all folders)")
+    build.add_argument(
+        "--slides", type=Path, help="slide table (default: TILES/slides.csv where there is one, else all folders)"
+    )
     build.set_defaults(run=_build)
-    verify = actions.add_parser("verify", help="check the index and that every tile is as it was", epilog="example: hpcssl store verify STORE")
+    verify = actions.add_parser(
+        "verify", help="check the index and that every tile is as it was", epilog="example: hpcssl store verify STORE"
+    )
     verify.add_argument("store", type=Path, metavar="STORE")
     verify.set_defaults(run=_verify)
-    stats = actions.add_parser("stats", help="slides, tiles and bytes per organ", epilog="example: hpcssl store stats STORE")
+    stats = actions.add_parser(
+        "stats", help="slides, tiles and bytes per organ", epilog="example: hpcssl store stats STORE"
+    )
     stats.add_argument("store", type=Path, metavar="STORE")
     stats.set_defaults(run=_stats)
 

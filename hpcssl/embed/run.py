@@ -67,7 +67,9 @@ def embed_store(
     for index, pixels in _read_ahead(store, todo, px, threads):
         slide = slides.iloc[index]
         first = int(slide["first_tile"])
-        features = np.concatenate([_embed(encoder, pixels[i : i + _BATCH], device) for i in range(0, len(pixels), _BATCH)])
+        features = np.concatenate(
+            [_embed(encoder, pixels[i : i + _BATCH], device) for i in range(0, len(pixels), _BATCH)]
+        )
         coordinates = [store.coordinates_of(t) for t in range(first, first + int(slide["num_tiles"]))]
         write_slide(out / f"{slide['slide_id']}{SUFFIX}", features, np.array(coordinates, np.int64))
         on_progress(1)

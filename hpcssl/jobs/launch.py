@@ -8,39 +8,16 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hpcssl.core.errors import RunError
+from hpcssl.jobs.cluster import Resources, submit
 from hpcssl.jobs.worker import PretrainJob, failure_file
 from hpcssl.runs.metrics import last_record
 
 _POLL_S = 0.2
 _FULL_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What a start asks for.
-
-    Attributes
-    ----------
-    nodes : machines
-    processes_per_node : ranks on each; one GPU a rank where there are GPUs
-    gpus_per_node : GPUs to reserve on each; 0 = CPU only
-    cpus_per_process : cores to reserve for each rank (SLURM)
-    timeout_min : time limit of one job, in minutes (SLURM)
-    partition, account : of SLURM; None = the cluster's default
-    """
-
-    nodes: int = 1
-    processes_per_node: int = 1
-    gpus_per_node: int = 0
-    cpus_per_process: int = 1
-    timeout_min: int = 24 * 60
-    partition: str | None = None
-    account: str | None = None
 
 
 def launch(
@@ -64,36 +41,11 @@ def launch(
     token = uuid.uuid4().hex[:12]
     if cluster == "none":
         return PretrainJob(str(run), token)()
-    job = _submit(run, PretrainJob(str(run), token, os.getpid() if cluster == "local" else None), resources, cluster)
+    work = PretrainJob(str(run.resolve()), token, os.getpid() if cluster == "local" else None)
+    job = submit(work, run / "logs", resources, cluster, name=f"hpcssl-{run.name}")
     if cluster == "slurm":
         return str(job.job_id)
     return _wait(job, run, token, on_step)
-
-
-def _submit(run: Path, work: PretrainJob, resources: Resources, cluster: str) -> Any:
-    """Hand the work to submitit."""
-    import submitit
-
-    executor = submitit.AutoExecutor(folder=run.resolve() / "logs", cluster=cluster)
-    executor.update_parameters(
-        name=f"hpcssl-{run.name}",
-        nodes=resources.nodes,
-        tasks_per_node=resources.processes_per_node,
-        gpus_per_node=resources.gpus_per_node,
-        # the local executor counts its limit in steps of a loop; the run ends by itself, so the limit only must be far
-        timeout_min=resources.timeout_min if cluster == "slurm" else 60 * 24 * 365,
-    )
-    if cluster == "slurm":
-        executor.update_parameters(
-            cpus_per_task=resources.cpus_per_process,
-            slurm_partition=resources.partition,
-            slurm_account=resources.account,
-            slurm_signal_delay_s=120,
-        )
-    try:
-        return executor.submit(work)
-    except submitit.core.utils.FailedJobError as error:
-        raise RunError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
 
 
 def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None]) -> str:

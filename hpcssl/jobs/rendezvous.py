@@ -1,4 +1,4 @@
-"""How the ranks of one start find each other: rank 0 opens a port that the system chooses and writes it into the run folder."""
+"""How the ranks of one start find each other: rank 0 opens a port that the system chooses and writes it down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpcssl.core.atomic import write_atomic
 from hpcssl.core.errors import RunError
@@ -59,8 +59,8 @@ def all_reduce_sum(tensor: Tensor) -> None:
     dist.all_reduce(tensor)
 
 
-def _meet(file: Path, world: World, *, one_node: bool) -> object:
-    from torch.distributed import TCPStore
+def _meet(file: Path, world: World, *, one_node: bool) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if world.rank == 0:
         host = "127.0.0.1" if one_node else os.environ.get("SLURMD_NODENAME", socket.gethostname())

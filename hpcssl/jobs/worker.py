@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.errors import UserError, describe_os_error
-from hpcssl.core.world import World
+from hpcssl.jobs.cluster import Place, as_it_is, restart_count
 from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
 from hpcssl.runs.folder import Generation
 
@@ -39,7 +39,7 @@ class PretrainJob:
 
     def __call__(self) -> str:
         """Train; returns `finished` or `stopped`, and raises what ended it otherwise."""
-        place = _Place.from_environment()
+        place = Place.here()
         try:
             return self._train(place)
         except BaseException as error:
@@ -48,21 +48,21 @@ class PretrainJob:
 
     def checkpoint(self) -> Any:
         """Tell submitit, whose own handler is replaced by ours, that a requeued job goes on as it is."""
-        from submitit.helpers import DelayedSubmission
+        return as_it_is(self)
 
-        return DelayedSubmission(self)
-
-    def _train(self, place: _Place) -> str:
+    def _train(self, place: Place) -> str:
         run = Path(self.run)
         asked: list[int] = []
         for number in _STOP_SIGNALS:  # after submitit's own handlers, which would save in the middle of a step
             signal.signal(number, lambda received, frame: asked.append(received))
         entry = importlib.import_module("hpcssl.train.entry")
         stopped = importlib.import_module("hpcssl.train.loop").Stopped
-        token = f"{self.token}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        token = f"{self.token}-{restart_count()}"
         alone = place.world.size == 1
-        group = nullcontext() if alone else process_group(
-            run / "generations", token, place.world, one_node=place.num_nodes == 1
+        group = (
+            nullcontext()
+            if alone
+            else process_group(run / "generations", token, place.world, one_node=place.num_nodes == 1)
         )
         with group:
             generation = Generation.take(run) if place.world.rank == 0 else None
@@ -80,8 +80,8 @@ class PretrainJob:
                 )
             except stopped:
                 superseded = generation is not None and generation.is_stale()
-                if place.on_slurm and generation is not None and not superseded:
-                    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                if place.slurm_job and generation is not None and not superseded:
+                    subprocess.run(["scontrol", "requeue", place.slurm_job], check=True)
                 return "stopped"
         return "finished"
 
@@ -95,7 +95,7 @@ class PretrainJob:
                 return False
         return True
 
-    def _leave_word(self, place: _Place, error: BaseException) -> None:
+    def _leave_word(self, place: Place, error: BaseException) -> None:
         """Write why this rank ended, for the launcher; on a full disk the launcher finds that out itself."""
         told = isinstance(error, (UserError, OSError))
         message = describe_os_error(error) if isinstance(error, OSError) else f"{error}" if told else repr(error)
@@ -107,26 +107,3 @@ class PretrainJob:
 def failure_file(run: Path, token: str, rank: int | str) -> Path:
     """Return where a rank leaves word of its failure."""
     return run / "logs" / f"failure-{token}-rank{rank}.json"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where this process stands, read from the environment once."""
-
-    world: World
-    local_rank: int
-    num_nodes: int
-    on_slurm: bool
-
-    @classmethod
-    def from_environment(cls) -> _Place:
-        if "SUBMITIT_EXECUTOR" not in os.environ and "SLURM_JOB_ID" not in os.environ:
-            return cls(World(), 0, 1, False)
-        import submitit
-
-        try:
-            env = submitit.JobEnvironment()
-        except RuntimeError:  # in a SLURM allocation, but started by hand
-            return cls(World(), 0, 1, False)
-        world = World(rank=env.global_rank, size=env.num_tasks)
-        return cls(world, env.local_rank, env.num_nodes, "SLURM_JOB_ID" in os.environ and env.cluster == "slurm")

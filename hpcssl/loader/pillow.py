@@ -1,4 +1,4 @@
-"""The reference backend: a plan executed by Pillow, operation by operation as torchvision's transforms do on Pillow images."""
+"""The reference backend: a plan executed by Pillow, each operation as torchvision's transforms do it on its images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def decode(jpeg: bytes, *, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(jpeg))
         return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise StoreError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); replace it or rebuild the store") from None
+        raise StoreError(
+            f"{name}: cannot be decoded ({' '.join(str(error).split())}); replace it or rebuild the store"
+        ) from None
 
 
 def whole_tile(jpeg: bytes, px: int, *, name: str) -> NDArray[np.uint8]:

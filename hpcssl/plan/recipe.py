@@ -92,5 +92,3 @@ def dino_augment() -> AugmentRecipe:
 def mae_augment() -> AugmentRecipe:
     """Return the published MAE augmentation: one 224 px crop and a flip; 75 % of the patches hidden."""
     return AugmentRecipe(global_views=ViewRecipe(count=1, view_px=224, scale=(0.2, 1.0)), mask_ratio=0.75)
-
-

@@ -1,7 +1,7 @@
 """Functions as tables of integers.
 
 numpy's exp and log change their last bits between AVX2 and AVX-512, and libm between versions, so a plan drawn with
-them would differ between two nodes. Decimal arithmetic is specified to the last digit; the tables are computed with it once.
+them would differ between two nodes. Decimal arithmetic is specified to the last digit; it computes the tables, once.
 Unit: ONE = 2^30 stands for 1.
 """
 
@@ -36,9 +36,9 @@ def interpolate(table: NDArray[np.int64], at: NDArray[np.int64]) -> NDArray[np.i
 def area_table(low: float, high: float) -> NDArray[np.int64]:
     """Tabulate the area of a random resized crop as a function of a uniform number.
 
-    torchvision draws (area, aspect ratio) until the window fits the tile, so an accepted area s has a density in proportion to
-    the length of the ratios that fit: min(log 4/3, -log s). This is the inverse of that density's integral,
-    (1025,) int64 in units of 1/ONE, so that no draw is rejected.
+    torchvision draws (area, aspect ratio) until the window fits the tile, so an accepted area s has a density in
+    proportion to the length of the log ratios that fit: min(log 4/3, -log s). This is the inverse of that density's
+    integral, (1025,) int64 in units of 1/ONE, so that no draw is rejected.
     """
     s, cumulative = _cumulative_areas(low, high)
     targets = np.arange(_KNOTS + 1, dtype=object) * cumulative[-1]
@@ -72,7 +72,7 @@ def _cumulative_areas(low: float, high: float) -> tuple[list[int], list[int]]:
 
 @lru_cache(maxsize=1)
 def ratio_limit_table() -> NDArray[np.int64]:
-    """Tabulate min(log 4/3, -log s) over s in [0, 1], (1025,) int64 in units of 1/ONE: the half width of the log ratios that fit."""
+    """Tabulate min(log 4/3, -log s), the half width of the log ratios that fit, over s in [0, 1]; (1025,), of 1/ONE."""
     with decimal.localcontext() as context:
         context.prec = _DIGITS
         knots = [_HALF_LOG_RATIO]

@@ -69,9 +69,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return tensors, {**header["state"], "step": header["step"]}
 
 
-def load_latest(
-    run: Path, on_damaged: Callable[[str], None]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def load_latest(run: Path, on_damaged: Callable[[str], None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Read the newest checkpoint that is whole, or None; every damaged one is told to `on_damaged`."""
     for step in reversed(checkpoint_steps(run)):
         try:

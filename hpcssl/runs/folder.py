@@ -1,12 +1,12 @@
 """The run folder: what a run is, and which process may write to it.
 
-    config.yaml          resolved settings with derived values and data digests, written before step 0
-    provenance.json      versions, git, hardware
-    metrics.jsonl        the training trace
-    checkpoints/         step-000000320.safetensors …
-    restarts.jsonl       one line a start: when, where, from which step, with how many processes
-    generations/         fencing: one empty file a start; the newest start owns the folder
-    logs/                the launcher's logs
+config.yaml          resolved settings with derived values and data digests, written before step 0
+provenance.json      versions, git, hardware
+metrics.jsonl        the training trace
+checkpoints/         step-000000320.safetensors …
+restarts.jsonl       one line a start: when, where, from which step, with how many processes
+generations/         fencing: one empty file a start; the newest start owns the folder
+logs/                the launcher's logs
 """
 
 from __future__ import annotations

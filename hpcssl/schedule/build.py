@@ -1,9 +1,9 @@
 """Building a schedule; a pseudo-epoch is a pure function of (spec, slide table, its number).
 
 1. `groups`: each pass deals the slides of every organ, in keyed random order, to `num_groups` pseudo-epochs.
-2. `draws_per_slide`: organ quotas within the group, then slides within the organ, by `share_out`.
+2. `quotas`: organ quotas within the group, then slides within the organ, by `share_out`.
 3. `draw_tiles`: the j-th draw of a slide over the whole schedule is its keyed permutation number j // n at j mod n.
-4. `write_pseudo_epoch`: draw i, slide after slide, goes to the place that a keyed permutation of the positions gives it.
+4. `chunks`: draw i, slide after slide, goes to the place that a keyed permutation of the positions gives it.
 """
 
 from __future__ import annotations
@@ -126,14 +126,15 @@ class Builder:
         if sum(slides.values()) > total:
             most = max(slides, key=lambda organ: slides[organ])
             raise ScheduleError(
-                f"pseudo-epoch {number}: {total} positions cannot hold one tile of each of its {sum(slides.values())} slides"
-                f" ({slides[most]} of them {most}); raise positions_per_pseudo_epoch or num_groups"
+                f"pseudo-epoch {number}: {total} positions cannot hold one tile of each of its"
+                f" {sum(slides.values())} slides ({slides[most]} of them {most});"
+                " raise positions_per_pseudo_epoch or num_groups"
             )
         if spec.max_repeats * sum(tiles.values()) < total:
             most = max(tiles, key=lambda organ: tiles[organ])
             raise ScheduleError(
-                f"pseudo-epoch {number}: its {sum(tiles.values())} tiles, {spec.max_repeats} times each (max_repeats), fill fewer"
-                f" than {total} positions; even {most}, its largest organ, has only {tiles[most]} tiles;"
+                f"pseudo-epoch {number}: its {sum(tiles.values())} tiles, {spec.max_repeats} times each (max_repeats),"
+                f" fill fewer than {total} positions; even {most}, its largest organ, has only {tiles[most]} tiles;"
                 " raise max_repeats or lower positions_per_pseudo_epoch"
             )
 
@@ -153,7 +154,10 @@ def build_schedule(
     builder = Builder(spec, slides)
     dtype = np.uint32 if int(builder.num_tiles.sum()) < 2**32 else np.uint64
     with atomic_dir(out) as partial:
-        records = [_write_pseudo_epoch(builder, number, partial, dtype, on_progress) for number in range(len(builder.all_quotas))]
+        records = [
+            _write_pseudo_epoch(builder, number, partial, dtype, on_progress)
+            for number in range(len(builder.all_quotas))
+        ]
         patient = slides["patient_id"] if "patient_id" in slides else pd.Series([""] * len(slides))
         table = slides[["slide_id", "organ", "num_tiles"]].assign(patient_id=patient, first_tile=builder.first_tiles)
         table.to_parquet(partial / "slides.parquet", index=False)

@@ -42,7 +42,9 @@ class Schedule:
         try:
             header = json.loads((path / "schedule.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            raise ScheduleError(f"{path}: no schedule (no schedule.json); make one with hpcssl schedule build") from None
+            raise ScheduleError(
+                f"{path}: no schedule (no schedule.json); make one with hpcssl schedule build"
+            ) from None
         except json.JSONDecodeError:
             raise ScheduleError(f"{path / 'schedule.json'}: damaged; build the schedule anew") from None
         if header.get("format") != FORMAT:
@@ -69,7 +71,9 @@ class Schedule:
             If the positions are not all in the schedule.
         """
         if not 0 <= start <= stop <= self.num_positions:
-            raise ScheduleError(f"{self.path}: positions {start}:{stop} are not within its {self.num_positions} positions")
+            raise ScheduleError(
+                f"{self.path}: positions {start}:{stop} are not within its {self.num_positions} positions"
+            )
         parts = []
         while start < stop:
             number, offset = divmod(start, self.positions_per_pseudo_epoch)

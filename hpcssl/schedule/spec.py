@@ -36,7 +36,9 @@ class ScheduleSpec:
             if getattr(self, name) < 1:
                 raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected at least 1")
         if not 0 <= self.organ_power <= 4:
-            raise ConfigError(f"schedule spec: organ_power = {self.organ_power}; expected 0 (uniform) to 1 (natural), at most 4")
+            raise ConfigError(
+                f"schedule spec: organ_power = {self.organ_power}; expected 0 (uniform) to 1 (natural), at most 4"
+            )
 
 
 def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> ScheduleSpec:

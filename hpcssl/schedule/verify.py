@@ -66,7 +66,9 @@ def _check_quotas(file: Path, tiles: np.ndarray, record: dict, builder: Builder,
     for organ, members in builder.members.items():
         told = record["organs"].get(organ, {"achieved": 0})["achieved"]
         if int(draws[members].sum()) != told:
-            raise ScheduleError(f"{file}: {organ} has {draws[members].sum()} positions, schedule.json says {told} (guarantee 2)")
+            raise ScheduleError(
+                f"{file}: {organ} has {draws[members].sum()} positions, schedule.json says {told} (guarantee 2)"
+            )
 
 
 def _check_even(file: Path, drawn: np.ndarray, builder: Builder) -> None:
@@ -75,4 +77,6 @@ def _check_even(file: Path, drawn: np.ndarray, builder: Builder) -> None:
     uneven = np.flatnonzero(most - least > 1)
     if len(uneven):
         slide_id = builder.slides["slide_id"].iloc[uneven[0]]
-        raise ScheduleError(f"{file}: the draw counts of slide {slide_id}'s tiles differ by more than one (guarantee 3)")
+        raise ScheduleError(
+            f"{file}: the draw counts of slide {slide_id}'s tiles differ by more than one (guarantee 3)"
+        )

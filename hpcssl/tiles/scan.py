@@ -49,7 +49,7 @@ def build_store(
     Raises
     ------
     StoreError
-        For an empty or unreadable folder, a file that is no whole JPEG (with the total), or a table that does not match.
+        For an empty folder, files that are no whole JPEG (with their number), or a table that does not match.
     """
     if out.exists():
         raise StoreError(f"{out}: exists already; remove it or choose another --out")

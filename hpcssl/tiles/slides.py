@@ -22,7 +22,8 @@ def read_slides(path: Path) -> pd.DataFrame:
     Raises
     ------
     SlideError
-        Naming the row: a missing column, a duplicate or blank slide_id, a blank organ, a count that is not a positive integer.
+        Naming the row: a missing column, a duplicate or blank slide_id, a blank organ, a count that is no positive
+        integer.
     """
     try:
         if path.suffix == ".parquet":
@@ -50,7 +51,9 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
             raise SlideError(f"{where}: row {blank[0] + 1} has no {column}")
     twice = frame["slide_id"][frame["slide_id"].duplicated()]
     if len(twice):
-        raise SlideError(f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide")
+        raise SlideError(
+            f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide"
+        )
     counts = pd.to_numeric(frame["num_tiles"], errors="coerce")
     bad = frame.index[~(counts >= 1) | (counts % 1 != 0)]
     if len(bad):

@@ -40,7 +40,9 @@ class Texts:
     def __init__(self, folder: Path, stem: str):
         self._ends = np.load(folder / f"{stem}.npy", mmap_mode="r")
         has_bytes = (folder / f"{stem}.bin").stat().st_size > 0
-        self._bytes = np.memmap(folder / f"{stem}.bin", dtype=np.uint8, mode="r") if has_bytes else np.zeros(0, np.uint8)
+        self._bytes = (
+            np.memmap(folder / f"{stem}.bin", dtype=np.uint8, mode="r") if has_bytes else np.zeros(0, np.uint8)
+        )
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -77,7 +79,9 @@ class Store:
         try:
             header = json.loads((path / "store.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{path}: no tile store (no store.json); make one with hpcssl store build TILES --out {path}") from None
+            raise StoreError(
+                f"{path}: no tile store (no store.json); make one with hpcssl store build TILES --out {path}"
+            ) from None
         except json.JSONDecodeError:
             raise StoreError(f"{path / 'store.json'}: damaged; build the store anew") from None
         if header.get("format") != FORMAT:
@@ -103,7 +107,7 @@ class Store:
         return self.root / self._folders[slide] / self._names[tile]
 
     def coordinates_of(self, tile: int) -> tuple[int, int]:
-        """Return the level-0 pixel (x, y) of a tile's corner, from a name ending in `_x<x>_y<y>.jpg`; (-1, -1) = unknown."""
+        """Return a tile's corner (x, y) in level-0 pixels, from a name that ends in `_x<x>_y<y>.jpg`; else (-1, -1)."""
         match = _COORDINATES.search(self._names[tile])
         return (int(match[1]), int(match[2])) if match else (-1, -1)
 
@@ -144,4 +148,6 @@ class Store:
                 bad.append(f"{path} is missing" if found is None else f"{path} has {found} bytes, not {sizes[tile]}")
             on_progress(1)
         if bad:
-            raise StoreError(f"{self.path}: {len(bad)} of {self.num_tiles} tiles changed since it was built; first: {bad[0]}")
+            raise StoreError(
+                f"{self.path}: {len(bad)} of {self.num_tiles} tiles changed since it was built; first: {bad[0]}"
+            )

@@ -30,6 +30,9 @@ from hpcssl.tiles.materials import ATLAS_PX, Materials, colour_table, prepare
 from hpcssl.tiles.tissue import COARSE_PX, ORGANS, Look, draw_tissue
 
 LABELS = ("benign", "malignant")
+DEMO_ORGANS = ("breast", "lung", "colon")
+DEMO_SLIDES = (75, 45, 30)
+DEMO_TILES = (24, 17, 15)
 _FORMAT = 1
 _JPEG_QUALITY = 90
 _WRITERS = 8  # threads that write and sync; one alone waits on the disk for longer than a tile takes to draw
@@ -52,9 +55,9 @@ def draw_tiles(
     out: Path,
     *,
     seed: int,
-    organs: Sequence[str] = ("breast", "lung", "colon"),
-    slides_per_organ: Sequence[int] = (75, 45, 30),
-    tiles_per_slide: Sequence[int] = (24, 17, 15),
+    organs: Sequence[str] = DEMO_ORGANS,
+    slides_per_organ: Sequence[int] = DEMO_SLIDES,
+    tiles_per_slide: Sequence[int] = DEMO_TILES,
     tile_px: int = 224,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> Path:
@@ -100,7 +103,10 @@ def draw_tiles(
 
 
 def plan_slides(
-    seed: int, organs: Sequence[str], slides_per_organ: Sequence[int], tiles_per_slide: Sequence[int]
+    seed: int,
+    organs: Sequence[str] = DEMO_ORGANS,
+    slides_per_organ: Sequence[int] = DEMO_SLIDES,
+    tiles_per_slide: Sequence[int] = DEMO_TILES,
 ) -> list[Slide]:
     """Return every slide's row and look; half of an organ's patients are positive, every third has two slides."""
     slides = []

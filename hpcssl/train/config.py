@@ -156,8 +156,8 @@ class Timeline:
         self.stop_step = self.step_at(stop_after)
         if self.stop_step * recipe.global_batch > schedule.num_positions or stop_after > length:
             raise ConfigError(
-                f"recipe: stop_after = {stop_after:g} pseudo-epochs, but {schedule.path} has {schedule.num_pseudo_epochs}"
-                f" and schedule_pseudo_epochs is {length}"
+                f"recipe: stop_after = {stop_after:g} pseudo-epochs, but {schedule.path} has"
+                f" {schedule.num_pseudo_epochs} and schedule_pseudo_epochs is {length}"
             )
         self.warmup_steps = self.step_at(recipe.optim.warmup_pseudo_epochs)
         self.frozen_steps = self.step_at(recipe.dino.freeze_last_layer_pseudo_epochs)
@@ -172,8 +172,9 @@ class Timeline:
         return step * self._recipe.global_batch / self._positions
 
     def ends_pseudo_epoch(self, step: int) -> bool:
-        """Return whether a pseudo-epoch's last position was consumed by the step before `step`, or none yet was."""
-        return step == 0 or int(self.pseudo_epoch_at(step)) > int(self.pseudo_epoch_at(step - 1))
+        """Return whether `step` is the last whole step of a pseudo-epoch; 0, the beginning, counts as one."""
+        number = -(-step * self._recipe.global_batch // self._positions)
+        return self.step_at(number) == step
 
     def values(self, step: int) -> StepValues:
         """Return the learning rate, weight decay and momentum of a step."""

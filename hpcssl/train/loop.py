@@ -25,11 +25,16 @@ from hpcssl.train.state import TrainState, resolve_precision
 
 
 class Stopped(Exception):
-    """Training stopped before its end because it was asked to; the state was saved unless a later start owns the run."""
+    """Training was asked to stop before its end; the state was saved unless a later start owns the run."""
 
 
 def train_step(
-    state: TrainState, batch: Batch, recipe: PretrainConfig, timeline: Timeline, collectives: Collectives, device: torch.device
+    state: TrainState,
+    batch: Batch,
+    recipe: PretrainConfig,
+    timeline: Timeline,
+    collectives: Collectives,
+    device: torch.device,
 ) -> dict[str, float]:
     """Compute one optimiser step from this rank's share of the batch, and return what is worth logging.
 
@@ -84,8 +89,8 @@ def train(
 ) -> None:
     """Train until `stop_after`, from the newest whole checkpoint of the run.
 
-    Rank 0, which holds a `generation`, writes the run folder; the others pass None. `asked_to_stop` is polled by every rank after
-    each step and agreed on, so that all stop at the same step.
+    Rank 0, which holds a `generation`, writes the run folder; the others pass None. `asked_to_stop` is polled by every
+    rank after each step and agreed on, so that all stop at the same step.
 
     Raises
     ------
@@ -177,7 +182,16 @@ class _Writer:
             "time": time.time(),
         }
         self._metrics.write(line)
-        for key in ("loss", "lr", "weight_decay", "momentum", "grad_norm", "teacher_entropy", "tiles_per_s", "read_wait_s"):
+        for key in (
+            "loss",
+            "lr",
+            "weight_decay",
+            "momentum",
+            "grad_norm",
+            "teacher_entropy",
+            "tiles_per_s",
+            "read_wait_s",
+        ):
             if key in line:
                 self._board.add_scalar(key, line[key], state.step)
 
@@ -204,7 +218,6 @@ def _stream(
     schedule: Schedule,
     collectives: Collectives,
 ) -> TileStream:
-    patch_px = next(m for m in state.objective.module.modules() if hasattr(m, "patch_px")).patch_px
     return TileStream(
         store=store,
         schedule=schedule,
@@ -214,7 +227,7 @@ def _stream(
         world=collectives.world,
         start_step=state.step,
         stop_step=timeline.stop_step,
-        num_patches=(recipe.augment.global_views.view_px // int(patch_px)) ** 2,
+        num_patches=state.objective.num_patches,
         config=recipe.loader,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -23,25 +23,28 @@ from hpcssl.train.reduce import Collectives
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as both papers normalise
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A trainable with its loss.
 
     `module` holds everything that is saved; `trained` names its part that the optimiser sees; `encoder_prefix` is where
-    in `module` the weights stand that features are made with.
+    in `module` the weights stand that features are made with; `num_patches` of a global view, 0 where none are masked.
     """
 
     module: nn.Module
     trained: nn.Module
     encoder_prefix: str
+    num_patches: int
 
+    @abstractmethod
     def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
         """Return the mean loss of some tiles; views are uint8 (V, B, px, px, 3) for each kind."""
 
-    def before_update(self, values: StepValues) -> None:
+    def before_update(self, values: StepValues) -> None:  # noqa: B027 - nothing to do is the default
         """Change gradients after they were reduced."""
 
     def after_update(self, values: StepValues, count: int, collectives: Collectives) -> dict[str, float]:
         """Follow an update of the weights; `count` tiles were in this rank's share. Returns what is worth logging."""
+        return {}
 
 
 def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
@@ -51,19 +54,20 @@ def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
         return Dino(recipe, device) if recipe.objective == "dino" else Mae(recipe, device)
 
 
-class Dino:
+class Dino(Objective):
     """Student, teacher and centre (Caron et al. 2021)."""
 
     encoder_prefix = "teacher.encoder."
+    num_patches = 0
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
         self._recipe, self._config = recipe, recipe.dino
         encoder = build_encoder(recipe.encoder)
         student = nn.ModuleDict({"encoder": encoder, "head": DinoHead(encoder.embed_dim, recipe.dino.head)})
         teacher = copy.deepcopy(student).requires_grad_(False)
-        self.module = nn.ModuleDict({"student": student, "teacher": teacher}).to(device)
+        self.module: nn.Module = nn.ModuleDict({"student": student, "teacher": teacher}).to(device)
         self.module.register_buffer("center", torch.zeros(recipe.dino.head.out_dim, device=device))
-        self.trained = student
+        self.trained: nn.Module = student
         self._student, self._teacher = student, teacher
         self._rates = drop_path_rates(recipe.encoder)
         self._sum = torch.zeros_like(self._center)
@@ -79,9 +83,7 @@ class Dino:
             teacher = self._logits(self._teacher, views[0], scale=None)
         students, first_view = [], 0
         for kind in views:
-            keep = draw_drop_path(
-                self._recipe.seed, positions, range(first_view, first_view + len(kind)), self._rates
-            )
+            keep = draw_drop_path(self._recipe.seed, positions, range(first_view, first_view + len(kind)), self._rates)
             scale = residual_scale(torch.from_numpy(keep.transpose(1, 0, 2).reshape(-1, len(self._rates))), self._rates)
             students.append(self._logits(self._student, kind, scale.to(kind.device)))
             first_view += len(kind)
@@ -119,28 +121,23 @@ class Dino:
         return model["head"](features).unflatten(0, views.shape[:2])
 
 
-class Mae:
+class Mae(Objective):
     """The masked autoencoder (He et al. 2022)."""
 
     encoder_prefix = "encoder."
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
-        self.module = MaskedAutoencoder(build_encoder(recipe.encoder), recipe.decoder).to(device)
+        encoder = build_encoder(recipe.encoder)
+        self.module: nn.Module = MaskedAutoencoder(encoder, recipe.decoder).to(device)
         self.trained = self.module
-        self._patch_px = self.module.encoder.patch_px
+        self.num_patches = encoder.grid_size[0] * encoder.grid_size[1]
+        self._patch_px = encoder.patch_px
 
     def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
         """Return the mean squared error over the hidden patches."""
         assert mask is not None, "the plan of an MAE recipe holds masks"
         images = normalised(views[0][0])
         return mae_loss(self.module(images, mask), images, mask.to(images.device), self._patch_px)
-
-    def before_update(self, values: StepValues) -> None:
-        """Do nothing."""
-
-    def after_update(self, values: StepValues, count: int, collectives: Collectives) -> dict[str, float]:
-        """Do nothing."""
-        return {}
 
 
 def normalised(pixels: Tensor) -> Tensor:

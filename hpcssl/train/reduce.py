@@ -1,14 +1,14 @@
 """Data parallelism: collectives as values, and gradients reduced in a layout that is fixed from step 0.
 
-torch's DistributedDataParallel rebuilds its buckets after the first step it runs, so a resumed run of three or more ranks
-sums in another order than the uninterrupted one and parts from it in the last bits. Here all gradients are views
+torch's DistributedDataParallel rebuilds its buckets after the first step it runs, so a resumed run of three or more
+ranks sums in another order than the uninterrupted one and parts from it in the last bits. Here all gradients are views
 into one buffer whose layout follows from the model alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def _unchanged(tensor: Tensor) -> None:
 class Collectives:
     """What ranks do together. `all_reduce_sum` sums a tensor over all ranks, in place."""
 
-    world: World = World()
+    world: World = field(default_factory=World)
     all_reduce_sum: Callable[[Tensor], None] = _unchanged
 
 

@@ -1,0 +1,59 @@
+"""Named ways to train the gated-attention head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hpcssl.core.config import nearest
+from hpcssl.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MccvPreset:
+    """Head and training of the benchmark; the defaults are the paper's."""
+
+    name: str
+    epochs: int = 50
+    """Passes over a run's training slides, one whole slide a step."""
+    warmup_epochs: int = 10
+    """Linear, from 0 to `lr`."""
+    lr: float = 5e-4
+    final_lr: float = 1e-6
+    """Cosine from `lr`, by step."""
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    """Cosine from `weight_decay`, by step; none on biases."""
+    hidden: tuple[int, int] = (512, 512)
+    attention: int = 384
+    dropout: float = 0.25
+    """After both hidden layers and both attention branches; rounded to 1/256."""
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        MccvPreset(name="gma-50"),
+        MccvPreset(name="gma-40", epochs=40, lr=1e-4),  # the authors' public code and its example
+        MccvPreset(
+            name="mccv-demo", epochs=10, warmup_epochs=2, lr=1e-3, hidden=(64, 64), attention=32
+        ),  # small enough for a laptop's CPU
+    )
+}
+
+
+def preset_named(name: str, epochs: int | None = None) -> MccvPreset:
+    """Return a preset, with another length if `epochs` is given; the warm-up is then at most a quarter of it.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name or a length below one epoch.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name}: no such preset; {nearest(name, list(PRESETS))}")
+    preset = PRESETS[name]
+    if epochs is None:
+        return preset
+    if epochs < 1:
+        raise ConfigError(f"{epochs} epochs: expected at least 1")
+    return replace(preset, epochs=epochs, warmup_epochs=min(preset.warmup_epochs, epochs // 4))

@@ -1,0 +1,257 @@
+"""Monte-Carlo splits of labelled slides: `slide, target, [patient_id], mccv1 … mccvK` with train/val in the cells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hpcssl.core.errors import SplitError
+from hpcssl.core.rng import key_of
+from hpcssl.tiles.slides import group_keys
+
+PATIENT = "patient_id"
+TRAIN, VAL = "train", "val"
+_TRIES = 200  # draws among which the nearest is taken where groups hold several classes
+
+
+def make_splits(
+    frame: pd.DataFrame,
+    target: str,
+    num: int = 20,
+    train: float = 0.8,
+    group: str = PATIENT,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Draw `num` splits of a slide table, stratified by the column `target`, no group on both sides.
+
+    Of a class with n slides ⌊n · train + 1/2⌋ train (at least 1, at most n - 1), or as near to it as whole groups
+    allow. Slides with a blank target are left out. A blank group, or a table without `patient_id`, makes each slide
+    its own group. A draw is a function of (seed, split, group), not of the table's order.
+
+    Raises
+    ------
+    SplitError
+        If the target has one class, or a class cannot be on both sides.
+    """
+    if target not in frame.columns:
+        raise SplitError(f"the slide table has no column {target}; it has {', '.join(frame.columns)}")
+    if num < 1 or not 0 < train < 1:
+        raise SplitError(
+            f"{num} splits with {train} of the slides in train: expected at least 1, and a part between 0 and 1"
+        )
+    labelled = frame[frame[target] != ""].sort_values("slide_id", ignore_index=True)
+    if group == PATIENT and PATIENT not in labelled.columns:
+        groups = "slide " + labelled["slide_id"]
+    else:
+        groups = group_keys(labelled, group)
+    counts = pd.crosstab(groups, labelled[target])
+    _check_possible(counts, target)
+    wanted = [_wanted(int(total), train) for total in counts.sum()]
+    table = labelled[["slide_id", target]].set_axis(["slide", "target"], axis=1)
+    if group in labelled.columns:
+        table[group] = labelled[group]
+    for split in range(1, num + 1):
+        in_train = _draw(counts, wanted, seed, split)
+        table[f"mccv{split}"] = np.where(groups.isin(in_train), TRAIN, VAL)
+    return table
+
+
+def read_splits(path: Path, group: str = PATIENT) -> pd.DataFrame:
+    """Read and check a split file, all cells as text; SplitError says what is wrong and where."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise SplitError(f"{path}: no such split file; make one with `hpcssl splits`") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise SplitError(f"{path}: not a split file ({' '.join(str(error).split())})") from None
+    return check_splits(frame, where=str(path), group=group)
+
+
+def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT) -> pd.DataFrame:
+    """Check a split table and return it ordered by slide.
+
+    Raises
+    ------
+    SplitError
+        For a missing column, a slide twice, a blank target, a cell that is neither train nor val, a class that a side
+        of a split lacks, or a group (column `group`, if there) on both sides of one.
+    """
+    columns = split_columns(frame)
+    for column in ("slide", "target"):
+        if column not in frame.columns:
+            raise SplitError(f"{where}: no column {column}; expected slide, target, [patient_id], mccv1 …")
+    if not columns or frame.empty:
+        raise SplitError(f"{where}: no {'slides' if columns else 'columns mccv1, mccv2 …'} in it")
+    twice = frame["slide"][frame["slide"].duplicated()]
+    if len(twice):
+        raise SplitError(
+            f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide"
+        )
+    blank = frame["slide"][frame["target"] == ""]
+    if len(blank):
+        raise SplitError(f"{where}: slide {blank.iloc[0]} has no target ({len(blank)} such rows); leave such rows out")
+    for column in columns:
+        unknown = ~frame[column].isin([TRAIN, VAL])
+        if unknown.any():
+            row = frame[unknown].iloc[0]
+            raise SplitError(
+                f"{where}: {column} of slide {row['slide']} is {row[column]!r}; expected train or val"
+                f" ({unknown.sum()} such cells)"
+            )
+        _check_classes(frame, column, where)
+        if group in frame.columns:
+            sides = frame[frame[group] != ""].groupby(group)[column].nunique()
+            leaking = sides[sides > 1]
+            if len(leaking):
+                raise SplitError(
+                    f"{where}: {group} {leaking.index[0]} is on both sides of {column} ({len(leaking)} such groups);"
+                    f" keep the slides of a group together"
+                )
+    return frame.sort_values("slide", ignore_index=True)
+
+
+def split_columns(frame: pd.DataFrame) -> list[str]:
+    """Return mccv1 … mccvK, in the order of their numbers."""
+    names = [str(name) for name in frame.columns if re.fullmatch(r"mccv\d+", str(name))]
+    return sorted(names, key=split_number)
+
+
+def split_number(column: str) -> int:
+    """Return the k of mccvk."""
+    return int(column[len("mccv") :])
+
+
+def without_missing(frame: pd.DataFrame, known: Sequence[str], *, where: str, allow_missing: bool) -> pd.DataFrame:
+    """Return the rows whose slides have features.
+
+    Raises
+    ------
+    SplitError
+        For slides without features, unless `allow_missing`; and if a side of a split then lacks a class.
+    """
+    present = frame["slide"].isin(set(known))
+    missing = frame["slide"][~present]
+    if len(missing) and not allow_missing:
+        raise SplitError(
+            f"{where}: slide {missing.iloc[0]} has no features ({len(missing)} of {len(frame)} slides); "
+            "embed them, or leave them out with --allow-missing"
+        )
+    kept = frame[present].reset_index(drop=True)
+    for column in split_columns(kept):
+        _check_classes(kept, column, where, all_classes=sorted(frame["target"].unique()))
+    return kept
+
+
+def _check_classes(frame: pd.DataFrame, column: str, where: str, all_classes: Sequence[str] | None = None) -> None:
+    classes = sorted(frame["target"].unique() if all_classes is None else all_classes)
+    if len(classes) < 2:
+        raise SplitError(f"{where}: every slide has the target {classes[0]}; expected at least two classes")
+    for side in (TRAIN, VAL):
+        lacking = sorted(set(classes) - set(frame["target"][frame[column] == side]))
+        if lacking:
+            raise SplitError(
+                f"{where}: {column} has no slide of class {lacking[0]} in {side}; every class must be on both sides"
+            )
+
+
+def _check_possible(counts: pd.DataFrame, target: str) -> None:
+    """Refuse a target with fewer than two classes or a class that one group holds alone."""
+    if counts.shape[1] < 2:
+        found = f"the one value {counts.columns[0]}" if counts.shape[1] else "no values"
+        raise SplitError(f"column {target} has {found}; expected at least two classes to tell apart")
+    for name in counts.columns:
+        if (counts[name] > 0).sum() < 2:
+            only = counts.index[counts[name] > 0][0]
+            raise SplitError(
+                f"class {name} of column {target} has slides in one group only ({only}); a class needs two groups"
+                " to be in both train and val: leave the class out or add slides"
+            )
+
+
+def _wanted(total: int, train: float) -> int:
+    """Return ⌊total · train + 1/2⌋ in exact arithmetic of the decimal as written, within 1 … total - 1."""
+    return min(max(int(total * Fraction(str(train)) + Fraction(1, 2)), 1), total - 1)
+
+
+def _draw(counts: pd.DataFrame, wanted: Sequence[int], seed: int, split: int) -> list[str]:
+    """Return the groups of one split's train side.
+
+    Groups of one class are chosen exactly. Those of several classes are drawn first; that draw is repeated and the
+    nearest of all is taken.
+    """
+    names, size_GC = counts.index.to_numpy(), counts.to_numpy()
+    mixed = (size_GC > 0).sum(axis=1) > 1
+    best: tuple[tuple[int, int], NDArray[np.bool_]] | None = None
+    for attempt in range(_TRIES if mixed.any() else 1):
+        keys = [key_of(seed, f"mccv/split={split}/try={attempt}/group={name}") for name in names]
+        chosen_G = _attempt(
+            size_GC, mixed, np.array(wanted), np.argsort(np.array(keys, dtype=np.uint64), kind="stable")
+        )
+        train_C = size_GC[chosen_G].sum(axis=0)
+        lacking = int(((train_C == 0) | (train_C == size_GC.sum(axis=0))).sum())
+        score = (lacking, int(np.abs(train_C - wanted).sum()))
+        if best is None or score < best[0]:
+            best = score, chosen_G
+        if score == (0, 0):
+            break
+    assert best is not None
+    (lacking, _), chosen_G = best
+    if lacking:
+        train_C = size_GC[chosen_G].sum(axis=0)
+        worst = counts.columns[np.flatnonzero((train_C == 0) | (train_C == size_GC.sum(axis=0)))[0]]
+        raise SplitError(
+            f"split {split}: no draw of whole groups put class {worst} in both train and val;"
+            " its slides are in too few groups"
+        )
+    return list(names[chosen_G])
+
+
+def _attempt(
+    size_GC: NDArray[np.int64], mixed: NDArray[np.bool_], wanted_C: NDArray[np.int64], order: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Choose groups in a given order: mixed ones while they bring their own share nearer, then each class exactly."""
+    chosen_G = np.zeros(len(size_GC), dtype=bool)
+    total_C = size_GC.sum(axis=0)
+    share_C = size_GC[mixed].sum(axis=0) * wanted_C / total_C
+    for g in order[mixed[order]]:
+        got_C = size_GC[chosen_G].sum(axis=0)
+        if np.abs(share_C - got_C - size_GC[g]).sum() < np.abs(share_C - got_C).sum():
+            chosen_G[g] = True
+    from_mixed_C = size_GC[chosen_G].sum(axis=0)
+    for c in range(size_GC.shape[1]):
+        pure = [g for g in order if size_GC[g, c] and not mixed[g]]
+        in_val = int(size_GC[mixed & ~chosen_G, c].sum())
+        sizes = [int(size_GC[g, c]) for g in pure]
+        lowest, highest = int(from_mixed_C[c] == 0), sum(sizes) - int(in_val == 0)
+        chosen_G[[pure[i] for i in _subset(sizes, int(wanted_C[c] - from_mixed_C[c]), lowest, highest)]] = True
+    return chosen_G
+
+
+def _subset(sizes: Sequence[int], wanted: int, lowest: int, highest: int) -> list[int]:
+    """Return the first indices, in order, whose sizes sum as near to `wanted` as possible, within lowest … highest.
+
+    Nothing if there is no such sum.
+
+    >>> _subset([5, 2, 2, 3], 4, 1, 11), _subset([5, 2, 2, 3], 6, 1, 11)
+    ([1, 2], [0])
+    """
+    reachable = [1]  # of the last i sizes: bit s is set if some of them sum to s
+    for size in reversed(sizes):
+        reachable.append(reachable[-1] | reachable[-1] << size)
+    reachable.reverse()
+    sums = [s for s in range(max(lowest, 0), highest + 1) if reachable[0] >> s & 1]
+    if not sums:
+        return []
+    rest = min(sums, key=lambda s: (abs(s - wanted), s))
+    taken = []
+    for i, size in enumerate(sizes):
+        if rest >= size and reachable[i + 1] >> (rest - size) & 1:
+            taken.append(i)
+            rest -= size
+    return taken

@@ -1,0 +1,85 @@
+import h5py
+import numpy as np
+import pytest
+
+from hpcssl.core.errors import FeatureError
+from hpcssl.features.files import read_coords, read_slide, write_slide
+
+COORDS = np.array([[0, 0], [224, 0], [448, 0]])
+
+
+def test_features_come_back(tmp_path):
+    features = np.random.default_rng(0).normal(size=(3, 5))
+    write_slide(tmp_path / "a.h5", features, COORDS)
+    back = read_slide(tmp_path / "a.h5")
+    assert back.dtype == np.float32
+    assert np.array_equal(back, features.astype(np.float32))
+    assert np.array_equal(read_coords(tmp_path / "a.h5"), COORDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_half_precision_stays_so_on_disk(tmp_path):
+    write_slide(tmp_path / "a.h5", np.ones((3, 5), np.float16), COORDS)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["features"].dtype == np.float16
+        assert file["coords"].dtype == np.int64
+    assert read_slide(tmp_path / "a.h5").dtype == np.float32
+
+
+def test_a_leading_axis_of_one_is_dropped(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.ones((1, 4, 5), np.float32)
+    assert read_slide(tmp_path / "a.h5").shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("features", "coords", "message"),
+    [
+        (np.array([[1.0, np.nan]]), COORDS[:1], "not finite .* 1 of 1 tiles"),
+        (np.ones((0, 5)), COORDS[:0], "no tiles"),
+        (np.ones(5), COORDS, "tiles × size"),
+        (np.ones((2, 5), int), COORDS[:2], "expected floats"),
+        (np.ones((2, 5)), COORDS, "coords of shape"),
+    ],
+)
+def test_unusable_features_are_not_written(tmp_path, features, coords, message):
+    with pytest.raises(FeatureError, match=message):
+        write_slide(tmp_path / "a.h5", features, coords)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FeatureError, match=r"gone\.h5: no such feature file"):
+        read_slide(tmp_path / "gone.h5")
+
+
+def test_truncated_file(tmp_path):
+    path = tmp_path / "a.h5"
+    write_slide(path, np.ones((300, 50)), np.zeros((300, 2)))
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(FeatureError, match=r"a\.h5: truncated or not HDF5") as error:
+        read_slide(path)
+    assert "\n" not in str(error.value)
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "a.h5").touch()
+    with pytest.raises(FeatureError, match="truncated or not HDF5"):
+        read_slide(tmp_path / "a.h5")
+
+
+def test_nan_and_wrong_size_are_refused_on_reading(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.array([[1.0, np.inf], [1.0, 2.0]])
+    with pytest.raises(FeatureError, match="1 of 2 tiles"):
+        read_slide(tmp_path / "a.h5")
+    write_slide(tmp_path / "b.h5", np.ones((3, 5)), COORDS)
+    with pytest.raises(FeatureError, match="size 5; expected 4"):
+        read_slide(tmp_path / "b.h5", 4)
+
+
+def test_other_datasets_are_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["feats"] = np.ones((1, 2))
+    with pytest.raises(FeatureError, match="no dataset features; it has feats"):
+        read_slide(tmp_path / "a.h5")

@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+
+from hpcssl.core.errors import FeatureError
+from hpcssl.features.files import write_slide
+from hpcssl.features.folder import FeatureSet, write_index
+
+
+def fill(folder, slides=("b", "a.1"), dim=4):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, slide in enumerate(slides):
+        write_slide(folder / f"{slide}.h5", np.full((2, dim), float(number)), np.zeros((2, 2)))
+    return folder
+
+
+def test_a_folder_with_its_index(tmp_path):
+    fill(tmp_path)
+    write_index(tmp_path, encoder="timm/resnet50", checkpoint="500", dim=4, weights_digest="abc")
+    features = FeatureSet.open(tmp_path)
+    assert (features.encoder, features.checkpoint, features.dim) == ("timm/resnet50", "500", 4)
+    assert features.slides == ("a.1", "b")
+    assert features.about["weights_digest"] == "abc"
+    assert features.load("a.1").tolist() == [[1] * 4] * 2
+    assert json.loads((tmp_path / "features.json").read_text())["format"] == 1
+
+
+def test_a_foreign_folder_is_readable_as_it_is(tmp_path):
+    features = FeatureSet.open(fill(tmp_path / "uni_v1"))
+    assert (features.encoder, features.checkpoint, features.dim) == ("uni_v1", "", 4)
+
+
+def test_unfinished_files_are_no_slides(tmp_path):
+    fill(tmp_path)
+    (tmp_path / ".c.h5.123.tmp").touch()
+    (tmp_path / "._b.h5").touch()
+    assert FeatureSet.open(tmp_path).slides == ("a.1", "b")
+
+
+def test_a_slide_of_another_size_is_refused(tmp_path):
+    fill(tmp_path)
+    fill(tmp_path, ["z"], dim=5)
+    with pytest.raises(FeatureError, match=r"z\.h5: features of size 5; expected 4"):
+        FeatureSet.open(tmp_path).load("z")
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(FeatureError, match="no such folder"):
+        FeatureSet.open(tmp_path / "gone")
+    with pytest.raises(FeatureError, match=r"no feature files .* perhaps .*h5_files"):
+        FeatureSet.open(fill(tmp_path / "clam" / "h5_files").parent)
+    fill(tmp_path / "bad")
+    for content, message in (
+        ("{", "not JSON"),
+        ('{"format": 2}', "reads format 1"),
+        ('{"format": 1, "encoder": "x", "checkpoint": 5, "dim": 4}', "checkpoint is 5; expected str"),
+        ('{"format": 1, "encoder": "x", "checkpoint": "5"}', "dim is None"),
+    ):
+        (tmp_path / "bad" / "features.json").write_text(content)
+        with pytest.raises(FeatureError, match=message):
+            FeatureSet.open(tmp_path / "bad")
+
+
+def test_the_digest_follows_names_sizes_and_index(tmp_path):
+    before = FeatureSet.open(fill(tmp_path / "x")).digest()
+    assert FeatureSet.open(tmp_path / "x").digest() == before
+    fill(tmp_path / "x", ["c"])
+    more = FeatureSet.open(tmp_path / "x").digest()
+    write_index(tmp_path / "x", encoder="x", checkpoint="1", dim=4)
+    assert len({before, more, FeatureSet.open(tmp_path / "x").digest()}) == 3

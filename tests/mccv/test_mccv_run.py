@@ -1,0 +1,152 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hpcssl.core.errors import ConfigError, FeatureError, SplitError
+from hpcssl.features.files import write_slide
+from hpcssl.features.folder import write_index
+from hpcssl.mccv import run as run_module
+from hpcssl.mccv.presets import PRESETS
+from hpcssl.mccv.run import COLUMNS, file_name, plan_parts, read_results, run_parts
+from hpcssl.mccv.splits import make_splits
+
+PRESET = replace(PRESETS["mccv-demo"], epochs=2, warmup_epochs=0, hidden=(8, 8), attention=4)
+SLIDES = [f"s{i:02d}" for i in range(16)]
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Two feature folders and a split file of 3 splits."""
+    rng = np.random.default_rng(0)
+    for name, encoder, checkpoint in (("untrained", "timm/vit small", "0"), ("trained", "timm/vit small", "500")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for slide in SLIDES:
+            tiles = rng.integers(1, 5)
+            write_slide(folder / f"{slide}.h5", rng.normal(size=(tiles, 6)), np.zeros((tiles, 2)))
+        write_index(folder, encoder=encoder, checkpoint=checkpoint, dim=6)
+    table = pd.DataFrame({"slide_id": SLIDES, "label": ["a", "b"] * 8})
+    make_splits(table, "label", num=3).to_csv(tmp_path / "breast.csv", index=False)
+    return tmp_path
+
+
+def bench(inputs, names=("untrained", "trained"), preset=PRESET, out="out", seed=0, **options):
+    parts = plan_parts([inputs / n for n in names], [inputs / "breast.csv"], preset, seed=seed, **options)
+    return run_parts(parts, preset, inputs / out, seed=seed)
+
+
+def test_results_hold_every_run_epoch_and_metric(inputs):
+    table = bench(inputs)
+    assert tuple(table.columns) == COLUMNS
+    assert len(table) == 2 * 3 * 2 * 2 * 3
+    assert set(table["metric"]) == {"train_loss", "val_loss", "auc"}
+    assert set(table["checkpoint"]) == {"0", "500"}
+    assert not table.duplicated(list(COLUMNS[:-1])).any()
+    names = sorted(path.name for path in (inputs / "out" / "parts").glob("*.csv"))
+    assert names == ["breast__timm-vit-small__0.csv", "breast__timm-vit-small__500.csv"]
+    assert read_results(inputs / "out" / "results.csv").equals(table)
+
+
+def test_same_inputs_give_the_same_bytes(inputs):
+    bench(inputs)
+    bench(inputs, out="again")
+    assert (inputs / "out" / "results.csv").read_bytes() == (inputs / "again" / "results.csv").read_bytes()
+
+
+def test_rows_of_the_split_file_may_stand_in_any_order(inputs):
+    bench(inputs)
+    pd.read_csv(inputs / "breast.csv").sample(frac=1, random_state=0).to_csv(inputs / "breast.csv", index=False)
+    bench(inputs, out="again")
+    assert (inputs / "out" / "results.csv").read_bytes() == (inputs / "again" / "results.csv").read_bytes()
+
+
+def test_done_parts_are_not_computed_again(inputs, monkeypatch):
+    bench(inputs, ["untrained"])
+    fitted, real = [], run_module.fit
+    monkeypatch.setattr(run_module, "fit", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    assert len(bench(inputs)) == 72
+    assert len(fitted) == 1
+    before = (inputs / "out" / "results.csv").read_bytes()
+    (inputs / "out" / "results.csv").unlink()
+    bench(inputs)
+    assert len(fitted) == 1
+    assert (inputs / "out" / "results.csv").read_bytes() == before
+
+
+def test_a_part_killed_before_its_table_is_computed(inputs):
+    bench(inputs, ["untrained"])
+    (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()
+    assert len(bench(inputs, ["untrained"])) == 36
+
+
+def test_parts_made_with_something_else_are_refused(inputs):
+    bench(inputs, ["untrained"])
+    with pytest.raises(ConfigError, match=r"__0\.csv: made with preset\.lr = 0\.001, now 0\.01"):
+        bench(inputs, ["untrained"], replace(PRESET, lr=0.01))
+    with pytest.raises(ConfigError, match=r"preset\.epochs = 2, now 3"):
+        bench(inputs, ["trained"], replace(PRESET, epochs=3))
+    with pytest.raises(ConfigError, match="seed = 0, now 1"):
+        bench(inputs, ["untrained"], seed=1)
+    with pytest.raises(ConfigError, match="replicas = 2, now 1"):
+        bench(inputs, ["untrained"], replicas=1)
+    (inputs / "untrained" / "more.h5").write_bytes((inputs / "untrained" / "s00.h5").read_bytes())
+    with pytest.raises(ConfigError, match="features_digest = "):
+        bench(inputs, ["untrained"])
+    (inputs / "untrained" / "more.h5").unlink()
+    table = pd.DataFrame({"slide_id": SLIDES, "label": ["a", "b"] * 8})
+    make_splits(table, "label", num=3, seed=9).to_csv(inputs / "breast.csv", index=False)
+    with pytest.raises(ConfigError, match="splits_digest = "):
+        bench(inputs, ["untrained"])
+    (inputs / "out" / "parts" / "breast__timm-vit-small__0.json").unlink()
+    with pytest.raises(ConfigError, match=r"no readable breast__timm-vit-small__0\.json"):
+        bench(inputs, ["untrained"])
+
+
+def test_one_run_alone_equals_that_run_among_all(inputs):
+    full = bench(inputs, ["trained"])
+    alone = bench(inputs, ["trained"], out="alone", only=(2, 1))
+    keys = ["split", "replica", "epoch", "metric"]
+    both = full.merge(alone, on=keys, suffixes=("_full", "_alone"))
+    assert len(alone) == len(both) == 6
+    np.testing.assert_allclose(both["value_full"], both["value_alone"], atol=1e-5)
+
+
+def test_runs_computed_one_by_one_gather_into_one_table(inputs):
+    for run in ((1, 1), (1, 2), (3, 2)):
+        table = bench(inputs, ["trained"], only=run)
+    assert len(table) == 3 * 6
+    assert len(bench(inputs, ["trained"])) == 36
+    with pytest.raises(ConfigError, match="no split 4, replica 1"):
+        bench(inputs, ["trained"], only=(4, 1))
+
+
+def test_slides_without_features(inputs):
+    (inputs / "trained" / "s03.h5").unlink()
+    with pytest.raises(SplitError, match=r"breast\.csv with .*trained: slide s03 has no features \(1 of 16 slides\)"):
+        bench(inputs)
+    assert len(bench(inputs, allow_missing=True)) == 72
+    record = json.loads((inputs / "out" / "parts" / "breast__timm-vit-small__500.json").read_text())
+    assert record["slides"] == 15
+
+
+def test_broken_features_are_named(inputs):
+    path = inputs / "trained" / "s03.h5"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(FeatureError, match=r"s03\.h5: truncated"):
+        bench(inputs, ["trained"])
+    assert not (inputs / "out" / "results.csv").exists()
+
+
+def test_two_inputs_of_one_name_are_refused(inputs):
+    with pytest.raises(ConfigError, match=r"task breast .* is given twice"):
+        bench(inputs, ["trained", "trained"])
+
+
+def test_file_names_are_safe():
+    assert file_name("hf-hub:a/b c") == "hf-hub-a-b-c"
+    assert file_name("../../etc") == "-..-etc"
+    assert file_name("x" * 300) != file_name("x" * 299 + "y")
+    assert len(file_name("x" * 300)) < 80

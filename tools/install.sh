@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Installs hpcssl into .venv of this checkout (or $HPCSSL_VENV): `bash tools/install.sh [extras]`, for example `dev`.
+# Done once for every change of setup.py; needs Python 3.10 to 3.13 (or $PYTHON) and, where venv or pip is missing, apt as root.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${HPCSSL_VENV:-$root/.venv}
+extras=${1:-}
+
+say() { echo "[install] $*" >&2; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  say "error: no Python 3.10 to 3.13 found; install one, or name it: PYTHON=/path/to/python bash $0"
+  return 2
+}
+
+make_venv() {
+  local python=$1
+  if ! "$python" -m venv "$venv" 2>/dev/null; then
+    rm -rf "$venv"
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+      say "python3-venv is missing: installing it"
+      apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null
+      "$python" -m venv "$venv"
+    else
+      say "error: $python has no venv; on Debian: apt install python3-venv"
+      return 2
+    fi
+  fi
+}
+
+stamp=$venv/.hpcssl-installed
+wanted="$(sha256sum "$root/setup.py" | cut -d' ' -f1) $extras $root"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+[ -x "$venv/bin/python" ] || make_venv "$(find_python)"
+say "installing into $venv (PyTorch is large: the first time takes some minutes)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"
+echo "$wanted" >"$stamp"

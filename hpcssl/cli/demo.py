@@ -89,15 +89,13 @@ class Demo:
             "seed": self.seed,
         }
         file = self.out / "demo.json"
-        if file.exists():
-            difference = first_difference(json.loads(file.read_text(encoding="utf-8")), asked)
-            if difference:
-                key, before, now = difference
-                raise ConfigError(f"{self.out}: a demo with {key} = {before}, asked for is {now}; choose another --out")
-            return
-        leftovers = (".demo.json.",)  # of a demo that was killed while it wrote its first file
-        if self.out.exists() and any(not e.name.startswith(leftovers) for e in self.out.iterdir()):
+        # hidden names are what a killed start left; with nothing else beside demo.json no stage was ever done
+        begun = self.out.exists() and any(e != file and not e.name.startswith(".") for e in self.out.iterdir())
+        if begun and not file.exists():
             raise ConfigError(f"{self.out}: not empty and no demo; choose another --out")
+        if begun and (difference := first_difference(json.loads(file.read_text(encoding="utf-8")), asked)):
+            key, before, now = difference
+            raise ConfigError(f"{self.out}: a demo with {key} = {before}, asked for is {now}; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(asked, indent=1) + "\n")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 import hpcssl
 from hpcssl.core.errors import UserError, describe_os_error
@@ -22,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser(arguments[0] if arguments and arguments[0] in COMMANDS else None)
     args = parser.parse_args(arguments)
     if not getattr(args, "run", None):
-        parser.print_help()
+        parser.print_help(sys.stderr)
         return EXIT_USER_ERROR
     try:
         return int(args.run(args))
@@ -35,9 +38,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2; of an unknown option, name the nearest."""
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], [o for p in _below(self) for o in p._option_string_actions], 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        sys.exit(_fail(f"{message}; see {self.prog} --help"))
+
+
+def _below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of its commands and actions."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _below(child)
+
+
 def _parser(wanted: str | None) -> argparse.ArgumentParser:
     """Build the parser; of the commands, import only the wanted one (all of them for the overview)."""
-    parser = argparse.ArgumentParser(prog="hpcssl", description=hpcssl.__doc__, allow_abbrev=False)
+    parser = _Parser(prog="hpcssl", description=hpcssl.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hpcssl {hpcssl.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name in [wanted] if wanted else COMMANDS:

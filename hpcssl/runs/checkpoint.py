@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,7 +38,13 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, torch.Tensor], s
     header = json.dumps({**content, "digest": _digest(whole, content)})
     path = checkpoint_path(run, step)
     with atomic_file(path) as temporary:
-        save_file(whole, temporary, metadata={"hpcssl": header})
+        try:
+            save_file(whole, temporary, metadata={"hpcssl": header})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number:  # a full disk, say: an error of the system like any other
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+            raise
     return path
 
 

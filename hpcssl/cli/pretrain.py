@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcssl.jobs.cluster import Resources
 
 SUMMARY = "pretrain an encoder with DINO or MAE; on an existing --out it goes on where it was"
 EXAMPLE = (
     "hpcssl pretrain dino-vits16-opal --store STORE --schedule SCHED --out runs/a"
-    " --cluster slurm --nodes 3 --gpus-per-node 4"
+    " --cluster slurm --profile a100 --nodes 3 --gpus-per-node 4"
 )
 
 
@@ -32,34 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus-per-node",
         type=int,
-        default=None,
         metavar="N",
-        help="processes on each machine, one GPU each where it has GPUs (default: its GPUs, else 1)",
+        help="processes on each machine, one GPU each where it has GPUs (default: the profile's, or the GPUs here)",
     )
-    parser.add_argument(
-        "--cpus-per-gpu", type=int, default=8, metavar="N", help="cores for each process (SLURM; default 8)"
-    )
-    parser.add_argument(
-        "--timeout-min", type=int, default=24 * 60, help="time limit of one job in minutes (SLURM; default a day)"
-    )
-    parser.add_argument("--partition", help="of SLURM")
-    parser.add_argument("--account", help="of SLURM")
-    parser.add_argument("--cpu", action="store_true", help="reserve no GPUs (SLURM)")
+    parser.add_argument("--profile", help="cluster profile: a name that ships, or a YAML file (SLURM)")
+    parser.add_argument("--partition", help="instead of the profile's (SLURM)")
+    parser.add_argument("--account", help="instead of the profile's (SLURM)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the run folder, start the run, and on this machine wait for it."""
-    from hpcssl.jobs.cluster import Resources
-
-    resources = Resources(
-        nodes=args.nodes,
-        processes_per_node=1 if args.cluster == "none" else args.gpus_per_node or _gpus_here() or 1,
-        gpus_per_node=0 if args.cpu else (args.gpus_per_node or 1 if args.cluster == "slurm" else _gpus_here()),
-        cpus_per_process=args.cpus_per_gpu,
-        timeout_min=args.timeout_min,
-        partition=args.partition,
-        account=args.account,
-    )
+    resources = _resources(args)
     outcome = pretrain(
         args.recipe,
         store=args.store,
@@ -87,14 +74,13 @@ def pretrain(
     schedule: Path,
     out: Path,
     overrides: Sequence[str],
-    resources: object,
+    resources: Resources,
     cluster: str,
 ) -> str:
     """Check everything that can be checked before a job waits in a queue, then launch; returns how it ended."""
     from hpcssl.cli.progress import progress
     from hpcssl.core.config import to_mapping
     from hpcssl.core.world import check_divides
-    from hpcssl.jobs.cluster import Resources
     from hpcssl.jobs.launch import launch
     from hpcssl.runs.folder import prepare_run
     from hpcssl.runs.metrics import last_record
@@ -102,7 +88,6 @@ def pretrain(
     from hpcssl.tiles.store import Store
     from hpcssl.train.config import Timeline, load_recipe
 
-    assert isinstance(resources, Resources)
     recipe = load_recipe(recipe_name, overrides)
     opened_store, opened_schedule = Store.open(store), Schedule.open(schedule)
     check_matches(opened_schedule, opened_store.slides, store=store)
@@ -128,7 +113,19 @@ def pretrain(
         return launch(out, resources, cluster, on_step=on_step)  # type: ignore[arg-type]
 
 
-def _gpus_here() -> int:
-    import torch
+def _resources(args: argparse.Namespace) -> Resources:
+    """Return what the command line asks for: on SLURM of the profile's nodes, here of the GPUs that there are."""
+    from dataclasses import replace
 
-    return torch.cuda.device_count()
+    from hpcssl.jobs.cluster import Resources
+    from hpcssl.jobs.profile import Profile, load_profile
+
+    if args.cluster == "slurm":
+        named = {key: value for key in ("partition", "account") if (value := getattr(args, key))}
+        profile = replace(load_profile(args.profile) if args.profile else Profile(), **named)
+    else:
+        import torch
+
+        profile = Profile(gpus_per_node=torch.cuda.device_count())
+    processes = 1 if args.cluster == "none" else args.gpus_per_node or profile.gpus_per_node or 1
+    return Resources(nodes=args.nodes, processes_per_node=processes, profile=profile)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import submitit
 
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
+from hpcssl.jobs.profile import Profile
 
 _FAR_MIN = 60 * 24 * 365  # submitit's local executor has a limit of two minutes if none is said
 
@@ -22,20 +23,13 @@ class Resources:
     Attributes
     ----------
     nodes : machines
-    processes_per_node : ranks on each; one GPU a rank where there are GPUs
-    gpus_per_node : GPUs to reserve on each; 0 = CPU only
-    cpus_per_process : cores to reserve for each rank (SLURM)
-    timeout_min : time limit of one job, in minutes (SLURM)
-    partition, account : of SLURM; None = the cluster's default
+    processes_per_node : ranks on each
+    profile : what the machines are; its `gpus_per_node` of 0 means ranks without GPUs, else each rank gets one
     """
 
     nodes: int = 1
     processes_per_node: int = 1
-    gpus_per_node: int = 0
-    cpus_per_process: int = 1
-    timeout_min: int = 24 * 60
-    partition: str | None = None
-    account: str | None = None
+    profile: Profile = field(default_factory=lambda: Profile(gpus_per_node=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +73,24 @@ def submit(work: Any, folder: Path, resources: Resources, cluster: Literal["loca
         With SLURM's own words where it refuses the job.
     """
     executor = submitit.AutoExecutor(folder=folder.resolve(), cluster=cluster)
+    profile, ranks = resources.profile, resources.processes_per_node
     executor.update_parameters(
         name=name,
         nodes=resources.nodes,
-        tasks_per_node=resources.processes_per_node,
-        gpus_per_node=resources.gpus_per_node,
-        timeout_min=resources.timeout_min if cluster == "slurm" else _FAR_MIN,
+        tasks_per_node=ranks,
+        gpus_per_node=ranks if profile.gpus_per_node else 0,
+        timeout_min=profile.timeout_min if cluster == "slurm" else _FAR_MIN,
     )
     if cluster == "slurm":
-        executor.update_parameters(cpus_per_task=resources.cpus_per_process, slurm_signal_delay_s=120)
-        asked = {"slurm_partition": resources.partition, "slurm_account": resources.account}
+        asked = {
+            "cpus_per_task": profile.cpus_per_gpu,
+            "mem_gb": profile.mem_gb_per_gpu and profile.mem_gb_per_gpu * ranks,
+            "slurm_partition": profile.partition,
+            "slurm_account": profile.account,
+            "slurm_constraint": profile.constraint,
+            "slurm_setup": list(profile.setup),
+            "slurm_signal_delay_s": profile.signal_lead_s,
+        }
         executor.update_parameters(**{key: value for key, value in asked.items() if value})
     try:
         return executor.submit(work)

@@ -1,0 +1,149 @@
+"""Bad inputs to the demo: one clear line, exit code 2, and nothing that the next run trips on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpcssl.cli.main import main
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """Two organs of six slides with four tiles each, and their table."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "my tiles"
+    rows = ["slide_id,organ,label,num_tiles"]
+    for number in range(12):
+        organ = "lung" if number % 2 else "breast"
+        slide = folder / organ / f"s{number:02d}"
+        slide.mkdir(parents=True)
+        for tile in range(4):
+            Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(slide / f"{tile}.jpg")
+        rows.append(f"s{number:02d},{organ},{'ab'[number // 2 % 2]},4")
+    (folder / "slides.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run the demo, which must fail, and return its one line."""
+
+    def run(tiles: Path, out: Path = tmp_path / "out") -> str:
+        assert main(["demo", "--tiles", str(tiles), "--out", str(out)]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(errors) == 1, errors
+        return errors[0]
+
+    return run
+
+
+def test_an_empty_folder(tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no tiles below it; expected <organ>/<slide_id>/<name>.jpg" in refuse(tmp_path / "empty")
+
+
+def test_no_folder(tmp_path: Path, refuse: Refuse) -> None:
+    assert "no such folder of tiles" in refuse(tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "fault"), [(b"", "zero bytes"), (b"hello\n", "not a JPEG"), (None, "truncated")])
+def test_a_file_that_is_no_jpeg(tiles: Path, refuse: Refuse, content: bytes | None, fault: str) -> None:
+    bad = tiles / "lung" / "s01" / "2.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    line = refuse(tiles)
+    assert str(bad) in line
+    assert fault in line
+    assert "1 of 48" in line
+
+
+def test_a_refused_demo_leaves_nothing_in_the_way(tiles: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty")
+    bad = tiles / "lung" / "s01" / "2.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"")
+    refuse(tiles)  # another folder of tiles, the same out
+    bad.write_bytes(whole)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["demo.json"]
+
+
+def test_another_folder_of_tiles_after_a_stage_was_done(tiles: Path, tmp_path: Path, refuse: Refuse) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiles, other)
+    (tmp_path / "out" / "store").mkdir(parents=True)
+    (tmp_path / "out" / "demo.json").write_text(
+        f'{{"tiles": "{other}", "label": "label", "seed": 0}}', encoding="utf-8"
+    )
+    line = refuse(tiles)
+    assert str(other) in line
+    assert str(tiles) in line
+
+
+def test_a_folder_of_something_else(tiles: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious", encoding="utf-8")
+    assert "not empty and no demo" in refuse(tiles)
+    assert (tmp_path / "out" / "thesis.tex").read_text(encoding="utf-8") == "precious"
+
+
+def test_a_folder_without_read_permission(tiles: Path, tmp_path: Path) -> None:
+    locked = tiles / "lung" / "s03"
+    locked.chmod(0)
+    command = [sys.executable, "-m", "hpcssl.cli.main", "demo", "--tiles", str(tiles), "--out", str(tmp_path / "out")]
+    if os.geteuid() == 0:  # root reads everything; without these two capabilities it is like everybody else
+        if not shutil.which("setpriv"):
+            pytest.skip("root reads everything, and there is no setpriv to give that up")
+        dropped = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}", *command]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        locked.chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"hpcssl: error: {locked}: permission denied")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of `request.param` bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = f"size={request.param}"
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False).returncode:
+        pytest.skip("no right to mount a small tmpfs here; needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("small_disk", ["16k", "200k", "2000k"], indirect=True)
+def test_a_full_disk(tiles: Path, small_disk: Path, refuse: Refuse) -> None:
+    """In the store, at the start of the run, and in the first checkpoint; the next start, with room, does not trip."""
+    out = small_disk / "out"
+    assert "the disk is full" in refuse(tiles, out)
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    command = [Path(sys.executable).with_name("hpcssl"), "demo", "--tiles", tiles, "--out", out]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            assert "error" not in line
+            if "[4/7]" in line:
+                break
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -55,7 +55,7 @@ def _verify(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
     with progress("verifying", total=store.num_tiles, unit="tiles") as advance:
         store.verify(advance)
-    print(f"{args.store}: as it was built")
+    print(f"{args.store}: index whole, all {store.num_tiles} tile files there with their sizes")
     return 0
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hpcssl.core.errors import UserError
 
 _CHUNK = 1 << 22
 
@@ -49,11 +52,23 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside `path` that takes its name on success; what a killed try left is cleared first."""
+    """Give an empty folder beside `path` that takes its name on success; what a killed try left is cleared first.
+
+    Raises
+    ------
+    UserError
+        If another process of this machine is making the same folder.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
+    with _alone(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield from _filled(temporary, path)
+
+
+def _filled(temporary: Path, path: Path) -> Iterator[Path]:
+    """Yield the folder to fill, then sync it and give it its name; remove it if filling failed."""
     try:
         yield temporary
         for child in temporary.iterdir():
@@ -69,6 +84,23 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the right to make `path`; the system gives it back when the process ends, however it ends."""
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is making it; wait for that, or end it") from None
+        except OSError:  # a file system without locks: go without
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def digest_bytes(data: bytes) -> str:

@@ -22,7 +22,7 @@ _ROUND_MULTIPLIERS = (U64(0xD2511F53), U64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _BIJECTION_MULTIPLIER = 0xD2B74407B1CE6E93
 _BIJECTION_ROUNDS = 24
-_SMALLEST_DOMAIN_BITS = 4
+_SMALLEST_DOMAIN_BITS = 6  # the network over fewer bits has too few permutations to draw from evenly
 
 
 def key_of(seed: int, purpose: str) -> int:

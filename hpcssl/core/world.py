@@ -42,5 +42,5 @@ def check_divides(size: int, global_batch: int) -> None:
     """
     if global_batch % size:
         able = [str(d) for d in range(1, global_batch + 1) if global_batch % d == 0]
-        listed = f"{', '.join(able[:-1])} or {able[-1]}"
+        listed = " or ".join(filter(None, [", ".join(able[:-1]), able[-1]]))
         raise ConfigError(f"{size} processes cannot share a global batch of {global_batch} equally; {listed} can")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from hpcssl.core.errors import ConfigError
 
+_MOST_SIGMA = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewRecipe:
@@ -67,6 +69,17 @@ class AugmentRecipe:
     hue: float = 0.1
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     mask_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        bounds = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
+        for name, most in bounds.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"augment: {name} = {getattr(self, name)}; expected 0 to {most:g}")
+        if not 0 <= self.mask_ratio < 1:
+            raise ConfigError(f"augment: mask_ratio = {self.mask_ratio}; expected 0 to below 1")
+        low, high = self.blur_sigma
+        if not 0 <= low <= high <= _MOST_SIGMA:
+            raise ConfigError(f"augment: blur_sigma = {[low, high]}; expected 0 <= low <= high <= {_MOST_SIGMA} pixels")
 
     @property
     def kinds(self) -> tuple[ViewRecipe, ...]:

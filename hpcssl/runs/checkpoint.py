@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         raise RunError(f"{path}: damaged checkpoint ({error})") from None
     if header.get("format") != FORMAT:
         raise RunError(f"{path}: checkpoint format {header.get('format')}; this version reads {FORMAT}")
-    digest = header.pop("digest")
+    digest = header.pop("digest", None)
     if _digest(tensors, header) != digest:
         raise RunError(f"{path}: damaged checkpoint (its digest differs)")
     return tensors, {**header["state"], "step": header["step"]}
@@ -86,11 +86,18 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> tuple[dict[str,
     return None
 
 
-def prune_checkpoints(run: Path, *, keep_last: int, keep_steps: Callable[[int], bool]) -> None:
-    """Remove checkpoints but for the last `keep_last` and those whose step is to be kept."""
-    for step in checkpoint_steps(run)[:-keep_last]:
-        if not keep_steps(step):
-            checkpoint_path(run, step).unlink(missing_ok=True)
+def prune_checkpoints(run: Path, step: int, *, keep_last: int, keep_steps: Callable[[int], bool]) -> None:
+    """Remove checkpoints up to `step` but for the last `keep_last` and those whose step is to be kept.
+
+    Later ones are not counted: a run that has not come there yet found them damaged. Files that killed writers left
+    are removed.
+    """
+    steps = [s for s in checkpoint_steps(run) if s <= step]
+    for old in steps[: max(0, len(steps) - keep_last)]:
+        if not keep_steps(old):
+            checkpoint_path(run, old).unlink(missing_ok=True)
+    for leftover in (run / "checkpoints").glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            found.append((line, json.loads(line)))
+            found.append((line.rstrip("\n") + "\n", json.loads(line)))
         except json.JSONDecodeError:
             continue
     return found

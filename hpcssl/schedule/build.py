@@ -118,11 +118,28 @@ class Builder:
             draw = before[slide] + index - (ends[slide] - draws[slide])
             yield permute(index, total, key), self.draw_tiles(slide, draw)
 
+    def record(self, number: int) -> dict[str, Any]:
+        """Return what `schedule.json` says of a pseudo-epoch, but for its checksum."""
+        quotas = self.all_quotas[number]
+        return {
+            "number": number,
+            "file": f"pseudo_epoch_{number:04d}.npy",
+            "slides_used": int((quotas.draws > 0).sum()),
+            "organs": {
+                organ: {"wanted": quotas.wanted[organ], "achieved": quotas.achieved[organ]} for organ in quotas.achieved
+            },
+        }
+
     def _key(self, purpose: str, number: int) -> int:
         return key_of(self.spec.seed, f"{purpose}/{number}")
 
     def _check_bounds(self, number: int, slides: dict[str, int], tiles: dict[str, int]) -> None:
         spec, total = self.spec, self.spec.positions_per_pseudo_epoch
+        if not slides:
+            raise ScheduleError(
+                f"pseudo-epoch {number}: no slide falls into its group; {len(self.slides)} slides are too few for"
+                f" num_groups = {spec.num_groups}; lower num_groups"
+            )
         if sum(slides.values()) > total:
             most = max(slides, key=lambda organ: slides[organ])
             raise ScheduleError(
@@ -176,20 +193,11 @@ def build_schedule(
 def _write_pseudo_epoch(
     builder: Builder, number: int, folder: Path, dtype: type[np.unsignedinteger], on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    quotas = builder.all_quotas[number]
-    name = f"pseudo_epoch_{number:04d}.npy"
-    total = builder.spec.positions_per_pseudo_epoch
+    record = builder.record(number)
+    name, total = record["file"], builder.spec.positions_per_pseudo_epoch
     tiles = np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=(total,))
     for place, tile in builder.chunks(number):
         tiles[place] = tile
         on_progress(len(place))
     tiles.flush()
-    return {
-        "number": number,
-        "file": name,
-        "sha256": digest_file(folder / name),
-        "slides_used": int((quotas.draws > 0).sum()),
-        "organs": {
-            organ: {"wanted": quotas.wanted[organ], "achieved": quotas.achieved[organ]} for organ in quotas.achieved
-        },
-    }
+    return {**record, "sha256": digest_file(folder / name)}

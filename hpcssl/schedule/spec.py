@@ -21,7 +21,8 @@ class ScheduleSpec:
     num_groups : pseudo-epochs that together use every slide exactly once (a pass); paper 5
     organ_power : an organ's weight is its tiles in the group to this power; 1 natural, 0 uniform. The paper says
         "balanced" without a formula; 0 is our reading
-    max_repeats : most draws of one tile in a pass
+    max_repeats : a slide of n tiles is drawn at most n times this often in a pass; so is a tile, or once more where the
+        pass begins within one of the slide's permutations
     """
 
     seed: int = 0

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_dir, digest_bytes, digest_file
+from hpcssl.core.atomic import atomic_dir, digest_file
 from hpcssl.core.errors import StoreError
-from hpcssl.tiles.slides import check_slides, digest_slides, read_slides
-from hpcssl.tiles.store import FORMAT, INDEX_FILES, Store
+from hpcssl.tiles.slides import check_slides, read_slides
+from hpcssl.tiles.store import FORMAT, INDEX_FILES, Store, identity
 
 _SUFFIXES = (".jpg", ".jpeg")
 _JPEG_START = b"\xff\xd8\xff"
@@ -68,16 +68,13 @@ def build_store(
         _write_texts(partial, "folders", folders)
         np.save(partial / "sizes.npy", np.array(sizes, np.uint32))
         files = {name: digest_file(partial / name) for name in INDEX_FILES}
-        slides_digest = digest_slides(slides)
-        identity = "".join([slides_digest, files["names.bin"], files["sizes.npy"]])
         header = {
             "format": FORMAT,
             "kind": "loose",
             "root": str(tiles.resolve()),
             "num_slides": len(slides),
             "num_tiles": int(counts.sum()),
-            "slides_digest": slides_digest,
-            "digest": digest_bytes(identity.encode()),
+            **identity(slides, files),
             "files": files,
         }
         (partial / "store.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -138,7 +135,7 @@ def _scan(tiles: Path, folder: str) -> _Slide:
         path = tiles / folder / name
         fault, size = _jpeg_fault(path)
         if fault:
-            found.bad.append(f"{path} ({fault})")
+            found.bad.append(f"{path} ({fault})".encode(errors="replace").decode())
         else:
             found.names.append(name)
             found.sizes.append(size)
@@ -147,6 +144,10 @@ def _scan(tiles: Path, folder: str) -> _Slide:
 
 def _jpeg_fault(path: Path) -> tuple[str | None, int]:
     """Return (what is wrong or None, size in bytes)."""
+    try:
+        os.fspath(path.name).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8", 0
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from hpcssl.core.errors import SlideError
 
 REQUIRED = ("slide_id", "organ", "num_tiles")
+_MOST_TILES = 2**31 - 1
 
 
 def read_slides(path: Path) -> pd.DataFrame:
@@ -30,12 +32,23 @@ def read_slides(path: Path) -> pd.DataFrame:
             frame = pd.read_parquet(path).astype(object)
             frame = frame.where(frame.notna(), "").map(str)
         else:
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+            frame = _read_csv(path)
     except FileNotFoundError:
         raise SlideError(f"{path}: no such slide table") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
         raise SlideError(f"{path}: not a slide table ({' '.join(str(error).split())})") from None
     return check_slides(frame, where=str(path))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Read a CSV file as text; ValueError for a row with more fields than the header, which pandas would shift."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        except pd.errors.ParserWarning:
+            raise ValueError("its rows have more fields than its header") from None
+    return frame.fillna("")
 
 
 def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
@@ -55,7 +68,7 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
             f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide"
         )
     counts = pd.to_numeric(frame["num_tiles"], errors="coerce")
-    bad = frame.index[~(counts >= 1) | (counts % 1 != 0)]
+    bad = frame.index[~counts.between(1, _MOST_TILES) | (counts % 1 != 0)]
     if len(bad):
         row = frame.loc[bad[0]]
         raise SlideError(
@@ -75,7 +88,7 @@ def group_keys(frame: pd.DataFrame, column: str) -> pd.Series:
     if column not in frame.columns:
         raise SlideError(f"the slide table has no column {column}; it has {', '.join(frame.columns)}")
     own = "slide " + frame["slide_id"]
-    return (column + " " + frame[column]).where(frame[column] != "", own)
+    return (column + " " + frame[column]).where(frame[column].str.strip() != "", own)
 
 
 def digest_slides(frame: pd.DataFrame) -> str:

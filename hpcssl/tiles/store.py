@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import digest_file
+from hpcssl.core.atomic import digest_bytes, digest_file
 from hpcssl.core.errors import StoreError
 from hpcssl.tiles.slides import digest_slides
 
@@ -34,11 +34,22 @@ INDEX_FILES = ("slides.parquet", "folders.bin", "folders.npy", "names.bin", "nam
 _COORDINATES = re.compile(r"_x(\d+)_y(\d+)\.jpe?g$", re.IGNORECASE)
 
 
+def identity(slides: pd.DataFrame, files: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of a store: of its slides, and of slides, names and sizes together."""
+    slides_digest = digest_slides(slides)
+    whole = digest_bytes("".join([slides_digest, files["names.bin"], files["sizes.npy"]]).encode())
+    return {"slides_digest": slides_digest, "digest": whole}
+
+
 class Texts:
     """Many short texts in one file: UTF-8 bytes after each other, and a uint64 array of where each ends."""
 
     def __init__(self, folder: Path, stem: str):
-        self._ends = np.load(folder / f"{stem}.npy", mmap_mode="r")
+        try:
+            self._ends = np.load(folder / f"{stem}.npy", mmap_mode="r")
+        except Exception as error:  # noqa: BLE001 - numpy parses a header with Python's own parser and its many errors
+            reason = " ".join(str(error).split())
+            raise StoreError(f"{folder / stem}.npy: damaged ({reason}); build the store anew") from None
         has_bytes = (folder / f"{stem}.bin").stat().st_size > 0
         self._bytes = (
             np.memmap(folder / f"{stem}.bin", dtype=np.uint8, mode="r") if has_bytes else np.zeros(0, np.uint8)
@@ -134,9 +145,11 @@ class Store:
         for name, digest in self.header["files"].items():
             if digest_file(self.path / name) != digest:
                 raise StoreError(f"{self.path / name}: not what was written (checksum differs); build the store anew")
-        if digest_slides(self.slides) != self.header["slides_digest"]:
-            raise StoreError(f"{self.path / 'slides.parquet'}: slides differ from store.json; build the store anew")
         sizes = np.load(self.path / "sizes.npy", mmap_mode="r")
+        true = identity(self.slides, self.header["files"]) | {"num_slides": len(self._folders), "num_tiles": len(sizes)}
+        for key, value in true.items():
+            if self.header[key] != value:
+                raise StoreError(f"{self.path / 'store.json'}: {key} is not that of its files; build the store anew")
         bad: list[str] = []
         for tile in range(self.num_tiles):
             path = self.file_of(tile)

@@ -92,6 +92,10 @@ class CheckpointConfig:
     every_min: float = 15.0
     keep_last: int = 2
 
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ConfigError(f"checkpoint.keep_last = {self.keep_last}; expected at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:

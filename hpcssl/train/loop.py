@@ -104,6 +104,7 @@ def train(
     found = load_latest(run, on_damaged=say)
     if found:
         state.from_checkpoint(*found)
+    _check_same_step(state.step, collectives, device)
     say(f"begins at step {state.step} of {timeline.stop_step} with {collectives.world.size} processes")
     stream = _stream(state, recipe, timeline, store, schedule, collectives)
     writer = _Writer(run, recipe, timeline, generation, state) if generation else None
@@ -201,7 +202,7 @@ class _Writer:
             raise Stopped("a later start took the run over")
         save_checkpoint(self._run, state.step, *state.to_checkpoint())
         keep = self._recipe.checkpoint.keep_last
-        prune_checkpoints(self._run, keep_last=keep, keep_steps=self._timeline.ends_pseudo_epoch)
+        prune_checkpoints(self._run, state.step, keep_last=keep, keep_steps=self._timeline.ends_pseudo_epoch)
         self._saved = time.monotonic()
 
     def close(self) -> None:
@@ -237,6 +238,14 @@ def _agree(collectives: Collectives, device: torch.device, *flags: bool) -> list
     votes: Tensor = torch.tensor([float(f) for f in flags], device=device)
     collectives.all_reduce_sum(votes)
     return [bool(v > 0) for v in votes.tolist()]
+
+
+def _check_same_step(step: int, collectives: Collectives, device: torch.device) -> None:
+    """Refuse to begin where ranks found different checkpoints, which a shared folder that lags can cause."""
+    total = torch.tensor([step, step * step], dtype=torch.float64, device=device)
+    collectives.all_reduce_sum(total)
+    if total.tolist() != [step * collectives.world.size, step * step * collectives.world.size]:
+        raise RunError(f"the ranks found different checkpoints (this one step {step}); run the same command again")
 
 
 def _micro_batches(share: int, size: int | None) -> Iterator[slice]:

@@ -1,0 +1,250 @@
+"""Random numbers: the published Philox vectors, independence of order, and keyed permutations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hpcssl.core.rng import below, happens, key_of, permute, philox4x32, uniforms
+
+THRESHOLD = 1e-3  # p of every statistical test; seeds are fixed, so a pass stays a pass
+MASK = 0xFFFFFFFF
+
+# Random123's kat_vectors for philox4x32-10: counter, key, output
+VECTORS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+Draw = Callable[[int, np.ndarray], np.ndarray]
+Permutation = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
+
+
+def words_of(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+def philox_in_integers(counter: list[int], key: list[int], rounds: int = 10) -> list[int]:
+    """Philox written a second time, in Python's integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK, (p0 >> 32) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), VECTORS)
+def test_philox_gives_the_published_vectors(counter: str, key: str, output: str) -> None:
+    k0, k1 = words_of(key)
+    found = philox4x32(np.array(words_of(counter), np.uint64), (k0, k1))
+    assert found.dtype == np.uint32
+    assert [f"{word:08x}" for word in found] == output.split()
+    assert philox_in_integers(words_of(counter), [k0, k1]) == words_of(output)
+    assert philox_in_integers(words_of(counter), [k0, k1], rounds=9) != words_of(output)
+
+
+def test_philox_of_many_counters_is_that_of_each() -> None:
+    counters = np.random.default_rng(0).integers(0, 2**32, (3, 5, 4), dtype=np.uint64)
+    found = philox4x32(counters, (7, 9))
+    for place in np.ndindex(3, 5):
+        assert found[place].tolist() == philox_in_integers(counters[place].tolist(), [7, 9])
+
+
+@pytest.mark.parametrize("position", [0, 1, 2**32 - 1, 2**32, 3_000_000_000, 3_250_000_000 + 2**33, 2**63 + 5])
+@pytest.mark.parametrize(("view", "stream"), [(0, 0), (9, 7 << 16), (2**32 - 1, 2**32 - 1)])
+def test_every_bit_of_the_identity_reaches_the_counter(position: int, view: int, stream: int) -> None:
+    digest = hashlib.blake2b(b"5|plan", digest_size=8).digest()
+    key = int.from_bytes(digest, "little")
+    counter = [position & MASK, position >> 32, view, stream]
+    expected = philox_in_integers(counter, [key & MASK, key >> 32])
+    assert uniforms(5, "plan", position, view, stream).tolist() == expected
+
+
+def check_any_batching(draw: Draw) -> None:
+    """A position's words are the same alone, in any batch, in any order."""
+    positions = np.concatenate([np.arange(64), np.arange(40) + 3_000_000_000, np.arange(24) + 2**32 - 12])
+    whole = draw(0, positions)
+    for size in (1, 3, 8, 50, len(positions)):
+        parts = [draw(0, positions[i : i + size]) for i in range(0, len(positions), size)]
+        assert (np.concatenate(parts) == whole).all(), f"batches of {size}"
+    order = np.random.default_rng(1).permutation(len(positions))
+    assert (draw(0, positions[order]) == whole[order]).all(), "another order"
+    assert (draw(0, np.repeat(positions, 2)) == np.repeat(whole, 2, axis=0)).all(), "each position twice"
+    assert len(np.unique(whole, axis=0)) == len(positions), "two positions share their words"
+
+
+def check_seeds_do_not_meet(draw: Draw) -> None:
+    """No seed's words turn up under another seed, at the same or at a neighbouring position."""
+    positions = np.arange(1000)
+    drawn = np.concatenate([draw(seed, positions) for seed in range(20)])
+    assert len(np.unique(drawn, axis=0)) == len(drawn)
+
+
+def seeded_once(seed: int, positions: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, (len(positions), 4))
+
+
+def seed_plus_position(seed: int, positions: np.ndarray) -> np.ndarray:
+    return uniforms(0, "plan", positions + seed)
+
+
+def plan_words(seed: int, positions: np.ndarray) -> np.ndarray:
+    return uniforms(seed, "plan", positions)
+
+
+def test_uniforms_do_not_depend_on_the_batch() -> None:
+    check_any_batching(plan_words)
+
+
+def test_uniforms_of_two_seeds_do_not_meet() -> None:
+    check_seeds_do_not_meet(plan_words)
+
+
+def test_the_checks_catch_a_generator_and_added_seeds() -> None:
+    with pytest.raises(AssertionError, match="batches of 1"):
+        check_any_batching(seeded_once)
+    with pytest.raises(AssertionError):
+        check_seeds_do_not_meet(seed_plus_position)
+
+
+def test_uniforms_broadcast_position_view_and_stream() -> None:
+    grid = uniforms(3, "plan", np.arange(5)[:, None, None], np.arange(3)[None, :, None], np.arange(2)[None, None, :])
+    assert grid.shape == (5, 3, 2, 4)
+    for p, v, s in np.ndindex(5, 3, 2):
+        assert (grid[p, v, s] == uniforms(3, "plan", p, v, s)).all()
+    assert len(np.unique(grid.reshape(-1, 4), axis=0)) == 30
+
+
+def test_keys_tell_seed_and_purpose_apart() -> None:
+    keys = {key_of(seed, purpose) for seed in range(-20, 100) for purpose in ("plan", "order/1", "order/11", "1|plan")}
+    assert len(keys) == 120 * 4
+    assert key_of(1, "1|plan") != key_of(11, "|plan")
+    assert all(0 <= key < 2**64 for key in keys)
+    assert key_of(0, "plan") == 0x2B8DC8E2F8D2C503, "a golden: keys may never change between versions"
+
+
+def test_words_are_uniform_and_uncorrelated() -> None:
+    words = uniforms(0, "plan", np.arange(100_000)) / 2**32
+    for i in range(4):
+        assert stats.kstest(words[:, i], "uniform").pvalue > THRESHOLD
+    neighbours = np.concatenate([words[:-1], words[1:]], axis=1)
+    correlation = np.corrcoef(neighbours.T) - np.eye(8)
+    assert np.abs(correlation).max() < 4.5 / np.sqrt(len(words))
+
+
+def test_below_and_happens_at_their_edges() -> None:
+    words = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], np.uint32)
+    assert below(words, 1).tolist() == [0] * 5
+    assert below(words, 2).tolist() == [0, 0, 0, 1, 1]
+    assert below(words, 2**31).tolist() == [0, 0, 2**30 - 1, 2**30, 2**31 - 1]
+    assert below(words, [1, 2, 3, 4, 5]).tolist() == [0, 0, 1, 2, 4]
+    assert happens(words, 0).tolist() == [False] * 5
+    assert happens(words, 1).tolist() == [True] * 5
+    assert happens(words, 0.5).tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("bound", [2, 5, 24])
+def test_below_is_uniform(bound: int) -> None:
+    counts = np.bincount(below(uniforms(1, "below", np.arange(24_000))[:, 0], bound), minlength=bound)
+    assert stats.chisquare(counts).pvalue > THRESHOLD
+
+
+# keyed permutations
+
+
+@pytest.mark.parametrize("size", [*range(1, 71), 1000, 2**20 + 7])
+def test_permute_is_a_bijection(size: int) -> None:
+    keys = [2**64 - 1] if size > 1000 else [0, 1, 123, 2**63, 2**64 - 1]
+    for key in keys:
+        assert (np.bincount(permute(np.arange(size), size, key), minlength=size) == 1).all(), key
+
+
+def test_permute_of_scattered_indices_is_that_of_all() -> None:
+    whole = permute(np.arange(1000), 1000, 77)
+    some = np.random.default_rng(0).permutation(1000)[:50]
+    assert (permute(some, 1000, 77) == whole[some]).all()
+    assert [int(permute(i, 1000, 77)) for i in (0, 1, 999)] == whole[[0, 1, 999]].tolist()
+
+
+def test_permute_broadcasts_sizes_and_keys() -> None:
+    index, size = np.arange(4)[None, :, None], np.array([4, 7, 2**33])[:, None, None]
+    key = np.array([0, 5, 2**64 - 1], np.uint64)[None, None, :]
+    grid = permute(index, size, key)
+    assert grid.shape == (3, 4, 3)
+    for s, i, k in np.ndindex(3, 4, 3):
+        assert grid[s, i, k] == permute(i, size[s, 0, 0], key[0, 0, k])
+    assert permute(np.zeros(0, np.int64), 5, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [2**32 - 1, 2**32, 2**32 + 1, 3_250_000_000, 2**40 + 3, 2**62])
+def test_permute_of_more_than_32_bits(size: int) -> None:
+    index = np.concatenate([np.arange(5000), size - 1 - np.arange(5000)])
+    places = permute(index, size, 9)
+    assert places.min() >= 0
+    assert places.max() < size
+    assert len(np.unique(places)) == len(index)
+    assert stats.kstest(places / size, "uniform").pvalue > THRESHOLD
+
+
+def check_first_goes_anywhere(permutation: Permutation, size: int) -> None:
+    """Index 0 goes to every place equally often, over keys in sequence and over hashed ones."""
+    count = 200 * size
+    hashed = uniforms(0, "keys", np.arange(count)).astype(np.uint64)
+    for keys in (np.arange(count), hashed[:, 0] | (hashed[:, 1] << np.uint64(32))):
+        places = np.bincount(permutation(np.zeros(count, np.int64), size, keys), minlength=size)
+        assert stats.chisquare(places).pvalue > THRESHOLD
+
+
+def check_scatters(permutation: Permutation, size: int) -> None:
+    """Neither index and place, nor the places of neighbours, go together."""
+    for key in (np.array(0), np.array(1), np.array(2**40)):
+        place = permutation(np.arange(size), size, key)
+        for a, b in ((np.arange(size), place), (place[:-1], place[1:]), (place[:-2], place[2:])):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(size)
+
+
+@pytest.mark.parametrize("size", [5, 8, 100])
+def test_permute_sends_the_first_anywhere(size: int) -> None:
+    check_first_goes_anywhere(permute, size)
+
+
+def test_permute_scatters() -> None:
+    check_scatters(permute, 100_000)
+
+
+def test_the_checks_catch_no_shuffle_and_a_rotation() -> None:
+    def unshuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+        return index + 0 * key
+
+    def rotated(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+        return (index + key.astype(np.uint64).astype(np.int64)) % size
+
+    with pytest.raises(AssertionError):
+        check_first_goes_anywhere(unshuffled, 8)
+    with pytest.raises(AssertionError):
+        check_scatters(rotated, 100_000)
+
+
+@pytest.mark.parametrize(("size", "number"), [(3, 6), (4, 24), (5, 120)])
+def test_every_permutation_of_a_few_is_about_as_likely(size: int, number: int) -> None:
+    # about: a Feistel network of 16 values makes even permutations only, which favours some orders by up to 15 %
+    places = permute(np.arange(size)[None, :], size, np.arange(2000 * number)[:, None])
+    _, counts = np.unique(places @ (10 ** np.arange(size)), return_counts=True)
+    assert len(counts) == number
+    assert counts.min() > 0.8 * 2000
+    assert counts.max() < 1.2 * 2000
+
+
+def test_different_keys_give_different_permutations() -> None:
+    keys = np.concatenate([np.arange(300), 2 ** np.arange(9, 63)]).astype(np.uint64)
+    drawn = permute(np.arange(1000)[None, :], 1000, keys[:, None])
+    assert len(np.unique(drawn, axis=0)) == len(keys)
+    same_place = (drawn[:-1] == drawn[1:]).mean()  # expected 1 / 1000
+    assert same_place < 0.002

@@ -1,0 +1,338 @@
+"""The four guarantees, read from a schedule's files alone by code that shares nothing with the builder's.
+
+Every check is a function, and every function is shown a schedule that breaks its guarantee.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from hpcssl.schedule.build import build_schedule
+from hpcssl.schedule.spec import ScheduleSpec
+
+THRESHOLD = 1e-3
+
+
+@dataclass(frozen=True)
+class Read:
+    """A schedule's files, as anybody with numpy would read them."""
+
+    spec: dict
+    organ: np.ndarray  # of every slide
+    first: np.ndarray
+    count: np.ndarray
+    files: list[np.ndarray]  # tile numbers of every pseudo-epoch
+    told: list[dict]  # organs of schedule.json
+
+    def draws(self, number: int) -> np.ndarray:
+        """Draws of every slide in a pseudo-epoch."""
+        return np.bincount(self.slide_of(self.files[number]), minlength=len(self.count))
+
+    def slide_of(self, tiles: np.ndarray) -> np.ndarray:
+        return np.repeat(np.arange(len(self.count)), self.count)[tiles]
+
+    def passes(self) -> list[list[int]]:
+        """The pseudo-epochs of every whole pass."""
+        groups = self.spec["num_groups"]
+        return [list(range(f, f + groups)) for f in range(0, len(self.files) - groups + 1, groups)]
+
+    def changed(self, number: int, tiles: np.ndarray) -> Read:
+        return replace(self, files=[tiles if n == number else file for n, file in enumerate(self.files)])
+
+
+def read(path: Path) -> Read:
+    header = json.loads((path / "schedule.json").read_text())
+    slides = pd.read_parquet(path / "slides.parquet")
+    count = slides["num_tiles"].to_numpy()
+    assert slides["first_tile"].tolist() == [int(count[:i].sum()) for i in range(len(count))]
+    files = [np.load(path / record["file"]) for record in header["pseudo_epochs"]]
+    told = [record["organs"] for record in header["pseudo_epochs"]]
+    return Read(header["spec"], slides["organ"].to_numpy(object), slides["first_tile"].to_numpy(), count, files, told)
+
+
+@pytest.fixture(scope="module")
+def schedule(built: Path) -> Read:
+    return read(built)
+
+
+def build_and_read(tmp_path: Path, spec: ScheduleSpec, slides: pd.DataFrame) -> Read:
+    build_schedule(spec, slides, tmp_path / "sched")
+    return read(tmp_path / "sched")
+
+
+# 1. groups
+
+
+def check_groups(schedule: Read) -> None:
+    """Every slide in exactly one pseudo-epoch of each pass, organs spread evenly, another grouping each pass."""
+    groupings = []
+    for numbers in schedule.passes():
+        used = np.array([schedule.draws(n) > 0 for n in numbers])
+        assert (used.sum(axis=0) == 1).all(), "not every slide is in exactly one pseudo-epoch of the pass"
+        for organ in set(schedule.organ):
+            sizes = used[:, schedule.organ == organ].sum(axis=1)
+            assert sizes.max() - sizes.min() <= 1, f"{organ} is not spread evenly: {sizes}"
+        groupings.append(used.argmax(axis=0))
+    for a, b in itertools.pairwise(groupings):
+        share_that_stayed = (a == b).mean()  # expected 1 / num_groups
+        together = (a[:, None] == a) & (schedule.organ[:, None] == schedule.organ) & ~np.eye(len(a), dtype=bool)
+        pairs_that_stayed = (b[:, None] == b)[together].mean()  # of one organ; expected about 1 / num_groups
+        assert max(share_that_stayed, pairs_that_stayed) < 2 / schedule.spec["num_groups"], "the same groups again"
+
+
+def test_every_slide_once_a_pass(schedule: Read) -> None:
+    assert len(schedule.passes()) == 2
+    check_groups(schedule)
+
+
+def test_the_last_pass_may_be_cut_short(schedule: Read) -> None:
+    used = np.array([schedule.draws(n) > 0 for n in (10, 11)])
+    assert used.sum(axis=0).max() == 1
+    assert 0.3 < used.any(axis=0).mean() < 0.5
+
+
+def test_small_organs_do_not_crowd_the_first_group(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(40)], "num_tiles": 5})
+    slides["organ"] = [f"organ {i}" for i in range(40)]  # one slide each
+    spec = ScheduleSpec(num_pseudo_epochs=20, positions_per_pseudo_epoch=60, num_groups=4, max_repeats=50)
+    schedule = build_and_read(tmp_path, spec, slides)
+    sizes = np.zeros(4)
+    for numbers in schedule.passes():
+        sizes += [(schedule.draws(n) > 0).sum() for n in numbers]
+    assert stats.chisquare(sizes).pvalue > THRESHOLD
+
+
+def test_the_check_catches_slides_that_leak_between_groups(schedule: Read) -> None:
+    leaked = schedule.files[0].copy()
+    leaked[0] = schedule.files[1][0]
+    dropped = schedule.files[3][schedule.slide_of(schedule.files[3]) != schedule.slide_of(schedule.files[3])[0]]
+    for broken in (schedule.changed(0, leaked), schedule.changed(3, dropped)):
+        with pytest.raises(AssertionError, match="exactly one"):
+            check_groups(broken)
+    with pytest.raises(AssertionError, match="the same groups again"):
+        check_groups(replace(schedule, files=schedule.files[:5] * 2))
+    rotated = [schedule.files[n] for n in (0, 1, 2, 3, 4, 1, 2, 3, 4, 0)]
+    with pytest.raises(AssertionError, match="the same groups again"):
+        check_groups(replace(schedule, files=rotated))
+    unstratified = replace(schedule, organ=np.sort(schedule.organ.astype(str)).astype(object))
+    with pytest.raises(AssertionError, match="not spread evenly"):
+        check_groups(unstratified)
+
+
+# 2. quotas
+
+
+def shared(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[int]:
+    """Water-filling by bisection on the exact sum of floors and ceilings, then largest remainders."""
+    bottom, top = Fraction(0), max(Fraction(hi + 1) / w for w, hi in zip(weights, high))
+
+    def held(level: Fraction) -> list[Fraction]:
+        return [min(max(level * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, low, high)]
+
+    for _ in range(80):
+        middle = (bottom + top) / 2
+        bottom, top = (middle, top) if sum(held(middle)) < total else (bottom, middle)
+    bound = [level if level in (lo, hi) else None for level, lo, hi in zip(held(top), low, high)]
+    free = [i for i, b in enumerate(bound) if b is None]
+    rest = total - sum(int(b) for b in bound if b is not None)
+    exact = {i: rest * weights[i] / sum(weights[j] for j in free) for i in free}
+    shares = [int(b) if b is not None else exact[i].numerator // exact[i].denominator for i, b in enumerate(bound)]
+    order = sorted(free, key=lambda i: (shares[i] - exact[i], i))
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def weight(tiles: int, power: float) -> Fraction:
+    if power == 0.5:
+        return Fraction(round((tiles * 10**24) ** 0.5), 10**12)
+    return Fraction(tiles) ** int(power)
+
+
+def check_quotas(schedule: Read) -> None:
+    """Draws of every organ and slide are those of a second computation; what schedule.json says of them is true."""
+    spec = schedule.spec
+    for number, told in enumerate(schedule.told):
+        draws = schedule.draws(number)
+        members = defaultdict(list)
+        for slide in np.flatnonzero(draws):
+            members[schedule.organ[slide]].append(slide)
+        organs = sorted(members)
+        tiles = {organ: int(schedule.count[members[organ]].sum()) for organ in organs}
+        weights = [weight(tiles[organ], spec["organ_power"]) for organ in organs]
+        total = spec["positions_per_pseudo_epoch"]
+        wanted = shared(total, weights, [0] * len(organs), [total] * len(organs))
+        low, high = [len(members[o]) for o in organs], [spec["max_repeats"] * tiles[o] for o in organs]
+        achieved = shared(total, weights, low, high)
+        found = [int(draws[members[organ]].sum()) for organ in organs]
+        assert found == achieved, f"pseudo-epoch {number}: quotas of {organs}"
+        assert told == {o: {"wanted": w, "achieved": a} for o, w, a in zip(organs, wanted, achieved)}, number
+        for organ, quota in zip(organs, achieved):
+            n = [int(schedule.count[slide]) for slide in members[organ]]
+            within = shared(quota, [Fraction(k) for k in n], [1] * len(n), [spec["max_repeats"] * k for k in n])
+            assert draws[members[organ]].tolist() == within, f"pseudo-epoch {number}: slides of {organ}"
+
+
+def test_quotas(schedule: Read) -> None:
+    check_quotas(schedule)
+    capped = sum(q["achieved"] < q["wanted"] for told in schedule.told for q in told.values())
+    assert capped > 10, "bounds must bind for this to test anything"
+
+
+@pytest.mark.parametrize(("power", "max_repeats"), [(0.5, 3), (1.0, 3), (2.0, 2)])
+def test_quotas_of_other_powers(tmp_path: Path, slides: pd.DataFrame, power: float, max_repeats: int) -> None:
+    spec = ScheduleSpec(
+        num_pseudo_epochs=5, positions_per_pseudo_epoch=1200, organ_power=power, max_repeats=max_repeats
+    )
+    check_quotas(build_and_read(tmp_path, spec, slides))
+
+
+def test_at_least_one_tile_of_every_slide(tmp_path: Path, slides: pd.DataFrame) -> None:
+    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=300, organ_power=4.0)
+    schedule = build_and_read(tmp_path, spec, slides)
+    assert (schedule.draws(0) == 1).all()
+
+
+def test_a_lone_organ_gets_all(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": ["a", "b"], "organ": ["x", "x"], "num_tiles": [3, 1]})
+    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=12)
+    schedule = build_and_read(tmp_path, spec, slides)
+    assert schedule.draws(0).tolist() == [9, 3]
+
+
+def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule: Read) -> None:
+    natural = replace(schedule, spec=schedule.spec | {"organ_power": 1.0})
+    uncapped = replace(schedule, spec=schedule.spec | {"max_repeats": 1000})
+    file = schedule.files[2].copy()
+    slides = schedule.slide_of(file)
+    places = np.flatnonzero(schedule.organ[slides] == "breast")
+    file[places[0]] = file[places[slides[places] != slides[places[0]]][0]]
+    for broken, told in (
+        (natural, "quotas of"),
+        (uncapped, "quotas of"),
+        (schedule.changed(2, file), "pseudo-epoch 2: slides of"),
+        (schedule.changed(2, schedule.files[2][:-1]), "pseudo-epoch 2: quotas of"),
+    ):
+        with pytest.raises(AssertionError, match=told):
+            check_quotas(broken)
+
+
+# 3. draws of a slide's tiles
+
+
+def check_even_draws(schedule: Read) -> None:
+    """After every pseudo-epoch, the draw counts of a slide's tiles differ by at most one."""
+    drawn = np.zeros(schedule.count.sum(), np.int64)
+    for number, tiles in enumerate(schedule.files):
+        drawn += np.bincount(tiles, minlength=len(drawn))
+        for slide, (first, count) in enumerate(zip(schedule.first, schedule.count)):
+            counts = drawn[first : first + count]
+            assert counts.max() - counts.min() <= 1, f"slide {slide} after pseudo-epoch {number}: {counts}"
+
+
+def test_tiles_of_a_slide_take_turns(schedule: Read) -> None:
+    check_even_draws(schedule)
+    drawn = np.bincount(np.concatenate(schedule.files), minlength=schedule.count.sum())
+    assert drawn.min() >= 1, "each tile must be drawn for this to test anything"
+    assert len(np.unique(drawn)) > 3
+
+
+def test_the_turns_of_two_slides_and_two_rounds_differ(tmp_path: Path) -> None:
+    # a slide of 6 tiles, 3 draws a pseudo-epoch: which 3 come first in each round
+    slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(40)], "organ": "x", "num_tiles": 6})
+    spec = ScheduleSpec(num_pseudo_epochs=8, num_groups=1, positions_per_pseudo_epoch=120)
+    schedule = build_and_read(tmp_path, spec, slides)
+    check_even_draws(schedule)
+    halves = {
+        (slide, number): tuple(np.sort(file[schedule.slide_of(file) == slide] - schedule.first[slide]))
+        for number, file in enumerate(schedule.files)
+        for slide in range(40)
+    }
+    first_halves = [halves[slide, number] for slide in range(40) for number in range(0, 8, 2)]
+    assert all(sorted(halves[s, n] + halves[s, n + 1]) == list(range(6)) for s in range(40) for n in range(0, 8, 2)), (
+        "two pseudo-epochs are a round"
+    )
+    _, counts = np.unique(first_halves, axis=0, return_counts=True)
+    assert len(counts) == 20, "each choice of 3 out of 6 comes up"
+    assert stats.chisquare(counts).pvalue > THRESHOLD
+
+
+def test_the_check_catches_draws_with_replacement(schedule: Read) -> None:
+    random = np.random.default_rng(0)
+    slides = schedule.slide_of(schedule.files[0])
+    replaced = (schedule.first[slides] + random.integers(0, schedule.count[slides])).astype(np.uint32)
+    with pytest.raises(AssertionError, match="after pseudo-epoch 0"):
+        check_even_draws(schedule.changed(0, replaced))
+
+
+def test_a_tile_may_come_once_more_than_max_repeats_where_a_pass_begins_within_a_permutation(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": ["a"], "organ": ["x"], "num_tiles": [10]})
+    spec = ScheduleSpec(num_pseudo_epochs=3, num_groups=1, positions_per_pseudo_epoch=7, max_repeats=1)
+    schedule = build_and_read(tmp_path, spec, slides)
+    assert [int(np.bincount(file).max()) for file in schedule.files] == [1, 2, 1]
+
+
+def test_max_repeats_holds_for_a_slide_over_a_pass(schedule: Read) -> None:
+    for number in range(len(schedule.files)):
+        assert (schedule.draws(number) <= schedule.spec["max_repeats"] * schedule.count).all()
+
+
+# 4. order
+
+
+def check_order(schedule: Read) -> None:
+    """Neither slide nor organ goes with the place, nor the places of neighbours with each other."""
+    for number, tiles in enumerate(schedule.files):
+        slides, place = schedule.slide_of(tiles), np.arange(len(tiles))
+        limit = 4.5 / np.sqrt(len(tiles))
+        assert abs(np.corrcoef(place, slides)[0, 1]) < limit, f"pseudo-epoch {number}: the slide goes with the place"
+        assert abs(np.corrcoef(place, tiles)[0, 1]) < limit, f"pseudo-epoch {number}: the tile goes with the place"
+        assert abs(np.corrcoef(tiles[:-1], tiles[1:])[0, 1]) < limit, f"pseudo-epoch {number}: neighbours go together"
+        _, organ = np.unique(schedule.organ[slides].astype(str), return_inverse=True)
+        table = np.zeros((organ.max() + 1, 10))
+        np.add.at(table, (organ, place * 10 // len(tiles)), 1)
+        assert stats.chi2_contingency(table).pvalue > THRESHOLD, f"pseudo-epoch {number}: organs are not spread"
+
+
+def check_orders_differ(orders: np.ndarray) -> None:
+    """Rows are orders of the same draws: what comes at each place is uniform over the rows."""
+    for place in range(orders.shape[1]):
+        counts = np.bincount(orders[:, place], minlength=orders.shape[1])
+        assert stats.chisquare(counts).pvalue > THRESHOLD, f"place {place}: {counts}"
+
+
+def test_the_order_is_mixed(schedule: Read) -> None:
+    check_order(schedule)
+
+
+def test_every_pseudo_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
+    # 8 slides of one tile, each drawn once: a pseudo-epoch's file is its order
+    slides = pd.DataFrame({"slide_id": list("abcdefgh"), "organ": list("xxxxxyyz"), "num_tiles": 1})
+    spec = ScheduleSpec(num_pseudo_epochs=100, num_groups=1, positions_per_pseudo_epoch=8, organ_power=1.0)
+    orders = []
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        build_schedule(replace(spec, seed=seed), slides, out)
+        orders += read(out).files
+    check_orders_differ(np.array(orders, np.int64))
+    assert len(np.unique(orders, axis=0)) > 195, "of 40,320 orders, 200 draws hardly meet"
+
+
+def test_the_checks_catch_no_shuffle_and_slide_blocks(schedule: Read) -> None:
+    in_blocks = schedule.files[0][np.argsort(schedule.slide_of(schedule.files[0]) * 7919 % 300, kind="stable")]
+    by_organ = schedule.files[0][np.argsort(schedule.organ[schedule.slide_of(schedule.files[0])], kind="stable")]
+    for broken in (np.sort(schedule.files[0]), in_blocks, by_organ):
+        with pytest.raises(AssertionError, match="pseudo-epoch 0"):
+            check_order(schedule.changed(0, broken))
+    with pytest.raises(AssertionError, match="place 0"):
+        check_orders_differ(np.tile(np.arange(8), (100, 1)))

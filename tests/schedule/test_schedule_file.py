@@ -1,0 +1,277 @@
+"""Building and reading schedules: positions, bytes, specs, stores that match, organ shares."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pytest
+
+import hpcssl
+from hpcssl.core.errors import ConfigError, ScheduleError
+from hpcssl.schedule.build import build_schedule
+from hpcssl.schedule.file import Schedule, check_matches
+from hpcssl.schedule.inspect import organ_shares
+from hpcssl.schedule.spec import ScheduleSpec, load_spec
+
+
+@pytest.fixture
+def schedule(built: Path) -> Schedule:
+    return Schedule.open(built)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+# reading
+
+
+def test_positions_run_on_across_pseudo_epochs(schedule: Schedule, built: Path) -> None:
+    whole = np.concatenate([np.load(built / f"pseudo_epoch_{n:04d}.npy") for n in range(12)]).astype(np.int64)
+    assert schedule.num_positions == len(whole) == 30_000
+    assert (schedule.num_pseudo_epochs, schedule.positions_per_pseudo_epoch) == (12, 2500)
+    for start, stop in ((0, 30_000), (0, 1), (2499, 2501), (2500, 5000), (2400, 7600), (29_999, 30_000)):
+        found = schedule.tiles_at(start, stop)
+        assert found.dtype == np.int64
+        assert (found == whole[start:stop]).all(), (start, stop)
+    steps = [schedule.tiles_at(s * 96, (s + 1) * 96) for s in range(30_000 // 96)]  # 96 does not divide 2500
+    assert (np.concatenate(steps) == whole[: len(steps) * 96]).all()
+
+
+@pytest.mark.parametrize("position", [0, 1, 2500, 30_000])
+def test_no_positions_are_no_tiles(schedule: Schedule, position: int) -> None:
+    assert schedule.tiles_at(position, position).shape == (0,)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (29_999, 30_001), (30_001, 30_001), (5, 4), (-5, -1)])
+def test_positions_outside_are_refused(schedule: Schedule, start: int, stop: int) -> None:
+    with pytest.raises(ScheduleError, match=f"positions {start}:{stop} are not within its 30000 positions"):
+        schedule.tiles_at(start, stop)
+
+
+def test_tiles_are_global_numbers_of_the_table(schedule: Schedule, slides: pd.DataFrame) -> None:
+    table = schedule.slides()
+    assert table.columns.tolist() == ["slide_id", "organ", "num_tiles", "patient_id", "first_tile"]
+    assert table["slide_id"].tolist() == slides["slide_id"].tolist()
+    assert table["first_tile"].tolist() == (slides["num_tiles"].cumsum() - slides["num_tiles"]).tolist()
+    assert schedule.pseudo_epoch(3).dtype == np.uint32
+    assert isinstance(schedule.pseudo_epoch(3), np.memmap)
+    assert schedule.pseudo_epoch(3).max() < slides["num_tiles"].sum()
+
+
+def test_tile_numbers_beyond_32_bits_take_64(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": ["a", "b", "c"], "organ": ["x", "x", "y"], "num_tiles": [2**31 - 1] * 3})
+    spec = ScheduleSpec(num_pseudo_epochs=2, num_groups=1, positions_per_pseudo_epoch=3000)
+    build_schedule(spec, slides, tmp_path / "sched")
+    tiles = Schedule.open(tmp_path / "sched").pseudo_epoch(0)
+    assert tiles.dtype == np.uint64
+    assert np.bincount((tiles // (2**31 - 1)).astype(np.int64)).tolist() == [750, 750, 1500]
+    both = Schedule.open(tmp_path / "sched").tiles_at(0, 6000)
+    assert len(np.unique(both)) == 6000, "no tile comes twice before all have come once"
+    assert both.max() > 2**32
+
+
+def test_opening_what_is_no_schedule(tmp_path: Path, built: Path) -> None:
+    with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
+        Schedule.open(tmp_path)
+    header = (built / "schedule.json").read_text()
+    for content, told in ((header[:-20], "damaged"), ('{"format": 99}', "schedule format 99; this version reads 1")):
+        (tmp_path / "schedule.json").write_text(content)
+        with pytest.raises(ScheduleError, match=told):
+            Schedule.open(tmp_path)
+    (tmp_path / "schedule.json").write_text(header)
+    with pytest.raises(ScheduleError, match=r"pseudo_epoch_0000\.npy is missing"):
+        Schedule.open(tmp_path)
+
+
+# building
+
+
+def test_two_builds_and_another_process_give_the_same_bytes(
+    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
+) -> None:
+    build_schedule(spec, slides, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(built)
+    slides.to_csv(tmp_path / "slides.csv", index=False)
+    script = (
+        "import json, sys; from pathlib import Path; from hpcssl.schedule.build import *;"
+        " from hpcssl.tiles.slides import read_slides;"
+        " build_schedule(ScheduleSpec(**json.loads(sys.argv[1])), read_slides(Path('slides.csv')), Path('other'))"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(hpcssl.__file__).parents[1]), "PYTHONHASHSEED": "77", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", script, json.dumps(asdict(spec))], cwd=tmp_path, env=env, check=True)
+    assert contents(tmp_path / "other") == contents(built)
+    assert Schedule.open(tmp_path / "other").digest == Schedule.open(built).digest
+
+
+def test_the_identity_does_not_depend_on_the_version_of_the_parquet_library(built: Path, tmp_path: Path) -> None:
+    assert pyarrow.__version__.encode() in (built / "slides.parquet").read_bytes()
+    before = Schedule.open(built).digest
+    shutil.copytree(built, tmp_path / "elsewhere")
+    header = json.loads((built / "schedule.json").read_text())
+    header["slides_file_sha256"] = "of the bytes that another version writes"
+    (tmp_path / "elsewhere" / "schedule.json").write_text(json.dumps(header))
+    assert Schedule.open(tmp_path / "elsewhere").digest == before
+    header["slides_digest"] = "of other slides"
+    (tmp_path / "elsewhere" / "schedule.json").write_text(json.dumps(header))
+    assert Schedule.open(tmp_path / "elsewhere").digest != before
+
+
+def test_every_choice_changes_the_positions(
+    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
+) -> None:
+    seen = {(built / "pseudo_epoch_0001.npy").read_bytes()}
+    changes: list[dict[str, Any]] = [{"seed": 2}, {"num_groups": 4}, {"organ_power": 0.5}, {"max_repeats": 5}]
+    for i, change in enumerate(changes):
+        build_schedule(replace(spec, num_pseudo_epochs=2, **change), slides, tmp_path / str(i))
+        seen.add((tmp_path / str(i) / "pseudo_epoch_0001.npy").read_bytes())
+    assert len(seen) == 5
+
+
+def test_a_longer_schedule_begins_as_the_shorter(
+    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
+) -> None:
+    build_schedule(replace(spec, num_pseudo_epochs=3), slides, tmp_path / "short")
+    for number in range(3):
+        name = f"pseudo_epoch_{number:04d}.npy"
+        assert (tmp_path / "short" / name).read_bytes() == (built / name).read_bytes()
+
+
+def test_other_columns_change_no_position(
+    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
+) -> None:
+    labelled = slides.assign(label="x", patient_id=[f"p{i // 2}" for i in range(len(slides))])
+    build_schedule(spec, labelled, tmp_path / "sched")
+    assert Schedule.open(tmp_path / "sched").header["slides_digest"] == Schedule.open(built).header["slides_digest"]
+    assert (tmp_path / "sched/pseudo_epoch_0000.npy").read_bytes() == (built / "pseudo_epoch_0000.npy").read_bytes()
+    assert Schedule.open(tmp_path / "sched").slides()["patient_id"].tolist()[:3] == ["p0", "p0", "p1"]
+
+
+def test_a_golden_schedule(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": list("abcde"), "organ": list("xxxyy"), "num_tiles": [2, 3, 4, 1, 5]})
+    spec = ScheduleSpec(seed=0, num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epoch=10)
+    build_schedule(spec, slides, tmp_path / "sched")
+    found = Schedule.open(tmp_path / "sched").tiles_at(0, 40).reshape(4, 10).tolist()
+    assert found == [
+        [9, 0, 9, 9, 1, 0, 9, 0, 1, 9],
+        [7, 6, 2, 10, 12, 5, 13, 4, 14, 11],
+        [3, 4, 2, 9, 3, 9, 2, 9, 9, 9],
+        [11, 14, 13, 1, 12, 10, 6, 0, 7, 8],
+    ], "positions may never change between versions"
+
+
+def test_an_existing_folder_is_not_touched(built: Path, spec: ScheduleSpec, slides: pd.DataFrame) -> None:
+    before = contents(built)
+    with pytest.raises(ScheduleError, match="exists already"):
+        build_schedule(spec, slides, built)
+    assert contents(built) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"positions_per_pseudo_epoch": 50, "num_groups": 5},
+            "positions cannot hold one tile of each of its 61 slides (30",
+        ),
+        ({"max_repeats": 1}, "its largest organ, has only"),
+    ],
+)
+def test_a_spec_that_cannot_be_met_names_the_organ_and_leaves_nothing(
+    spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path, change: dict[str, int], told: str
+) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        build_schedule(replace(spec, **change), slides, tmp_path / "sched")
+    assert told in str(caught.value)
+    assert "breast" in str(caught.value)
+    assert str(caught.value).startswith("pseudo-epoch 0: ")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_slides_than_groups_are_told(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": list("abc"), "organ": ["x"] * 3, "num_tiles": [10] * 3})
+    with pytest.raises(ScheduleError, match="num_groups"):
+        build_schedule(ScheduleSpec(num_pseudo_epochs=5, positions_per_pseudo_epoch=10), slides, tmp_path / "sched")
+
+
+# specs
+
+
+def test_opal_has_the_papers_numbers() -> None:
+    spec = load_spec("opal-3b")
+    assert (spec.num_pseudo_epochs, spec.positions_per_pseudo_epoch, spec.num_groups) == (50, 65_000_000, 5)
+    assert spec == ScheduleSpec(), "the defaults are the paper's"
+    assert load_spec("demo").num_groups == 5
+
+
+def test_a_spec_is_strict(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 3\nnum_pseudo_epochs: 2\norgan_power: 5e-1\n")
+    assert load_spec(str(path)) == ScheduleSpec(seed=3, num_pseudo_epochs=2, organ_power=0.5)
+    assert load_spec(str(path), ["seed=4", "num_groups=1"]).seed == 4
+    path.write_text("sede: 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown setting sede; did you mean seed\?"):
+        load_spec(str(path))
+    with pytest.raises(ConfigError, match=r"unknown setting num_group; did you mean num_groups\?"):
+        load_spec("demo", ["num_group=3"])
+    with pytest.raises(ConfigError, match=r"did you mean opal-3b\?"):
+        load_spec("opal3b")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["num_groups=0", "max_repeats=-1", "organ_power=-0.1", "organ_power=5", "organ_power=.nan", "seed=1.5", "seed=x"],
+)
+def test_values_out_of_range_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        load_spec("demo", [override])
+
+
+# stores and shares
+
+
+def test_a_store_with_appended_slides_matches(schedule: Schedule, slides: pd.DataFrame) -> None:
+    appended = slides.iloc[:3].assign(slide_id=["n1", "n2", "n3"])
+    check_matches(schedule, slides, store=Path("store"))
+    check_matches(schedule, slides.assign(label="x")[["label", *slides.columns]], store=Path("store"))
+    check_matches(schedule, pd.concat([slides, appended], ignore_index=True), store=Path("store"))
+
+
+def test_a_store_with_other_slides_is_refused(schedule: Schedule, slides: pd.DataFrame) -> None:
+    appended = slides.iloc[:1].assign(slide_id="new")
+    for other in (
+        slides.iloc[:-1],
+        slides.iloc[::-1],
+        pd.concat([appended, slides], ignore_index=True),
+        slides.assign(num_tiles=[*slides["num_tiles"][:-1], 99]),
+        slides.assign(organ=["other", *slides["organ"][1:]]),
+        slides.assign(slide_id=["other", *slides["slide_id"][1:]]),
+    ):
+        with pytest.raises(ScheduleError, match="was built for other slides than store holds"):
+            check_matches(schedule, other, store=Path("store"))
+
+
+def test_organ_shares_are_those_of_the_files(built: Path, slides: pd.DataFrame) -> None:
+    shares = organ_shares(built).set_index("organ")
+    assert shares["num_tiles"].is_monotonic_decreasing
+    tiles = slides.groupby("organ")["num_tiles"].sum()
+    organ_of_tile = np.repeat(slides["organ"].to_numpy(object), slides["num_tiles"])
+    drawn = pd.Series(organ_of_tile[Schedule.open(built).tiles_at(0, 30_000)]).value_counts()
+    for organ, row in shares.iterrows():
+        assert row["num_tiles"] == tiles[organ]
+        assert row["natural_share"] == pytest.approx(tiles[organ] / tiles.sum())
+        assert row["positions"] == drawn.get(organ, 0)
+        assert row["scheduled_share"] == pytest.approx(drawn.get(organ, 0) / 30_000)
+    assert shares["scheduled_share"].sum() == pytest.approx(1)
+    assert shares["scheduled_share"].std() < 0.6 * shares["natural_share"].std(), "the balance does something"

@@ -1,0 +1,161 @@
+"""Sharing out positions, against a second solution in exact rationals."""
+
+from __future__ import annotations
+
+import decimal
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcssl.schedule.balance import power_weight, share_out, share_out_by_tiles
+
+Shares = list[int]
+Case = tuple[int, Shares, Shares, Shares]  # total, weights, at least, at most
+FIXED = settings(derandomize=True, deadline=None, max_examples=400, database=None)
+
+
+def levels(total: int, weights: Shares, low: Shares, high: Shares) -> list[Fraction]:
+    """Water-filling by definition: the one level at which level · weight, held within the bounds, sums to the total."""
+
+    def held(level: Fraction) -> list[Fraction]:
+        return [min(max(level * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, low, high)]
+
+    def total_at(level: Fraction) -> Fraction:
+        return sum(held(level), Fraction(0))
+
+    turns = sorted({Fraction(b, w) for w, lo, hi in zip(weights, low, high) for b in (lo, hi)} | {Fraction(0)})
+    below = max(turn for turn in turns if total_at(turn) <= total)
+    above = min((turn for turn in turns if total_at(turn) >= total), default=below)
+    if total_at(below) == total:
+        return held(below)
+    # the sum is linear between two neighbouring turns
+    part = (total - total_at(below)) / (total_at(above) - total_at(below))
+    return held(below + part * (above - below))
+
+
+def by_definition(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
+    """Water-filling, then the largest remainders, ties to the earlier entry."""
+    exact = levels(total, weights, low, high)
+    assert sum(exact) == total
+    shares = [share.numerator // share.denominator for share in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def exhaustive(total: int, weights: Shares) -> Shares:
+    """Without bounds: of all ways to share, the one nearest to the exact shares, ties to the earlier entries."""
+    exact = [Fraction(total * w, sum(weights)) for w in weights]
+
+    def ways(rest: int, entries: int) -> list[Shares]:
+        if entries == 1:
+            return [[rest]]
+        return [[first, *others] for first in range(rest + 1) for others in ways(rest - first, entries - 1)]
+
+    return min(
+        ways(total, len(weights)), key=lambda way: (sum((a - b) ** 2 for a, b in zip(way, exact)), [-a for a in way])
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, largest_weight: int = 50) -> Case:
+    count = draw(st.integers(1, 8))
+    weights = draw(st.lists(st.integers(1, largest_weight), min_size=count, max_size=count))
+    low = draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
+    high = [lo + draw(st.integers(0, 30)) for lo in low]
+    return draw(st.integers(sum(low), sum(high))), weights, low, high
+
+
+def check_shares(share: Callable[..., Shares], case: Case) -> None:
+    total, weights, low, high = case
+    found = share(total, weights, low, high)
+    assert sum(found) == total
+    assert all(lo <= x <= hi for x, lo, hi in zip(found, low, high))
+    assert found == by_definition(*case)
+
+
+@FIXED
+@given(cases())
+def test_share_out_is_water_filling_with_largest_remainders(case: Case) -> None:
+    check_shares(share_out, case)
+
+
+@FIXED
+@given(cases(largest_weight=10**15))
+def test_share_out_with_weights_beyond_64_bit_products(case: Case) -> None:
+    total, weights, low, high = case
+    check_shares(share_out, (total, [w**3 for w in weights], low, high))
+
+
+def shares_of_slides(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
+    return share_out_by_tiles(total, np.array(weights), np.array(low), np.array(high)).tolist()
+
+
+@FIXED
+@given(cases(largest_weight=100_000))
+def test_share_out_by_tiles_equals_share_out(case: Case) -> None:
+    assert shares_of_slides(*case) == share_out(*case)
+
+
+def test_share_out_by_tiles_near_the_edge_of_64_bits() -> None:
+    tiles = np.array([2**31 - 1, 2**31 - 2, 3, 2**30], np.int64)
+    found = share_out_by_tiles(2**31 - 1, tiles, np.ones(4, np.int64), 20 * tiles)
+    assert found.tolist() == share_out(2**31 - 1, tiles.tolist(), [1] * 4, (20 * tiles).tolist())
+
+
+@settings(derandomize=True, deadline=None, max_examples=100, database=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 7))
+def test_without_bounds_it_is_the_nearest_of_all_ways(weights: Shares, total: int) -> None:
+    count = len(weights)
+    assert share_out(total, weights, [0] * count, [total] * count) == exhaustive(total, weights)
+
+
+def test_the_check_catches_rounding_and_one_sided_bounds() -> None:
+    def rounded(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
+        return [round(total * w / sum(weights)) for w in weights]
+
+    def clipped_at_once(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
+        rest = by_definition(total, weights, [0] * len(low), [total] * len(low))
+        return [min(max(x, lo), hi) for x, lo, hi in zip(rest, low, high)]
+
+    def ties_to_the_last(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
+        return share_out(total, weights[::-1], low[::-1], high[::-1])[::-1]
+
+    check_shares(share_out, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9]))
+    check_shares(share_out, (10, [8, 1, 1], [1, 1, 1], [4, 9, 9]))
+    for broken, case in (
+        (rounded, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9])),
+        (clipped_at_once, (10, [8, 1, 1], [1, 1, 1], [4, 9, 9])),
+        (ties_to_the_last, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9])),
+    ):
+        with pytest.raises(AssertionError):
+            check_shares(broken, case)
+
+
+def test_what_cannot_be_shared_is_a_defect_of_the_caller() -> None:
+    with pytest.raises(AssertionError):
+        share_out(10, [1, 1], [0, 0], [4, 4])
+    with pytest.raises(AssertionError):
+        share_out(1, [1, 1], [1, 1], [4, 4])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("count", [1, 2, 99, 3_250_000_000])
+def test_power_weight_to_twelve_decimal_places(count: int, power: float) -> None:
+    with decimal.localcontext() as context:
+        context.prec = 80
+        exact = (decimal.Decimal(count).ln() * decimal.Decimal(power)).exp() * 10**12
+    digits = decimal.Decimal(10) ** (len(str(int(exact))) - 38)  # 40 digits are computed
+    assert abs(power_weight(count, power) - exact) <= max(decimal.Decimal("0.5000001"), digits)
+
+
+def test_power_weight_ignores_the_callers_decimal_context() -> None:
+    with decimal.localcontext() as context:
+        context.prec = 5
+        context.rounding = decimal.ROUND_UP
+        assert power_weight(12345, 0.5) == 111_108055513541

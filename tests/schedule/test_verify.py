@@ -1,0 +1,264 @@
+"""`verify_schedule` against every kind of damage, with and without checksums made to match it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hpcssl.core.atomic import digest_file
+from hpcssl.core.errors import ScheduleError
+from hpcssl.schedule.build import build_schedule
+from hpcssl.schedule.spec import ScheduleSpec
+from hpcssl.schedule.verify import verify_schedule
+from hpcssl.tiles.slides import digest_slides
+
+SMALL = ScheduleSpec(num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epoch=60, max_repeats=30)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A schedule of 12 slides of two organs, four pseudo-epochs of 60."""
+    slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(12)], "organ": ["a", "b", "a"] * 4})
+    out = tmp_path_factory.mktemp("verify") / "sched"
+    build_schedule(SMALL, slides.assign(num_tiles=[3, 5, 7] * 4), out)
+    return out
+
+
+@pytest.fixture
+def sched(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "sched"))
+
+
+def file_of(sched: Path, number: int) -> Path:
+    return sched / f"pseudo_epoch_{number:04d}.npy"
+
+
+def change_header(sched: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = sched / "schedule.json"
+    header = json.loads(path.read_text())
+    change(header)
+    path.write_text(json.dumps(header, indent=1) + "\n")
+
+
+def match_checksums(sched: Path) -> None:
+    """Make every checksum true again, so that only the guarantees can tell."""
+
+    def rewrite(header: dict[str, Any]) -> None:
+        for record in header["pseudo_epochs"]:
+            record["sha256"] = digest_file(sched / record["file"])
+        header["slides_file_sha256"] = digest_file(sched / "slides.parquet")
+        header["slides_digest"] = digest_slides(pd.read_parquet(sched / "slides.parquet"))
+
+    change_header(sched, rewrite)
+
+
+def change_tiles(sched: Path, number: int, change: Callable[[np.ndarray], object]) -> None:
+    tiles = np.load(file_of(sched, number))
+    change(tiles)
+    np.save(file_of(sched, number), tiles)
+
+
+def change_slides(sched: Path, **columns: Any) -> None:
+    frame = pd.read_parquet(sched / "slides.parquet").assign(**columns)
+    frame.to_parquet(sched / "slides.parquet", index=False)
+
+
+def verdict(sched: Path) -> str:
+    """Return what verify says; fails where it passes or lets anything but a ScheduleError out."""
+    with pytest.raises(ScheduleError) as caught:
+        verify_schedule(sched)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_whole_schedule_passes_and_every_position_is_looked_at(sched: Path, built: Path) -> None:
+    seen: list[int] = []
+    verify_schedule(sched, on_progress=seen.append)
+    assert sum(seen) == 240
+    verify_schedule(built)
+    match_checksums(sched)
+    verify_schedule(sched)  # the tests' own rewriting breaks nothing
+
+
+@pytest.mark.parametrize("name", ["slides.parquet", *(f"pseudo_epoch_000{n}.npy" for n in range(4))])
+def test_any_flipped_byte_is_found(sched: Path, name: str) -> None:
+    path = sched / name
+    whole = path.read_bytes()
+    for place in sorted({0, len(whole) - 1, *range(0, len(whole), max(1, len(whole) // 12))}):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x04]) + whole[place + 1 :])
+        assert name in verdict(sched)
+    path.write_bytes(whole)
+    verify_schedule(sched)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_table_that_cannot_be_read_is_told(sched: Path, kept: float) -> None:
+    path = sched / "slides.parquet"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    assert "slides.parquet" in verdict(sched)
+
+
+@pytest.mark.parametrize("kept", [1, 100, 128, 300])
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_truncated_file_is_found(sched: Path, kept: int, rewritten: bool) -> None:
+    path = file_of(sched, 2)
+    path.write_bytes(path.read_bytes()[:kept])
+    if rewritten:
+        match_checksums(sched)
+    assert "pseudo_epoch_0002.npy" in verdict(sched)
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_an_emptied_file_is_found(sched: Path, rewritten: bool) -> None:
+    file_of(sched, 2).write_bytes(b"")
+    if rewritten:
+        match_checksums(sched)
+    assert "pseudo_epoch_0002.npy" in verdict(sched)
+
+
+@pytest.mark.parametrize("name", ["schedule.json", "slides.parquet", "pseudo_epoch_0003.npy"])
+def test_a_missing_file_is_told(sched: Path, name: str) -> None:
+    (sched / name).unlink()
+    if name == "slides.parquet":
+        with pytest.raises((ScheduleError, FileNotFoundError), match=r"slides\.parquet"):
+            verify_schedule(sched)  # a FileNotFoundError names the file, and the command tells it in one line
+    else:
+        assert name in verdict(sched)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 1), (0, 2), (2, 3)])
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_two_files_swapped_are_found(sched: Path, a: int, b: int, rewritten: bool) -> None:
+    first, second = file_of(sched, a).read_bytes(), file_of(sched, b).read_bytes()
+    file_of(sched, a).write_bytes(second)
+    file_of(sched, b).write_bytes(first)
+    if rewritten:
+        match_checksums(sched)
+    said = verdict(sched)
+    assert f"pseudo_epoch_000{a}.npy" in said
+    assert ("guarantee" in said) == rewritten
+
+
+def test_two_records_swapped_are_found(sched: Path) -> None:
+    def swap_whole(header: dict[str, Any]) -> None:
+        header["pseudo_epochs"][0], header["pseudo_epochs"][1] = header["pseudo_epochs"][1], header["pseudo_epochs"][0]
+
+    change_header(sched, swap_whole)
+    assert "guarantee" in verdict(sched)
+
+
+def entries_of_one_slide(tiles: np.ndarray) -> tuple[int, int]:
+    """Return two places that hold different tiles of slide s2 (tiles 8 to 14) or of s11 (53 to 59)."""
+    for low, high in ((8, 15), (53, 60), (0, 3), (3, 8)):
+        places = np.flatnonzero((tiles >= low) & (tiles < high))
+        others = places[tiles[places] != tiles[places[0]]] if len(places) else places
+        if len(others):
+            return int(places[0]), int(others[0])
+    raise AssertionError("no such slide in this pseudo-epoch")
+
+
+def replace_within_slide(tiles: np.ndarray) -> None:
+    a, b = entries_of_one_slide(tiles)
+    tiles[a] = tiles[b]
+
+
+def replace_by_another_slide(tiles: np.ndarray) -> None:
+    slides = np.searchsorted(np.cumsum([3, 5, 7] * 4), tiles, side="right")
+    tiles[0] = tiles[np.flatnonzero(slides != slides[0])[0]]
+
+
+def swap_two_places(tiles: np.ndarray) -> None:
+    a, b = entries_of_one_slide(tiles)
+    tiles[a], tiles[b] = tiles[b], tiles[a]
+
+
+BREAKAGES: dict[str, tuple[Callable[[np.ndarray], object], str]] = {
+    "a tile of the same slide instead": (replace_within_slide, "guarantee 3"),
+    "a tile of another slide instead": (replace_by_another_slide, "guarantee 2"),
+    "two places swapped": (swap_two_places, "guarantee 4"),
+    "no shuffle": (np.ndarray.sort, "guarantee 4"),
+    "another shuffle": (np.random.default_rng(0).shuffle, "guarantee 4"),
+    "reversed": (lambda tiles: np.copyto(tiles, tiles[::-1].copy()), "guarantee 4"),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_broken_guarantee_is_named_although_checksums_match(sched: Path, breakage: str, number: int) -> None:
+    change, told = BREAKAGES[breakage]
+    change_tiles(sched, number, change)
+    match_checksums(sched)
+    said = verdict(sched)
+    assert f"pseudo_epoch_000{number}.npy" in said
+    assert told in said
+
+
+def test_a_tile_beyond_the_last_is_told(sched: Path) -> None:
+    def beyond(tiles: np.ndarray) -> None:
+        tiles[int(tiles.argmax())] = 60
+
+    number = next(n for n in range(4) if np.load(file_of(sched, n)).max() >= 53)
+    change_tiles(sched, number, beyond)
+    match_checksums(sched)
+    assert f"pseudo_epoch_000{number}.npy" in verdict(sched)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"num_tiles": [3, 5, 7] * 3 + [3, 5, 8]},
+        {"organ": ["b", "a", "a"] * 4},
+    ],
+)
+def test_another_slide_table_is_found_although_checksums_match(sched: Path, columns: dict[str, list]) -> None:
+    change_slides(sched, **columns)
+    assert "checksum differs" in verdict(sched)
+    match_checksums(sched)
+    assert re.search("but slides.parquet holds|guarantee 2", verdict(sched))
+
+
+def test_another_slide_id_is_found_by_the_digest(sched: Path) -> None:
+    change_slides(sched, slide_id=[f"t{i}" for i in range(12)])
+    change_header(sched, lambda h: h.update(slides_file_sha256=digest_file(sched / "slides.parquet")))
+    assert "but slides.parquet holds" in verdict(sched)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("num_groups", 1), ("organ_power", 1.0), ("max_repeats", 1)])
+def test_another_spec_is_found(sched: Path, key: str, value: float) -> None:
+    change_header(sched, lambda header: header["spec"].update({key: value}))
+    verdict(sched)
+
+
+def test_a_changed_quota_in_the_header_is_found(sched: Path) -> None:
+    change_header(sched, lambda header: header["pseudo_epochs"][1]["organs"]["a"].update(achieved=29))
+    assert "what it tells of pseudo-epoch 1" in verdict(sched)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda h: h["pseudo_epochs"].pop(), id="last record dropped"),
+        pytest.param(lambda h: h["pseudo_epochs"][0].update(slides_used=99), id="slides_used"),
+        pytest.param(lambda h: h["pseudo_epochs"][0]["organs"]["a"].update(wanted=99), id="wanted"),
+        pytest.param(lambda h: h["pseudo_epochs"][0]["organs"].update(c={"wanted": 1, "achieved": 1}), id="organ"),
+        pytest.param(lambda h: h.update(num_tiles=1), id="num_tiles"),
+        pytest.param(lambda h: h.update(num_slides=1), id="num_slides"),
+    ],
+)
+def test_every_field_of_the_header_is_checked(sched: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    change_header(sched, change)
+    verdict(sched)
+
+
+def test_the_first_violation_is_named(sched: Path) -> None:
+    for number in (1, 3):
+        change_tiles(sched, number, np.ndarray.sort)
+    assert "pseudo_epoch_0001.npy" in verdict(sched)

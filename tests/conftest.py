@@ -2,12 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _load_small() -> ModuleType:
+    """Load small.py by its path: with --import-mode=importlib the tests are no package that could be imported from."""
+    name = "hpcssl_tests_small"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("small.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def small() -> ModuleType:
+    """Helpers that make small real inputs (tests/small.py)."""
+    return _load_small()
+
+
+@pytest.fixture(scope="session")
+def data(small: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tiles, store and schedule that tests read and do not change (`small.Data`)."""
+    return small.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    """One CPU thread, as bitwise comparisons need it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_process() -> Any:
+    """Puts back what a pretraining run in this process changes: signal handlers and torch's threads."""
+    import signal
+
+    import torch
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

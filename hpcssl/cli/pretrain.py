@@ -81,17 +81,22 @@ def pretrain(
     from hpcssl.cli.progress import progress
     from hpcssl.core.config import to_mapping
     from hpcssl.core.world import check_divides
+    from hpcssl.jobs.cluster import check_cluster
     from hpcssl.jobs.launch import launch
     from hpcssl.runs.folder import prepare_run
     from hpcssl.runs.metrics import last_record
     from hpcssl.schedule.file import Schedule, check_matches
     from hpcssl.tiles.store import Store
     from hpcssl.train.config import Timeline, load_recipe
+    from hpcssl.train.objective import check_recipe
 
+    check_cluster(cluster, resources)
     recipe = load_recipe(recipe_name, overrides)
     opened_store, opened_schedule = Store.open(store), Schedule.open(schedule)
     check_matches(opened_schedule, opened_store.slides, store=store)
     timeline = Timeline(recipe, opened_schedule)
+    timeline.values(0)
+    check_recipe(recipe)
     check_divides(resources.nodes * resources.processes_per_node, recipe.global_batch)
     data = {
         "store": str(store.resolve()),
@@ -127,5 +132,6 @@ def _resources(args: argparse.Namespace) -> Resources:
         import torch
 
         profile = Profile(gpus_per_node=torch.cuda.device_count())
-    processes = 1 if args.cluster == "none" else args.gpus_per_node or profile.gpus_per_node or 1
+    asked = 1 if args.cluster == "none" else args.gpus_per_node
+    processes = asked if asked is not None else profile.gpus_per_node or 1
     return Resources(nodes=args.nodes, processes_per_node=processes, profile=profile)

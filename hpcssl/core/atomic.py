@@ -90,13 +90,16 @@ def _filled(temporary: Path, path: Path) -> Iterator[Path]:
 def _alone(path: Path) -> Iterator[None]:
     """Hold the right to make `path`; the system gives it back when the process ends, however it ends."""
     lock = path.with_name(f".{path.name}.lock")
+    busy = UserError(f"{path}: another process is making it; wait for that, or end it")
     with lock.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process is making it; wait for that, or end it") from None
+            raise busy from None
         except OSError:  # a file system without locks: go without
             pass
+        if not lock.exists() or not os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+            raise busy  # its last holder removed the file between our opening it and our lock
         try:
             yield
         finally:

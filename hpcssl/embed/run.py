@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hpcssl.core.config import first_difference
-from hpcssl.core.errors import FeatureError
+from hpcssl.core.errors import ConfigError, FeatureError
 from hpcssl.embed.encoder import Source, best_device, load_encoder
 from hpcssl.features.files import SUFFIX, write_slide
 from hpcssl.features.folder import INDEX_NAME, write_index
@@ -47,8 +47,12 @@ def embed_store(
     FeatureError
         If `out` holds features of another encoder, size or store.
     """
+    if threads < 1:
+        raise ConfigError(f"threads = {threads}; expected at least 1")
     encoder, state = load_encoder(source)
-    px = tile_px or encoder.config.image_px
+    px = encoder.config.image_px if tile_px is None else tile_px
+    if px < 1 or px % encoder.patch_px:
+        raise ConfigError(f"tiles of {px} px; expected a multiple of the encoder's patch of {encoder.patch_px} px")
     about = {
         "encoder": source.name,
         "checkpoint": str(source.step),
@@ -85,7 +89,7 @@ def _prepare(out: Path, about: dict) -> None:
             key, before, now = difference
             raise FeatureError(f"{out}: holds features with {key} = {before}, asked for is {now}; choose another --out")
         return
-    if any(out.iterdir()):
+    if any(not e.name.startswith(".") for e in out.iterdir()):  # hidden names are what a killed start left
         raise FeatureError(f"{out}: not empty and no feature folder (no {INDEX_NAME}); choose another --out")
     write_index(out, **about)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import submitit
 
-from hpcssl.core.errors import RunError
+from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.core.world import World
 from hpcssl.jobs.profile import Profile
 
@@ -30,6 +36,11 @@ class Resources:
     nodes: int = 1
     processes_per_node: int = 1
     profile: Profile = field(default_factory=lambda: Profile(gpus_per_node=0))
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "processes_per_node"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,22 @@ class Place:
         )
 
 
+def check_cluster(cluster: str, resources: Resources) -> None:
+    """Refuse what cannot be started from here, before anything is written.
+
+    Raises
+    ------
+    ConfigError
+        For several machines without SLURM, or SLURM on a machine that has no `srun`.
+    """
+    if cluster != "slurm" and resources.nodes > 1:
+        raise ConfigError(f"--nodes {resources.nodes} needs --cluster slurm; --cluster {cluster} is this machine alone")
+    if cluster == "slurm" and not shutil.which("srun"):
+        raise ConfigError(
+            "--cluster slurm: no srun on PATH; run this on a login node, or see hpcssl doctor"
+        )
+
+
 def submit(work: Any, folder: Path, resources: Resources, cluster: Literal["local", "slurm"], *, name: str) -> Any:
     """Start `work()` on every rank and return submitit's job; its logs and pickles go to `folder`.
 
@@ -93,9 +120,44 @@ def submit(work: Any, folder: Path, resources: Resources, cluster: Literal["loca
         }
         executor.update_parameters(**{key: value for key, value in asked.items() if value})
     try:
-        return executor.submit(work)
+        with _ignoring_interrupts(cluster == "local"):
+            return executor.submit(work)
     except submitit.core.utils.FailedJobError as error:
         raise RunError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _ignoring_interrupts(wanted: bool) -> Iterator[None]:
+    """Let what starts meanwhile ignore Ctrl-C, which a terminal sends to all: its launcher then asks it to stop."""
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def stop_local(job: Any, *, grace_s: float) -> None:
+    """Ask the ranks of a job on this machine to save and stop, and end what is left after `grace_s` seconds."""
+    job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it to the ranks
+    until = time.monotonic() + grace_s
+    while not job.done() and time.monotonic() < until:
+        time.sleep(0.05)
+    if not job.done():
+        for pid in live_ranks(job) or []:
+            os.kill(pid, signal.SIGKILL)
+        job._process.wait()
+
+
+def live_ranks(job: Any) -> list[int] | None:
+    """Return the process ids of a local job's ranks that still run; None where the system does not tell."""
+    controller = job._process.pid
+    try:
+        return [int(pid) for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()]
+    except OSError:
+        return None
 
 
 def as_it_is(work: Any) -> Any:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpcssl.core.errors import RunError
-from hpcssl.jobs.cluster import Resources, submit
+from hpcssl.jobs.cluster import Resources, live_ranks, stop_local, submit
 from hpcssl.jobs.worker import PretrainJob, failure_file
 from hpcssl.runs.metrics import last_record
 
 _POLL_S = 0.2
 _FULL_BYTES = 1 << 20
+_MISSING_S = 5.0  # how long a rank may be gone without a word while others run; the first seconds are its start
+_GRACE_S = 30.0  # for a step and a checkpoint
 
 
 def launch(
@@ -40,30 +42,42 @@ def launch(
     """
     token = uuid.uuid4().hex[:12]
     if cluster == "none":
-        return PretrainJob(str(run), token)()
+        outcome = PretrainJob(str(run), token)()
+        _report(run, on_step)
+        return outcome
     work = PretrainJob(str(run.resolve()), token, os.getpid() if cluster == "local" else None)
     job = submit(work, run / "logs", resources, cluster, name=f"hpcssl-{run.name}")
     if cluster == "slurm":
         return str(job.job_id)
-    return _wait(job, run, token, on_step)
+    try:
+        return _wait(job, run, token, on_step)
+    except BaseException:
+        stop_local(job, grace_s=_GRACE_S)
+        raise
 
 
 def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None]) -> str:
-    try:
-        while not job.done():
-            record = last_record(run)
-            if record:
-                on_step(record["step"])
-            time.sleep(_POLL_S)
-    except BaseException:
-        job.cancel()
-        raise
+    """Wait for a local job; RunError when a rank has failed, without waiting for those that wait for it."""
+    ranks = job._sub_jobs or [job]
+    missing_since = None
+    while not job.done():
+        _report(run, on_step)
+        ended = sum(rank.paths.result_pickle.exists() for rank in ranks)
+        live = live_ranks(job)
+        missing = live is not None and len(live) + ended < len(ranks)
+        missing_since = (missing_since or time.monotonic()) if missing else None
+        if missing_since and time.monotonic() - missing_since > _MISSING_S:
+            raise RunError(_cause(run, token, job))
+        time.sleep(_POLL_S)
+    _report(run, on_step)
+    if all(rank.paths.result_pickle.exists() and rank.exception() is None for rank in ranks):
+        return "finished" if all(rank.result() == "finished" for rank in ranks) else "stopped"
+    raise RunError(_cause(run, token, job))
+
+
+def _report(run: Path, on_step: Callable[[int], None]) -> None:
     if record := last_record(run):
         on_step(record["step"])
-    results = [sub for sub in (job._sub_jobs or [job]) if sub.paths.result_pickle.exists()]
-    if len(results) == len(job._sub_jobs or [job]) and all(sub.exception() is None for sub in results):
-        return "finished" if all(sub.result() == "finished" for sub in results) else "stopped"
-    raise RunError(_cause(run, token, job))
 
 
 def _cause(run: Path, token: str, job: Any) -> str:

@@ -88,12 +88,15 @@ class PretrainJob:
     def _launcher_lives(self) -> bool:
         if self.launcher_pid is None:
             return True
-        with suppress(PermissionError):
-            try:
-                os.kill(self.launcher_pid, 0)
-            except ProcessLookupError:
-                return False
-        return True
+        try:
+            os.kill(self.launcher_pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # it lives, as somebody else
+            return True
+        status = Path(f"/proc/{self.launcher_pid}/stat")
+        # ended, but not yet reaped by its parent: the state stands behind the command's closing parenthesis
+        return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
     def _leave_word(self, place: Place, error: BaseException) -> None:
         """Write why this rank ended, for the launcher; on a full disk the launcher finds that out itself."""

@@ -23,7 +23,7 @@ def decode(jpeg: bytes, *, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(jpeg))
         return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise StoreError(
             f"{name}: cannot be decoded ({' '.join(str(error).split())}); replace it or rebuild the store"
         ) from None

@@ -42,15 +42,17 @@ def prepare_run(run: Path, config: Mapping[str, Any], *, data: Mapping[str, Any]
     RunError
         If the folder holds something else, or a run with another setting or other data; both values are named.
     """
-    if run.exists() and not (run / CONFIG).exists() and any(run.iterdir()):
+    # hidden names are what a killed start left before there was a config.yaml
+    if run.exists() and not (run / CONFIG).exists() and any(not e.name.startswith(".") for e in run.iterdir()):
         raise RunError(f"{run}: not empty and no run (no {CONFIG}); choose another --out")
     wanted = {**config, "data": dict(data), "derived": dict(derived)}
     if (run / CONFIG).exists():
         _check_same(run, read_yaml(run / CONFIG), wanted)
-    for folder in ("checkpoints", "generations", "logs"):
-        (run / folder).mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "provenance.json", json.dumps(provenance(), indent=1) + "\n")
+    run.mkdir(parents=True, exist_ok=True)
     write_atomic(run / CONFIG, dump_yaml(wanted))
+    for folder in ("checkpoints", "generations", "logs"):
+        (run / folder).mkdir(exist_ok=True)
+    write_atomic(run / "provenance.json", json.dumps(provenance(), indent=1) + "\n")
 
 
 def read_config(run: Path) -> dict[str, Any]:

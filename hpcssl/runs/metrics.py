@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ class MetricsWriter:
         """Append one step's record; it is in the file when this returns."""
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
+
+    def sync(self) -> None:
+        """Make the trace durable, so that no checkpoint is ahead of it."""
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""

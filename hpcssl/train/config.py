@@ -78,6 +78,12 @@ class TrainConfig:
     threads: int | None = None
     deterministic: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{name} = {value}; expected at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -200,6 +200,7 @@ class _Writer:
         """Write a checkpoint and remove those that need not stay."""
         if self.is_stale():
             raise Stopped("a later start took the run over")
+        self._metrics.sync()
         save_checkpoint(self._run, state.step, *state.to_checkpoint())
         keep = self._recipe.checkpoint.keep_last
         prune_checkpoints(self._run, state.step, keep_last=keep, keep_steps=self._timeline.ends_pseudo_epoch)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hpcssl.core.errors import ConfigError
 from hpcssl.core.rng import key_of
 from hpcssl.models.encoder import build_encoder, drop_path_rates, residual_scale
 from hpcssl.models.heads import DinoHead
@@ -52,6 +53,30 @@ def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(recipe.seed, "weights") >> 1)
         return Dino(recipe, device) if recipe.objective == "dino" else Mae(recipe, device)
+
+
+def check_recipe(recipe: PretrainConfig) -> None:
+    """Build the model without memory, so that a recipe that cannot train is refused before a job waits in a queue.
+
+    Raises
+    ------
+    ConfigError
+        For an encoder that cannot be built, or views that it cannot take.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(recipe.encoder)
+        if recipe.objective == "mae":
+            MaskedAutoencoder(encoder, recipe.decoder)
+    for kind in recipe.augment.kinds:
+        if kind.view_px % encoder.patch_px:
+            raise ConfigError(
+                f"recipe: views of {kind.view_px} px; expected a multiple of the patch of {encoder.patch_px} px"
+            )
+    view_px = recipe.augment.global_views.view_px
+    if recipe.objective == "mae" and view_px != recipe.encoder.image_px:
+        raise ConfigError(
+            f"recipe: MAE's view of {view_px} px; expected encoder.image_px = {recipe.encoder.image_px} px"
+        )
 
 
 class Dino(Objective):

@@ -1,0 +1,327 @@
+"""Real runs of two processes through submitit's local executor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpcssl.core.errors import RunError
+from hpcssl.jobs.launch import Resources, launch
+from hpcssl.jobs.worker import PretrainJob
+from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from hpcssl.runs.metrics import last_record, read_metrics
+
+PSEUDO_EPOCHS = 30
+STEPS = PSEUDO_EPOCHS * 40 // 12
+TIMES = ["tiles_per_s", "read_wait_s", "time"]  # of a metrics line: when, not what
+TWO = Resources(processes_per_node=2)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="module")
+def longer(small, tmp_path_factory):
+    """A schedule of 100 steps: some seconds of training."""
+    return small.make_data(tmp_path_factory.mktemp("longer"), pseudo_epochs=PSEUDO_EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def recipe(small):
+    """A checkpoint every half second, so that restarts do not all begin at 0."""
+    plain = small.dino_recipe()
+    return replace(plain, checkpoint=replace(plain.checkpoint, every_min=0.5 / 60, keep_last=3))
+
+
+def _final(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_checkpoint(checkpoint_path(run, step))[0]
+
+
+def _assert_same_run(run: Path, reference: Path) -> None:
+    """Check that two runs end in the same bits after the same trace."""
+    one, other = _final(run), _final(reference)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.equal(one[name], tensor), name
+    assert read_metrics(run).drop(columns=TIMES).equals(read_metrics(reference).drop(columns=TIMES))
+
+
+@pytest.mark.usefixtures("own_process")
+def test_two_ranks_finish_and_equal_one(small, data, tmp_path):
+    recipe = small.dino_recipe()
+    runs = [small.make_run(tmp_path / f"w{size}", data, recipe) for size in (1, 2)]
+    steps: list[int] = []
+    assert launch(runs[0], Resources(), "none", on_step=steps.append) == "finished"
+    # a finished run that is started again trains nothing and says so
+    finished = checkpoint_path(runs[0], 13).stat().st_mtime_ns
+    assert launch(runs[0], Resources(), "none", on_step=steps.append) == "finished"
+    assert checkpoint_path(runs[0], 13).stat().st_mtime_ns == finished
+    assert steps == [small.STEPS] * 2
+    steps.clear()
+    assert launch(runs[1], TWO, "local", on_step=steps.append) == "finished"
+    assert steps[-1] == small.STEPS
+    assert steps == sorted(steps)
+    traces = [read_metrics(run) for run in runs]
+    assert traces[1]["step"].tolist() == list(range(1, 14))
+    np.testing.assert_allclose(traces[1]["loss"], traces[0]["loss"], rtol=1e-5)
+    assert [json.loads(line)["world_size"] for line in (runs[1] / "restarts.jsonl").read_text().splitlines()] == [2]
+    assert (runs[1] / "tensorboard").is_dir()
+    assert not small.ranks_below(os.getpid())
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_cause_in_one_line(small, tmp_path):
+    """A tile of rank 1's share is gone; rank 0, which waits for the sum, ends as well."""
+    own = small.make_data(tmp_path, pseudo_epochs=60)
+    tiles = own.schedule.tiles_at(0, 60 * 40)
+    firsts = {int(tile): int(np.flatnonzero(tiles == tile)[0]) for tile in np.unique(tiles)}
+    tile, position = min((item for item in firsts.items() if item[1] % 12 >= 6 and item[1] > 12), key=lambda i: i[1])
+    gone = own.store.file_of(tile)
+    gone.unlink()
+    run = small.make_run(tmp_path / "run", own, small.dino_recipe())
+    with small.within(60), pytest.raises(RunError) as caught:
+        launch(run, TWO, "local", on_step=lambda step: None)
+    assert str(gone) in str(caught.value)
+    assert "is gone" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(read_metrics(run)) <= position // 12
+    assert not small.ranks_below(os.getpid())
+
+
+def test_an_error_that_is_no_users_names_the_log(small, data, tmp_path):
+    run = small.make_run(tmp_path / "run", data, small.dino_recipe())
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("derived:", "derivd:"))
+    with pytest.raises(RunError, match=r"training failed \(KeyError.*on rank 0\); the log is") as caught:
+        launch(run, Resources(), "local", on_step=lambda step: None)
+    assert "\n" not in str(caught.value)
+    log = Path(str(caught.value).partition("the log is ")[2].partition(";")[0])
+    assert "Traceback" in log.read_text()
+
+
+def _zombie() -> subprocess.Popen:
+    process = subprocess.Popen(["true"])
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    return process
+
+
+def test_a_living_and_a_gone_launcher_are_told_apart():
+    assert PretrainJob("run", "t", os.getpid())._launcher_lives()
+    assert PretrainJob("run", "t", None)._launcher_lives()
+    assert PretrainJob("run", "t", 1)._launcher_lives()
+    process = subprocess.Popen(["true"])
+    process.wait(30)
+    assert not PretrainJob("run", "t", process.pid)._launcher_lives()
+
+
+def test_a_launcher_that_is_a_zombie_is_gone():
+    process = _zombie()
+    lives = PretrainJob("run", "t", process.pid)._launcher_lives()
+    process.wait(30)
+    assert not lives
+
+
+@pytest.fixture
+def start(small, longer, recipe, tmp_path):
+    """Starts `hpcssl pretrain` as a user does, in a process of its own; ends everything below it at the end."""
+    started: list[tuple[subprocess.Popen, set[int]]] = []
+    file = small.write_recipe(tmp_path / "recipe.yaml", recipe)
+
+    def begin(run: Path) -> subprocess.Popen:
+        command = small.commandline(
+            *("pretrain", file, "--store", longer.store_path, "--schedule", longer.schedule_path),
+            *("--out", run, "--gpus-per-node", 2),
+        )
+        log = (tmp_path / "launcher.log").open("ab")
+        process = subprocess.Popen(command, env=small.environment(), stdout=log, stderr=log, start_new_session=True)
+        started.append((process, set()))
+        return process
+
+    def running_after(run: Path, process: subprocess.Popen, step: int) -> list[int]:
+        """Wait for a step; return the ranks' processes."""
+
+        def reached() -> bool:
+            assert process.poll() is None, (tmp_path / "launcher.log").read_text()
+            return (last_record(run) or {"step": 0})["step"] >= step
+
+        small.wait_until(reached, 90, f"step {step}")
+        started[-1][1].update(small.descendants(process.pid))
+        ranks = small.ranks_below(process.pid)
+        assert len(ranks) == 2
+        return ranks
+
+    begin.running_after = running_after
+    yield begin
+    for process, below in started:
+        small.kill_all([*small.descendants(process.pid), *below])
+        process.kill()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def reference(small, longer, recipe, tmp_path_factory):
+    """An uninterrupted run."""
+    run = small.make_run(tmp_path_factory.mktemp("reference") / "run", longer, recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert launch(run, TWO, "local", on_step=lambda step: None) == "finished"
+    return run
+
+
+@pytest.mark.long
+def test_the_same_seed_twice_gives_the_same_bits_and_another_does_not(small, longer, recipe, reference, tmp_path):
+    run = small.make_run(tmp_path / "again", longer, recipe)
+    assert launch(run, TWO, "local", on_step=lambda step: None) == "finished"
+    _assert_same_run(run, reference)
+    other = small.make_run(tmp_path / "other", longer, replace(recipe, seed=1, stop_after=1))
+    assert launch(other, TWO, "local", on_step=lambda step: None) == "finished"
+    assert not set(read_metrics(other)["loss"]) & set(read_metrics(reference)["loss"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR2])
+def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, reference, tmp_path, sent):
+    run = tmp_path / "run"
+    process = start(run)
+    ranks = start.running_after(run, process, 5)
+    os.kill(ranks[1], sent)  # one is enough: ranks agree
+    assert process.wait(60) == 2
+    last = last_record(run)["step"]
+    assert 5 <= last < STEPS
+    assert checkpoint_steps(run)[-1] == last, "nothing that was computed is lost"
+    assert not any(map(small.alive, ranks))
+    assert start(run).wait(120) == 0
+    _assert_same_run(run, reference)
+    lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [1, 2]
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_it_goes_on_bitwise(small, start, reference, tmp_path):
+    rng, run, kills = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), tmp_path / "run", 0
+    while kills < 4:
+        process = start(run)
+        done = (last_record(run) or {"step": 0})["step"] if run.exists() else 0
+        if kills == 0:
+            time.sleep(float(rng.uniform(0.5, 5)))  # anywhere in starting
+        else:
+            start.running_after(run, process, min(done + 1, STEPS - 25))
+            time.sleep(float(rng.uniform(0, 0.5)))
+        small.kill_all([process.pid, *small.descendants(process.pid)])
+        process.wait(30)
+        kills += 1
+    process = start(run)
+    assert process.wait(120) == 0, (tmp_path / "launcher.log").read_text()
+    _assert_same_run(run, reference)
+
+
+@pytest.mark.long
+def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
+    run = tmp_path / "run"
+    process = start(run)
+    ranks = start.running_after(run, process, 3)
+    os.kill(ranks[1], signal.SIGKILL)
+    with small.within(20):
+        assert process.wait(60) == 2
+    assert not any(map(small.alive, ranks))
+    said = (tmp_path / "launcher.log").read_text().splitlines()[-1]
+    assert said.startswith("hpcssl: error: ")
+    assert "the same command goes on where it was" in said
+
+
+@pytest.mark.long
+def test_ranks_of_a_killed_launcher_end_by_themselves_within_seconds(small, start, tmp_path):
+    run = tmp_path / "run"
+    process = start(run)
+    ranks = start.running_after(run, process, 3)
+    process.kill()
+    process.wait(30)
+    small.wait_until(lambda: not any(map(small.alive, ranks)), 15, "ranks end")
+    assert last_record(run)["step"] < STEPS
+    assert checkpoint_steps(run)[-1] == last_record(run)["step"], "they saved before they went"
+
+
+@pytest.mark.long
+def test_a_second_start_fences_off_the_first(small, start, reference, tmp_path):
+    """The first hangs, the second does the work, the first wakes up: it publishes nothing more."""
+    run = tmp_path / "run"
+    first = start(run)
+    ranks = start.running_after(run, first, 2)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    second = start(run)
+    assert second.wait(120) == 0, (tmp_path / "launcher.log").read_text()
+    _assert_same_run(run, reference)
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.parent.name not in ("logs", "tensorboard")}
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    assert first.wait(30) == 2
+    assert not any(map(small.alive, ranks))
+    assert {f: f.read_bytes() for f in before} == before
+    assert checkpoint_steps(run)[-1] == STEPS
+    assert sorted(f.name for f in (run / "generations").glob("0*")) == ["000001", "000002"]
+
+
+@pytest.fixture(scope="module")
+def interrupted(small, longer, recipe, tmp_path_factory):
+    """The exit code and the last words of a run that Ctrl-C stopped, and its ranks."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    file, log = small.write_recipe(folder / "recipe.yaml", recipe), folder / "log"
+    command = small.commandline(
+        *("pretrain", file, "--store", longer.store_path, "--schedule", longer.schedule_path),
+        *("--out", folder / "run", "--gpus-per-node", 2),
+    )
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, env=small.environment(), stdout=stream, stderr=stream, start_new_session=True
+        )
+    below: list[int] = []
+    try:
+        small.wait_until(lambda: (last_record(folder / "run") or {"step": 0})["step"] >= 3, 90, "step 3")
+        below = small.descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(30)
+        small.wait_until(lambda: not any(map(small.alive, below)), 15, "all processes end")
+    finally:
+        small.kill_all(below)
+        process.kill()
+        process.wait(30)
+    return code, log.read_text()
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_all_ranks_and_exits_130(interrupted):
+    code, said = interrupted
+    assert code == 130
+    assert "hpcssl: stopped; the same command goes on where it was" in said.splitlines()
+
+
+@pytest.mark.long
+def test_ctrl_c_shows_no_traceback(interrupted):
+    assert "Traceback" not in interrupted[1]
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_before_it_joins_ends_the_job_within_half_a_minute(small, start, tmp_path):
+    process = start(tmp_path / "run")
+    small.wait_until(lambda: len(small.ranks_below(process.pid)) == 2, 60, "two ranks")
+    os.kill(small.ranks_below(process.pid)[1], signal.SIGKILL)
+    try:
+        code = process.wait(30)
+    except subprocess.TimeoutExpired:
+        code = None
+    assert code == 2

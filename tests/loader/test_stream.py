@@ -1,0 +1,243 @@
+"""What a rank gets for a step depends on the step alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hpcssl.core.errors import ConfigError, ScheduleError, StoreError
+from hpcssl.core.world import World
+from hpcssl.loader.stream import Batch, LoaderConfig, TileStream
+
+MAE_PATCHES = 16
+
+
+@pytest.fixture
+def stream(small, data):
+    """Makes a stream of the tiny store."""
+    store, schedule = data.store, data.schedule
+
+    def make(start=0, stop=small.STEPS, world=None, objective="dino", seed=0, store=store, **config) -> TileStream:
+        return TileStream(
+            store=store,
+            schedule=schedule,
+            recipe=small.RECIPES[objective]().augment,
+            seed=seed,
+            global_batch=small.GLOBAL_BATCH,
+            world=world or World(),
+            start_step=start,
+            stop_step=stop,
+            num_patches=MAE_PATCHES if objective == "mae" else 0,
+            config=LoaderConfig(**config) if config else None,
+        )
+
+    return make
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    masks = (a.mask is None and b.mask is None) or torch.equal(a.mask, b.mask)
+    views = all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    return a.step == b.step and np.array_equal(a.positions, b.positions) and views and masks
+
+
+def test_batches_hold_the_steps_positions_views_and_masks(small, stream):
+    for objective, shapes, patches in (
+        ("dino", [(2, 12, 32, 32, 3), (2, 12, 16, 16, 3)], None),
+        ("mae", [(1, 12, 32, 32, 3)], (12, MAE_PATCHES)),
+    ):
+        batches = list(stream(objective=objective))
+        assert [b.step for b in batches] == list(range(small.STEPS))
+        assert np.concatenate([b.positions for b in batches]).tolist() == list(range(small.STEPS * 12))
+        assert [tuple(v.shape) for v in batches[0].views] == shapes
+        assert all(v.dtype is torch.uint8 for v in batches[0].views)
+        assert (None if batches[0].mask is None else tuple(batches[0].mask.shape)) == patches
+
+
+def test_pixels_are_those_of_the_scheduled_tiles_also_across_pseudo_epochs(small, stream, data):
+    """Step 3 stands on both sides of the boundary at 40."""
+    from hpcssl.loader import pillow
+    from hpcssl.plan.draw import draw_plan
+
+    recipe, schedule, store = small.dino_recipe().augment, data.schedule, data.store
+    batch = next(iter(stream(start=3)))
+    assert batch.positions.tolist() == list(range(36, 48))
+    files = [schedule.pseudo_epoch(p // 40)[p % 40] for p in range(36, 48)]
+    plan = draw_plan(recipe, 0, batch.positions)
+    out = [np.zeros_like(v.numpy()) for v in batch.views]
+    for index, tile in enumerate(files):
+        pillow.execute(store.file_of(int(tile)).read_bytes(), recipe, plan, index, out, name="")
+    for views, wanted in zip(batch.views, out, strict=True):
+        np.testing.assert_array_equal(views.numpy(), wanted)
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+def test_neither_start_nor_prefetch_nor_threads_change_a_step(stream, objective):
+    plain = list(stream(objective=objective, stop=7))
+    for start in range(7):
+        resumed = stream(objective=objective, start=start, stop=7)
+        assert all(_same(a, b) for a, b in zip(plain[start:], resumed, strict=True)), start
+    for threads, prefetch in ((1, 1), (4, 1), (3, 5)):
+        other = stream(objective=objective, stop=7, threads=threads, prefetch_steps=prefetch)
+        assert all(_same(a, b) for a, b in zip(plain, other, strict=True)), (threads, prefetch)
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+@pytest.mark.parametrize("size", [2, 3, 4, 12])
+def test_the_shares_of_all_ranks_are_the_batch_of_one(stream, objective, size):
+    ranks = [stream(objective=objective, stop=5, world=World(rank=r, size=size)) for r in range(size)]
+    for whole, *shares in zip(stream(objective=objective, stop=5), *ranks, strict=True):
+        joined = Batch(
+            step=shares[0].step,
+            positions=np.concatenate([s.positions for s in shares]),
+            views=tuple(torch.cat(v, dim=1) for v in zip(*(s.views for s in shares), strict=True)),
+            mask=None if whole.mask is None else torch.cat([s.mask for s in shares]),
+        )
+        assert _same(joined, whole), whole.step
+
+
+def test_the_seed_changes_the_plan_but_not_the_positions(stream):
+    a, b = (next(iter(stream(seed=s, objective="mae"))) for s in (0, 1))
+    assert np.array_equal(a.positions, b.positions)
+    assert not torch.equal(a.views[0], b.views[0])
+    assert not torch.equal(a.mask, b.mask)
+
+
+def test_a_position_drawn_again_is_drawn_otherwise(stream, data):
+    """The same tile at two positions has two crops: the plan is of the position, not of the tile."""
+    tiles = data.schedule.tiles_at(0, 156)
+    batches = list(stream())
+    pixels = torch.cat([b.views[0] for b in batches], dim=1)
+    first, second = np.flatnonzero(tiles == tiles[0])[:2]
+    assert not torch.equal(pixels[:, first], pixels[:, second])
+
+
+def test_a_world_that_cannot_share_the_batch_is_refused(stream):
+    with pytest.raises(ConfigError, match="5 processes cannot share"):
+        next(iter(stream(world=World(rank=0, size=5))))
+
+
+def test_steps_beyond_the_schedule_are_refused(small, stream):
+    with pytest.raises(ScheduleError, match="positions"):
+        list(stream(stop=small.STEPS + 1))
+
+
+class _Slow:
+    """A store that counts, waits where told, and gives broken bytes for some tiles."""
+
+    def __init__(self, store, broken=(), wait_s=0.0):
+        self._store, self._broken, self._wait_s = store, broken, wait_s
+        self.fetched: list[int] = []
+
+    def fetch(self, position: int, tile: int) -> bytes:
+        self.fetched.append(position)
+        time.sleep(self._wait_s)
+        return b"\xff\xd8\xff rubbish" if position in self._broken else self._store.fetch(position, tile)
+
+    def file_of(self, tile: int):
+        return self._store.file_of(tile)
+
+
+def _tile_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("tiles") and t.is_alive()]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_undecodable_tile_ends_the_stream_naming_the_file(small, stream, data, threads):
+    broken = 2 * small.GLOBAL_BATCH + 5
+    file = data.store.file_of(int(data.schedule.tiles_at(broken, broken + 1)[0]))
+    batches = iter(stream(store=_Slow(data.store, broken=[broken]), threads=threads, prefetch_steps=3))
+    assert [next(batches).step, next(batches).step] == [0, 1], "what comes before it is whole"
+    with pytest.raises(StoreError) as caught:
+        next(batches)
+    assert str(file) in str(caught.value)
+    assert next(batches, None) is None
+    assert not _tile_threads()
+
+
+def test_a_missing_tile_ends_the_stream_naming_the_file(small, stream, tmp_path):
+    own = small.make_data(tmp_path)
+    gone = own.store.file_of(int(own.schedule.tiles_at(3, 4)[0]))
+    gone.unlink()
+    with pytest.raises(StoreError, match=r"is gone; run hpcssl store verify") as caught:
+        next(iter(stream(store=own.store)))
+    assert str(gone) in str(caught.value)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_leaving_early_leaves_no_threads_and_reads_no_further(stream, data, threads):
+    store = _Slow(data.store, wait_s=0.002)
+    batches = iter(stream(store=store, threads=threads, prefetch_steps=4))
+    next(batches)
+    assert _tile_threads(), "they do work ahead"
+    batches.close()
+    assert not _tile_threads()
+    count = len(store.fetched)
+    time.sleep(0.05)
+    assert len(store.fetched) == count < 13 * 12
+
+
+def test_an_exception_in_the_loop_leaves_no_threads(stream):
+    def loop() -> None:
+        for _ in stream(threads=3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    assert not _tile_threads()
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+def test_no_more_batches_are_begun_than_promised(small, stream, monkeypatch, prefetch):
+    begun = []
+    begin = TileStream._begin
+
+    def counted(self, step, pool):
+        begun.append(step)
+        return begin(self, step, pool)
+
+    monkeypatch.setattr(TileStream, "_begin", counted)
+    for taken, batch in enumerate(stream(prefetch_steps=prefetch), start=1):
+        assert batch.step == taken - 1
+        # the batch that is yielded is among the (1 + prefetch) whose memory is held
+        assert len(begun) == min(taken + prefetch, small.STEPS)
+
+
+def test_the_stream_works_ahead(small, stream, data):
+    """While the trainer computes, the next steps are read: then it does not wait for them."""
+    store = _Slow(data.store, wait_s=0.003)
+    made = stream(store=store, threads=4, prefetch_steps=2, stop=3)
+    batches = iter(made)
+    next(batches)
+    before = made.stats.read_wait_s
+    small.wait_until(lambda: len(store.fetched) == 36, 30, "all three steps are read without being asked for")
+    time.sleep(0.2)
+    assert len(next(batches).positions) == 12
+    assert made.stats.read_wait_s - before < 0.05
+    assert made.stats.tiles == 24
+    assert made.stats.read_s >= 24 * 0.003
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [({"threads": 0}, "threads = 0"), ({"prefetch_steps": 0}, "prefetch"), ({"backend": "dali2"}, "known: pillow")],
+)
+def test_settings_that_cannot_be_used_are_refused(setting, told):
+    with pytest.raises(ConfigError, match=told):
+        LoaderConfig(**setting)
+
+
+def test_a_finished_run_reads_nothing(small, stream, data):
+    store = _Slow(data.store)
+    assert list(stream(store=store, start=small.STEPS)) == []
+    assert not store.fetched
+
+
+def test_views_are_of_every_kind_in_the_recipe(small, stream):
+    recipe = small.dino_recipe().augment
+    assert recipe.num_views == sum(len(v) for v in next(iter(stream())).views)
+    assert replace(recipe, local_views=None).num_views == 2

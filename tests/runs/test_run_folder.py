@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from hpcssl.core.config import read_yaml
+from hpcssl.core.errors import RunError
+from hpcssl.runs import folder
+from hpcssl.runs.folder import Generation, prepare_run, read_config, record_start
+
+CONFIG = {
+    "objective": "dino",
+    "seed": 0,
+    "global_batch": 1080,
+    "stop_after": None,
+    "optim": {"lr_per_256": 5e-5, "betas": [0.9, 0.999], "clip": None},
+    "loader": {"threads": 1},
+    "train": {"precision": "auto"},
+    "checkpoint": {"keep_last": 2},
+}
+DATA = {"store": "/a/store", "store_digest": "s1", "schedule": "/a/schedule", "schedule_digest": "d1"}
+
+
+def _prepare(run: Path, changes: dict | None = None, data: dict | None = None, derived: dict | None = None) -> None:
+    config = copy.deepcopy(CONFIG)
+    for key, value in (changes or {}).items():
+        *parents, leaf = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    prepare_run(run, config, data={**DATA, **(data or {})}, derived=derived or {"total_steps": 10})
+
+
+@pytest.fixture
+def run(tmp_path):
+    _prepare(tmp_path / "runs" / "a")
+    return tmp_path / "runs" / "a"
+
+
+def test_a_new_run_folder_says_what_the_run_is(run):
+    assert read_config(run) == {**CONFIG, "data": DATA, "derived": {"total_steps": 10}}
+    about = json.loads((run / "provenance.json").read_text())
+    assert about["packages"]["torch"]
+    assert about["python"]
+    assert all((run / name).is_dir() for name in ("checkpoints", "generations", "logs"))
+
+
+def test_the_same_settings_continue(run):
+    before = (run / "config.yaml").read_bytes()
+    _prepare(run)
+    assert (run / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("seed", 1, "seed = 0, asked for is 1"),
+        ("global_batch", 540, "global_batch = 1080, asked for is 540"),
+        ("objective", "mae", "objective = dino, asked for is mae"),
+        ("optim.lr_per_256", 1e-4, r"optim.lr_per_256 = 5e-05, asked for is 0.0001"),
+        ("optim.clip", 3.0, r"optim.clip = None, asked for is 3.0"),
+        ("optim.betas", [0.9, 0.95], r"optim.betas = \[0.9, 0.999\], asked for is \[0.9, 0.95\]"),
+        ("new_setting", 3, "new_setting = None, asked for is 3"),
+    ],
+)
+def test_another_setting_is_refused_with_both_values(run, key, value, told):
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    with pytest.raises(RunError, match=told) as caught:
+        _prepare(run, {key: value})
+    assert str(run) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before, "a refusal changes nothing"
+
+
+@pytest.mark.parametrize("key", ["store_digest", "schedule_digest"])
+def test_other_data_are_refused_with_both_values(run, key):
+    with pytest.raises(RunError, match=f"{key} = {DATA[key]}, asked for is other"):
+        _prepare(run, data={key: "other"})
+
+
+def test_data_may_have_moved(run):
+    _prepare(run, data={"store": "/b/store", "schedule": "/b/schedule"})
+    assert read_config(run)["data"]["store"] == "/b/store"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("stop_after", 25.0), ("loader.threads", 8), ("train.precision", "bf16"), ("checkpoint.keep_last", 9)],
+)
+def test_free_settings_change(run, key, value):
+    _prepare(run, {key: value}, derived={"total_steps": 10, "stop_step": 5})
+    node = read_config(run)
+    for part in key.split("."):
+        node = node[part]
+    assert node == value
+    assert read_config(run)["derived"]["stop_step"] == 5
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match="not empty and no run"):
+        _prepare(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    _prepare(tmp_path)
+    assert read_config(tmp_path)["seed"] == 0
+
+
+def test_no_run_is_told(tmp_path):
+    with pytest.raises(RunError, match="no run"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_killed_while_preparing_the_same_command_goes_on(tmp_path, monkeypatch, write):
+    """A start that is gone before its first or its second file stands may not block the folder."""
+    real, calls = folder.write_atomic, []
+
+    def dying(path: Path, content: str) -> None:
+        calls.append(path)
+        if len(calls) == write:
+            raise SystemExit(9)
+        real(path, content)
+
+    monkeypatch.setattr(folder, "write_atomic", dying)
+    with pytest.raises(SystemExit):
+        _prepare(tmp_path / "run")
+    monkeypatch.undo()
+    _prepare(tmp_path / "run")
+
+
+def test_a_later_start_makes_the_former_stale(run):
+    first = Generation.take(run)
+    assert not first.is_stale()
+    second = Generation.take(run)
+    assert first.is_stale()
+    assert not second.is_stale()
+    third = Generation.take(run)
+    assert [first.number, second.number, third.number] == [1, 2, 3]
+    assert first.is_stale()
+    assert second.is_stale()
+    assert not third.is_stale()
+
+
+def test_claims_survive_their_processes(run):
+    Generation.take(run)
+    for name in ("rendezvous-abc.json", ".000009.tmp"):
+        (run / "generations" / name).write_text("{}")
+    assert Generation.take(run).number == 2
+
+
+def test_concurrent_claims_are_distinct_and_one_of_them_is_current(run):
+    claims: list[Generation] = []
+    barrier = threading.Barrier(16)
+
+    def take() -> None:
+        barrier.wait()
+        claims.append(Generation.take(run))
+
+    threads = [threading.Thread(target=take) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(c.number for c in claims) == list(range(1, 17))
+    assert [c.number for c in claims if not c.is_stale()] == [16]
+
+
+def test_the_restart_history_grows(run):
+    record_start(run, generation=1, world_size=2, device="cpu")
+    record_start(run, generation=2, world_size=4, device="cpu")
+    lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
+    assert [(r["generation"], r["world_size"]) for r in lines] == [(1, 2), (2, 4)]
+    assert all("T" in r["time"] for r in lines)
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+def test_a_resolved_recipe_comes_back_from_the_run_folder(small, data, tmp_path, objective):
+    """YAML keeps every number and every None; the ranks read nothing else."""
+    from hpcssl.core.config import build
+    from hpcssl.train.config import PretrainConfig
+
+    recipe = small.RECIPES[objective](stop_after=2.5)
+    settings = read_config(small.make_run(tmp_path / "run", data, recipe))
+    assert settings.pop("derived")["stop_step"] == 100 // 12
+    assert settings.pop("data") == data.identity
+    assert build(PretrainConfig, settings, where="run") == recipe
+    small.make_run(tmp_path / "run", data, recipe)
+    assert read_yaml(tmp_path / "run" / "config.yaml")["seed"] == 0

@@ -1,0 +1,274 @@
+"""The state of a run at a step is whole: to a file and back, from any step, bitwise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hpcssl.core.errors import RunError
+from hpcssl.core.world import World
+from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
+from hpcssl.runs.metrics import read_metrics
+from hpcssl.train.config import Timeline
+from hpcssl.train.loop import Stopped, _stream, train, train_step
+from hpcssl.train.reduce import Collectives, GradientBuffer
+from hpcssl.train.state import TrainState
+
+CPU = torch.device("cpu")
+STEPS = 8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def advance(data):
+    """Trains some states, one a rank, up to a step; returns the losses."""
+
+    def run(small, recipe, states: list[TrainState], stop: int) -> list[float]:
+        size, timeline = len(states), Timeline(recipe, data.schedule)
+        ranks = small.VirtualRanks(size)
+
+        def work(rank: int) -> list[float]:
+            collectives = Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank))
+            stream = iter(_stream(states[rank], recipe, timeline, data.store, data.schedule, collectives))
+            losses = []
+            while states[rank].step < stop:
+                losses.append(train_step(states[rank], next(stream), recipe, timeline, collectives, CPU)["loss"])
+            stream.close()
+            return losses
+
+        return ranks.run(work)[0]
+
+    return run
+
+
+def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in state.to_checkpoint()[0].items()}
+
+
+def _assert_same(state: TrainState, wanted: dict[str, torch.Tensor]) -> None:
+    found = _tensors(state)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_resuming_from_every_step_is_bitwise_the_uninterrupted_run(small, tmp_path, advance, objective, size):
+    recipe = small.RECIPES[objective]()
+    (tmp_path / "checkpoints").mkdir()
+    states = [TrainState(recipe, CPU) for _ in range(size)]
+    losses = []
+    for step in range(STEPS):
+        save_checkpoint(tmp_path, step, *states[0].to_checkpoint())
+        losses += advance(small, recipe, states, step + 1)
+    uninterrupted = [TrainState(recipe, CPU) for _ in range(size)]
+    assert advance(small, recipe, uninterrupted, STEPS) == losses
+    wanted = _tensors(uninterrupted[0])
+    assert any(name.startswith("optimizer.") for name in wanted)
+    for step in range(STEPS):
+        resumed = [TrainState(replace(recipe, seed=recipe.seed), CPU) for _ in range(size)]
+        for state in resumed:
+            state.from_checkpoint(*load_checkpoint(checkpoint_path(tmp_path, step)))
+        assert resumed[0].step == step
+        assert advance(small, recipe, resumed, STEPS) == losses[step:], f"resumed at step {step}"
+        _assert_same(resumed[0], wanted)
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+def test_another_number_of_ranks_after_resuming_gives_the_same_losses(small, tmp_path, advance, objective):
+    recipe = small.RECIPES[objective]()
+    (tmp_path / "checkpoints").mkdir()
+    state = TrainState(recipe, CPU)
+    advance(small, recipe, [state], 3)
+    save_checkpoint(tmp_path, 3, *state.to_checkpoint())
+    wanted = advance(small, recipe, [state], STEPS)
+    for size in (2, 4):
+        resumed = [TrainState(recipe, CPU) for _ in range(size)]
+        for one in resumed:
+            one.from_checkpoint(*load_checkpoint(checkpoint_path(tmp_path, 3)))
+        assert advance(small, recipe, resumed, STEPS) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_resume_that_forgets_the_optimiser_or_a_step_is_noticed(small, advance):
+    """The check above can fail: without the moments, or one step off, the losses part."""
+    recipe = small.dino_recipe()
+    whole = TrainState(recipe, CPU)
+    advance(small, recipe, [whole], 4)
+    tensors, state = _tensors(whole), whole.to_checkpoint()[1]
+    wanted = advance(small, recipe, [whole], STEPS)
+    for broken in ({**state, "updates": {}, "step": 4}, {**state, "step": 5}):
+        resumed = TrainState(recipe, CPU)
+        resumed.from_checkpoint(tensors, broken)
+        found = advance(small, recipe, [resumed], STEPS)
+        assert found != wanted[-len(found) :]
+
+
+def test_fp16_keeps_its_loss_scale(small, data):
+    recipe = small.dino_recipe()
+    recipe = replace(recipe, train=replace(recipe.train, precision="fp16"))
+    state = TrainState(recipe, CPU)
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 7})
+    tensors, values = state.to_checkpoint()
+    resumed = TrainState(recipe, CPU)
+    resumed.from_checkpoint(dict(tensors), {**values, "step": 0})
+    assert resumed.scaler.state_dict()["scale"] == 512.0
+    assert resumed.scaler.state_dict()["_growth_tracker"] == 7
+
+
+def test_the_checkpoint_of_another_model_is_refused(small):
+    tensors, values = TrainState(small.dino_recipe(), CPU).to_checkpoint()
+    recipe = small.dino_recipe()
+    other = TrainState(replace(recipe, encoder=replace(recipe.encoder, depth=3)), CPU)
+    with pytest.raises(RunError, match="step 4 holds another model"):
+        other.from_checkpoint(dict(tensors), {**values, "step": 4})
+
+
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+def test_weights_depend_on_the_seed_alone(small, objective):
+    recipe = small.RECIPES[objective]()
+    torch.manual_seed(1)
+    first = _tensors(TrainState(recipe, CPU))
+    torch.manual_seed(2)
+    drawn = torch.random.get_rng_state()
+    _assert_same(TrainState(recipe, CPU), first)
+    assert torch.equal(torch.random.get_rng_state(), drawn), "the caller's generator is left alone"
+    other = _tensors(TrainState(replace(recipe, seed=1), CPU))
+    same = [n for n, t in first.items() if torch.equal(t, other[n])]
+    assert all(first[n].unique().numel() == 1 or "pos_embed" in n for n in same), "all drawn weights differ"
+
+
+def test_the_frozen_last_layer_does_not_move_and_then_does(small, data, advance):
+    recipe = small.dino_recipe()
+    timeline = Timeline(recipe, data.schedule)
+    assert timeline.frozen_steps == 3
+    state = TrainState(recipe, CPU)
+    head = state.objective.trained["head"]
+    last, first_layer = head.last_v.detach().clone(), head.mlp[0].weight.detach().clone()
+    for step in range(1, 4):
+        advance(small, recipe, [state], step)
+        assert head.last_v.grad is None
+        assert torch.equal(head.last_v, last), "neither gradient nor weight decay moves it"
+    assert not torch.equal(head.mlp[0].weight, first_layer)
+    advance(small, recipe, [state], 5)  # the learning rate is not 0 and the layer is free
+    assert not torch.equal(head.last_v, last)
+
+
+def test_the_teacher_follows_and_gets_no_gradient(small, data, advance):
+    recipe = small.dino_recipe()
+    state = TrainState(recipe, CPU)
+    student, teacher = (state.objective.module[k].state_dict() for k in ("student", "teacher"))
+    advance(small, recipe, [state], 1)
+    before = {n: t.clone() for n, t in teacher.items()}
+    advance(small, recipe, [state], 2)
+    momentum = Timeline(recipe, data.schedule).values(1).momentum
+    for name, tensor in teacher.items():
+        torch.testing.assert_close(tensor, momentum * before[name] + (1 - momentum) * student[name])
+    assert all(p.grad is None for p in state.objective.module["teacher"].parameters())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small, data, advance):
+    recipe = small.dino_recipe()
+    state = TrainState(recipe, CPU)
+    with torch.no_grad():
+        state.objective.trained["head"].mlp[0].weight[0, 0] = math.nan
+    with pytest.raises(RunError, match=r"step 0: .*not finite; lower"):
+        advance(small, recipe, [state], 1)
+
+
+def test_gradients_lie_in_one_buffer_in_the_order_given():
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    buffer = GradientBuffer(parameters)
+    buffer.zero()
+    (parameters[0].sum() + 2 * parameters[1].sum()).backward()
+    seen = []
+
+    def add_other_rank(flat: torch.Tensor) -> None:
+        seen.append(flat.clone())
+        flat += torch.arange(10.0)
+
+    buffer.mean_over_ranks(Collectives(world=World(rank=0, size=2), all_reduce_sum=add_other_rank))
+    assert len(seen) == 1, "one collective for all gradients"
+    assert seen[0].tolist() == [1.0] * 6 + [2.0] * 4
+    assert parameters[0].grad.tolist() == [[0.5, 1.0, 1.5], [2.0, 2.5, 3.0]]
+    assert parameters[1].grad.tolist() == [4.0, 4.5, 5.0, 5.5]
+
+
+def test_gradients_return_to_the_buffer_after_they_were_dropped():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    buffer = GradientBuffer([parameter])
+    buffer.zero()
+    parameter.grad = None
+    buffer.zero()
+    (3 * parameter).sum().backward()
+    buffer.mean_over_ranks(Collectives())
+    assert parameter.grad.tolist() == [3.0, 3.0, 3.0]
+
+
+class _Claim:
+    """A generation that becomes stale on request."""
+
+    number = 1
+
+    def __init__(self):
+        self.stale = False
+
+    def is_stale(self) -> bool:
+        return self.stale
+
+
+def _train(run, recipe, data, *, claim=None, asked=lambda: False, said=None):
+    said = [] if said is None else said
+    train(
+        run,
+        recipe,
+        store=data.store,
+        schedule=data.schedule,
+        collectives=Collectives(),
+        device=CPU,
+        generation=claim or _Claim(),
+        asked_to_stop=asked,
+        say=said.append,
+    )
+    return said
+
+
+def test_the_loop_stops_when_asked_saves_and_goes_on(small, data, tmp_path):
+    recipe = small.dino_recipe()
+    whole, parts = (small.make_run(tmp_path / name, data, recipe) for name in ("whole", "parts"))
+    _train(whole, recipe, data)
+    stops = iter([False, False, False, False, True])
+    with pytest.raises(Stopped):
+        _train(parts, recipe, data, asked=lambda: next(stops))
+    assert checkpoint_steps(parts)[-1] == 5
+    said = _train(parts, recipe, data)
+    assert "begins at step 5 of 13" in said[0]
+    assert checkpoint_steps(parts)[-1] == small.STEPS == 13
+    ends = [step for step in range(14) if Timeline(recipe, data.schedule).ends_pseudo_epoch(step)]
+    assert checkpoint_steps(whole) == ends == [0, 3, 6, 10, 13]
+    whole_tensors, parts_tensors = (load_checkpoint(checkpoint_path(run, 13))[0] for run in (whole, parts))
+    assert all(torch.equal(t, parts_tensors[n]) for n, t in whole_tensors.items())
+    columns = ["step", "samples_seen", "pseudo_epoch", "loss", "lr", "weight_decay", "momentum", "grad_norm"]
+    traces = [read_metrics(run)[columns] for run in (whole, parts)]
+    assert traces[0]["step"].tolist() == list(range(1, 14))
+    assert traces[0].equals(traces[1])
+
+
+def test_a_stale_start_publishes_nothing_more(small, data, tmp_path):
+    recipe = small.dino_recipe()
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_min=0.0, keep_last=20))
+    run, claim, asked = small.make_run(tmp_path / "run", data, recipe), _Claim(), []
+
+    def after_third_step() -> bool:
+        asked.append(1)
+        claim.stale = len(asked) == 3  # between the look at the claim and the checkpoint of step 3
+        return False
+
+    with pytest.raises(Stopped, match="took the run over"):
+        _train(run, recipe, data, claim=claim, asked=after_third_step)
+    assert checkpoint_steps(run) == [0, 1, 2]
+    assert len(asked) == 3

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+from hpcssl.core import resources
+from hpcssl.core.errors import ConfigError
+from hpcssl.train.config import Timeline, load_recipe
+
+
+@dataclass
+class PaperSchedule:
+    """The paper's: 50 pseudo-epochs of 65 million tiles."""
+
+    positions_per_pseudo_epoch: int = 65_000_000
+    num_pseudo_epochs: int = 50
+    path: Path = Path("opal")
+
+    @property
+    def num_positions(self) -> int:
+        return self.positions_per_pseudo_epoch * self.num_pseudo_epochs
+
+
+@pytest.fixture
+def opal():
+    return load_recipe("dino-vits16-opal")
+
+
+def test_the_published_dino_run(opal):
+    timeline = Timeline(opal, PaperSchedule())
+    assert timeline.total_steps == 3_250_000_000 // 1080 == 3_009_259
+    assert timeline.stop_step == 1_625_000_000 // 1080 == 1_504_629
+    assert timeline.warmup_steps == timeline.frozen_steps == 65_000_000 // 1080 == 60_185
+    assert timeline.peak_lr == pytest.approx(5e-5 * 1080 / 256, rel=1e-12)
+    assert timeline.derived()["samples"] == 1_504_629 * 1080
+    first, warm = timeline.values(0), timeline.values(60_184)
+    assert first.lr == 0.0
+    assert (first.weight_decay, first.momentum) == pytest.approx((0.04, 0.996), rel=1e-12)
+    assert warm.lr == pytest.approx(2.109375e-4, rel=1e-12)
+    assert first.last_layer_frozen
+    assert warm.last_layer_frozen
+    assert not timeline.values(60_185).last_layer_frozen
+
+
+def test_the_published_mae_run():
+    timeline = Timeline(load_recipe("mae-vitl16-opal"), PaperSchedule())
+    assert timeline.total_steps == timeline.stop_step == 3_250_000_000 // 1440 == 2_256_944
+    assert timeline.warmup_steps == 5 * 65_000_000 // 1440 == 225_694
+    assert timeline.peak_lr == pytest.approx(1e-4 * 1440 / 256, rel=1e-12)
+    assert timeline.values(2_256_943).lr == pytest.approx(0.0, abs=1e-9)
+    assert {timeline.values(step).weight_decay for step in (0, 10**6, 2 * 10**6)} == {0.05}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (
+            "dino-vits16-opal",
+            {
+                "objective": "dino",
+                "global_batch": 1080,
+                "schedule_pseudo_epochs": 50,
+                "stop_after": 25,
+                "encoder.name": "vit_small_patch16_224",
+                "encoder.drop_path": 0.1,
+                "optim.clip": 1.0,
+                "optim.betas": (0.9, 0.999),
+                "optim.final_weight_decay": 0.4,
+                "dino.head.out_dim": 65536,
+                "dino.head.norm_last_layer": True,
+                "dino.teacher_temperature": 0.04,
+                "dino.student_temperature": 0.1,
+                "dino.center_momentum": 0.9,
+                "dino.momentum": 0.996,
+                "train.precision": "fp32",
+                "augment.mask_ratio": 0.0,
+            },
+        ),
+        (
+            "mae-vitl16-opal",
+            {
+                "objective": "mae",
+                "global_batch": 1440,
+                "stop_after": None,
+                "encoder.name": "vit_large_patch16_224",
+                "encoder.drop_path": 0.0,
+                "optim.clip": None,
+                "optim.betas": (0.9, 0.95),
+                "decoder.embed_dim": 512,
+                "decoder.depth": 8,
+                "decoder.num_heads": 16,
+                "augment.mask_ratio": 0.75,
+                "augment.local_views": None,
+            },
+        ),
+    ],
+)
+def test_the_published_settings_ship(name, wanted):
+    recipe = load_recipe(name)
+    for key, value in wanted.items():
+        assert attrgetter(key)(recipe) == value, key
+
+
+def test_the_published_augmentations_ship():
+    from hpcssl.plan.recipe import dino_augment, mae_augment
+
+    assert load_recipe("dino-vits16-opal").augment == dino_augment()
+    assert load_recipe("mae-vitl16-opal").augment == mae_augment()
+
+
+def test_every_recipe_that_ships_loads():
+    assert len(resources.names("recipe")) >= 4
+    for name in resources.names("recipe"):
+        assert load_recipe(name).objective == name.partition("-")[0]
+
+
+def test_values_halfway_are_those_of_the_whole_schedule(opal):
+    """The run stops at 25 of 50 pseudo-epochs: there everything is half-way, not at its end."""
+    halfway = Timeline(opal, PaperSchedule()).values(1_504_629)
+    progress = (1_504_629 - 60_185) / (3_009_259 - 60_185)
+    assert halfway.lr == pytest.approx(1e-6 + (2.109375e-4 - 1e-6) * (1 + math.cos(math.pi * progress)) / 2, rel=1e-9)
+    assert halfway.weight_decay == pytest.approx(0.22, abs=1e-6)
+    assert halfway.momentum == pytest.approx(0.998, abs=1e-6)
+
+
+def test_the_ends_of_all_values(opal):
+    timeline = Timeline(replace(opal, stop_after=None), PaperSchedule())
+    last = timeline.values(timeline.total_steps - 1)
+    assert last.lr == pytest.approx(1e-6, rel=1e-3)
+    assert last.weight_decay == pytest.approx(0.4, rel=1e-6)
+    assert last.momentum == pytest.approx(1.0, rel=1e-9)
+
+
+def test_values_do_not_depend_on_where_the_run_stops(opal):
+    whole, half = (Timeline(replace(opal, stop_after=s), PaperSchedule()) for s in (None, 3))
+    assert half.stop_step < whole.stop_step
+    for step in (0, 1, 60_000, 180_000):
+        assert whole.values(step) == half.values(step)
+
+
+def test_values_depend_on_the_length_of_the_schedule_of_values(opal):
+    whole, half = (Timeline(replace(opal, schedule_pseudo_epochs=n), PaperSchedule()) for n in (50, 25))
+    assert half.total_steps < whole.total_steps
+    assert half.values(1_000_000).lr < whole.values(1_000_000).lr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stop_after": 51},
+        {"stop_after": 30, "schedule_pseudo_epochs": 25},
+        {"stop_after": None, "schedule_pseudo_epochs": 60},
+    ],
+)
+def test_a_stop_beyond_the_schedule_is_refused(opal, change):
+    with pytest.raises(ConfigError, match="stop_after"):
+        Timeline(replace(opal, **change), PaperSchedule())
+
+
+@pytest.mark.parametrize(("positions", "batch"), [(40, 12), (65, 10), (36, 12), (10, 12), (7, 3)])
+def test_pseudo_epochs_end_at_their_last_whole_step(small, positions, batch):
+    schedule = PaperSchedule(positions_per_pseudo_epoch=positions, num_pseudo_epochs=6)
+    timeline = Timeline(small.dino_recipe(global_batch=batch), schedule)
+    ends = [step for step in range(timeline.total_steps + 1) if timeline.ends_pseudo_epoch(step)]
+    assert ends == sorted({n * positions // batch for n in range(7)})
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("optim.lr_per_265=1", "did you mean lr_per_256"),
+        ("globl_batch=3", "did you mean global_batch"),
+        ("dino.head.outdim=3", "did you mean out_dim"),
+        ("objective=byol", "objective"),
+        ("global_batch=zero", "global_batch"),
+        ("global_batch=0", "global_batch"),
+        ("objective=mae", "mask_ratio"),
+        ("loader.backend=pilow", "known: pillow"),
+        ("loader.threads=0", "at least 1"),
+        ("augment.global_views.scale=[0.5, 0.1]", "scale"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(setting, told):
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_recipe("dino-demo", [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_taken_over():
+    recipe = load_recipe("dino-demo", ["seed=5", "optim.clip=null", "train.micro_batch=7"])
+    assert (recipe.seed, recipe.optim.clip, recipe.train.micro_batch) == (5, None, 7)

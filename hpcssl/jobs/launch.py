@@ -51,6 +51,9 @@ def launch(
         return str(job.job_id)
     try:
         return _wait(job, run, token, on_step)
+    except RunError:  # the other ranks wait for one that is gone
+        stop_local(job, grace_s=0)
+        raise
     except BaseException:
         stop_local(job, grace_s=_GRACE_S)
         raise

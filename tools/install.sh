@@ -40,6 +40,11 @@ wanted="$(sha256sum "$root/setup.py" | cut -d' ' -f1) $extras $root"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 [ -x "$venv/bin/python" ] || make_venv "$(find_python)"
 say "installing into $venv (PyTorch is large: the first time takes some minutes)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"
+log=$venv/install.log
+pip() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1; }
+if ! { pip --upgrade pip setuptools wheel && pip --editable "$root${extras:+[$extras]}"; }; then
+  tail -n 5 "$log" >&2
+  say "error: the installation failed; all of it is in $log"
+  exit 1
+fi
 echo "$wanted" >"$stamp"

@@ -21,9 +21,10 @@ find_python() {
 }
 
 make_venv() {
-  local python=$1
+  local python=$1 new=1
+  [ -e "$venv" ] && new=0
   if ! "$python" -m venv "$venv" 2>/dev/null; then
-    rm -rf "$venv"
+    [ $new = 0 ] || rm -rf "$venv"
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
       say "python3-venv is missing: installing it"
       apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null
@@ -37,8 +38,12 @@ make_venv() {
 
 stamp=$venv/.hpcssl-installed
 wanted="$(sha256sum "$root/setup.py" | cut -d' ' -f1) $extras $root"
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
-[ -x "$venv/bin/python" ] || make_venv "$(find_python)"
+have=$(cat "$stamp" 2>/dev/null || true)
+if [ "$have" = "$wanted" ] || { [ -z "$extras" ] && [ "$have" = "${wanted%% *} dev $root" ]; }; then exit 0; fi
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was interrupted
+  python=$(find_python) || exit 2
+  make_venv "$python"
+fi
 say "installing into $venv (PyTorch is large: the first time takes some minutes)"
 log=$venv/install.log
 pip() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1; }

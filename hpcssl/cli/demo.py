@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)",
     )
-    parser.add_argument(
-        "--label", default="label", metavar="COLUMN", help="column of slides.csv to predict (%(default)s)"
-    )
+    parser.add_argument("--label", metavar="COLUMN", help="column of slides.csv to predict (default: label, if there)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
 
 
@@ -57,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     )
     demo.prepare_tiles()
     demo.build_store()
+    demo.write_splits()
     demo.build_schedule()
     demo.pretrain()
     demo.embed()
@@ -72,7 +71,7 @@ class Demo:
 
     out: Path
     user_tiles: Path | None
-    label: str
+    label: str | None
     seed: int
 
     def claim(self) -> None:
@@ -125,6 +124,33 @@ class Demo:
         with progress("verifying the store", total=store.num_tiles, unit="tiles") as advance:
             store.verify(advance)
 
+    def write_splits(self) -> None:
+        """Write one split file an organ; an organ whose labels allow none is left out, and the report says why."""
+        from hpcssl.core.atomic import atomic_dir, write_atomic
+        from hpcssl.core.errors import SlideError, SplitError
+        from hpcssl.mccv.splits import make_splits
+
+        if (self.out / "splits").exists():
+            return
+        slides, left_out = self.store.slides, {}
+        label = self.label or "label"
+        if self.label and label not in slides:
+            raise SlideError(f"--label {label}: no such column in the slide table; it has {', '.join(slides.columns)}")
+        with atomic_dir(self.out / "splits") as folder:
+            for organ, of_organ in slides.groupby("organ") if label in slides else ():
+                try:
+                    table = make_splits(of_organ.reset_index(drop=True), label, 20, 0.8, "patient_id", self.seed)
+                    write_atomic(folder / f"{organ}.csv", table.to_csv(index=False))
+                except SplitError as error:
+                    left_out[organ] = str(error)
+            if label not in slides:
+                left_out["all organs"] = f"no column {label} in the slide table"
+            write_atomic(folder / "left_out.json", json.dumps(left_out, indent=1) + "\n")
+        if left_out:
+            organ, reason = next(iter(left_out.items()))
+            more = f" ({len(left_out)} organs are left out so)" if len(left_out) > 1 else ""
+            _say(f"no benchmark of {organ}: {reason}{more}")
+
     def build_schedule(self) -> None:
         """Build the organ-balanced schedule and check its guarantees."""
         from hpcssl.cli.progress import progress
@@ -132,7 +158,7 @@ class Demo:
         from hpcssl.schedule.verify import verify_schedule
 
         _stage(3, "organ-balanced schedule")
-        spec = demo_spec(self.store.slides, self.seed)
+        spec = demo_spec(self.store.slides, self.seed, self.recipe.global_batch)
         if not self._schedule_path.exists():
             build_schedule(spec, self.store.slides, self._schedule_path)
         total = spec.num_pseudo_epochs * spec.positions_per_pseudo_epoch
@@ -179,7 +205,7 @@ class Demo:
         from hpcssl.mccv.presets import preset_named
         from hpcssl.mccv.run import plan_parts, run_parts
 
-        splits = self._write_splits()
+        splits = sorted((self.out / "splits").glob("*.csv"))
         _stage(6, f"benchmark: {len(splits)} tasks, 20 splits × 2 replicas of each" if splits else "benchmark: no task")
         if not splits:
             return
@@ -206,41 +232,19 @@ class Demo:
             runs=[self._run],
             schedule=self._schedule_path,
             title="hpcssl demo",
-            notes=self._notes(),
+            notes=self._notes(results),
         )
         if results:
             summary = summarise(read_results(results))
             Console().print(format_table(summary))
             print(verdict_text(summary))
 
-    def _write_splits(self) -> list[Path]:
-        """Write one split file an organ; an organ whose labels allow none is said and left out."""
-        from hpcssl.core.atomic import write_atomic
-        from hpcssl.core.errors import SplitError
-        from hpcssl.mccv.splits import make_splits
-
-        slides, written = self.store.slides, []
-        if self.label not in slides:
-            _say(f"no column {self.label} in the slide table: the demo ends after embedding, without a benchmark")
-            return []
-        for organ, of_organ in slides.groupby("organ"):
-            path = self.out / "splits" / f"{organ}.csv"
-            if not path.exists():
-                try:
-                    table = make_splits(of_organ.reset_index(drop=True), self.label, 20, 0.8, "patient_id", self.seed)
-                except SplitError as error:
-                    _say(f"no task for {organ}: {error}")
-                    continue
-                path.parent.mkdir(exist_ok=True)
-                write_atomic(path, table.to_csv(index=False))
-            written.append(path)
-        return written
-
-    def _notes(self) -> dict[str, str]:
+    def _notes(self, results: Path | None) -> dict[str, str]:
         from hpcssl.core.provenance import provenance
 
         facts = provenance()
         slides = self.store.slides
+        left_out = json.loads((self.out / "splits" / "left_out.json").read_text(encoding="utf-8"))
         per_organ = ", ".join(f"{organ} {n}" for organ, n in slides["organ"].value_counts().sort_index().items())
         return {
             "tiles": str(self.user_tiles) if self.user_tiles else f"{self._tiles}, drawn by the demo",
@@ -248,7 +252,8 @@ class Demo:
             "number of tiles": f"{self.store.num_tiles:,}",
             "recipe": f"{RECIPE}, global batch {self.recipe.global_batch}, {_PROCESSES} processes",
             "samples seen": f"{self.timeline.stop_step * self.recipe.global_batch:,}",
-            "benchmark": f"{PRESET}: gated attention, 20 Monte-Carlo splits × 2 replicas",
+            "benchmark": f"{PRESET}: gated attention, 20 Monte-Carlo splits × 2 replicas" if results else "none",
+            **{f"no benchmark of {organ}": reason for organ, reason in list(left_out.items())[:10]},
             "seed": str(self.seed),
             "hardware": f"{facts['cpu_count']} CPU cores ({facts['machine']})",
             "versions": ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
@@ -316,20 +321,21 @@ class Demo:
         return [self.timeline.step_at(n) for n in (0, length // 2, length)]
 
 
-def demo_spec(slides: pd.DataFrame, seed: int) -> ScheduleSpec:
+def demo_spec(slides: pd.DataFrame, seed: int, batch: int) -> ScheduleSpec:
     """Return the demo's schedule spec, widened where a user's tiles would not fit it."""
     from dataclasses import replace
 
     from hpcssl.schedule.spec import load_spec
 
     spec = load_spec(SPEC, [f"seed={seed}"])
-    groups = min(spec.num_groups, int(slides["organ"].value_counts().max()))
-    # every slide of a group gets a position; whole batches; and few tiles are repeated as often as it takes
-    slides_in_group = int((-(-slides["organ"].value_counts() // groups)).sum())
-    positions = max(spec.positions_per_pseudo_epoch, -(-slides_in_group // 32) * 32)
-    return replace(
-        spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=max(spec.max_repeats, positions)
-    )
+    per_organ = slides["organ"].value_counts()
+    groups = min(spec.num_groups, int(per_organ.max()))
+    # every slide of a group gets a position, and a pseudo-epoch whole batches
+    slides_in_group = int((-(-per_organ // groups)).sum())
+    positions = max(spec.positions_per_pseudo_epoch, -(-slides_in_group // batch) * batch)
+    fewest_tiles = int(slides["num_tiles"].min()) * max(1, len(slides) // groups - len(per_organ))
+    repeats = max(spec.max_repeats, -(-positions // fewest_tiles))
+    return replace(spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=repeats)
 
 
 def _stage(number: int, text: str) -> None:

@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except UserError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = None
+        return 0
     except OSError as error:
         return _fail(describe_os_error(error))
     except KeyboardInterrupt:

@@ -30,10 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit what is missing, then print the summary."""
     import torch
+    from rich.console import Console
 
     from hpcssl.cli.progress import progress
+    from hpcssl.cli.report import format_table
+    from hpcssl.core.errors import ConfigError
     from hpcssl.mccv.presets import preset_named
     from hpcssl.mccv.run import plan_parts, run_parts
+    from hpcssl.report.results import read_results
+    from hpcssl.report.summary import summarise
 
     preset = preset_named(args.preset, args.epochs)
     parts = plan_parts(
@@ -45,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
         allow_missing=args.allow_missing,
         seed=args.seed,
     )
-    threads = args.threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if args.threads is None else args.threads
+    if threads < 1:
+        raise ConfigError(f"--threads {threads}: expected at least 1")
     total = preset.epochs * sum(len(part.runs) for part in parts)
     with progress("fitting heads", total=total, unit="epochs of runs") as advance:
-        results = run_parts(parts, preset, args.out, seed=args.seed, threads=threads, on_progress=advance)
-    _print_summary(results)
+        run_parts(parts, preset, args.out, seed=args.seed, threads=threads, on_progress=advance)
+    Console().print(format_table(summarise(read_results(args.out))))
     return 0
 
 
@@ -65,19 +72,3 @@ def _only(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise ConfigError(f"--only {text}: expected split=K,replica=R, for example split=7,replica=1")
     return int(found[1]), int(found[2])
-
-
-def _print_summary(results) -> None:  # type: ignore[no-untyped-def]  # pandas is imported only when the command runs
-    from rich.console import Console
-    from rich.table import Table
-
-    from hpcssl.mccv.metrics import summary
-
-    table = Table(title="AUC after the last epoch, mean over splits", title_justify="left")
-    for heading in ("task", "encoder", "checkpoint", "splits", "AUC", "95 % interval"):
-        table.add_column(heading)
-    for row in summary(results).to_dict("records"):
-        interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        cells = (row["task"], row["encoder"], row["checkpoint"] or "-", row["splits"], f"{row['auc']:.3f}", interval)
-        table.add_row(*map(str, cells))
-    Console().print(table)

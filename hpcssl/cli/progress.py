@@ -53,16 +53,20 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     begun = last = time.monotonic()
-    done = 0
+    first: float | None = None  # when the first units were done: what is before that is start-up, not pace
+    done = before = 0
 
     def advance(n: int) -> None:
-        nonlocal done, last
+        nonlocal done, before, first, last
         done += n
         now = time.monotonic()
+        if first is None:
+            first, before = now, done
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            left = (now - begun) / max(done, 1) * max(total - done, 0)
-            print(f"{label}: {done} of {total} {unit}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (now - first) / (done - before) * max(total - done, 0) if done > before else None
+            estimate = f", about {left:.0f} s left" if left is not None else ""
+            print(f"{label}: {done} of {total} {unit}{estimate}", file=sys.stderr, flush=True)
 
     yield advance
     print(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)

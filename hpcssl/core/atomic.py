@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hpcssl.core.errors import UserError
 
@@ -104,6 +106,17 @@ def _alone(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def read_json(path: Path, damaged: UserError) -> dict[str, Any]:
+    """Read a JSON mapping; raises `damaged` where the file holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise damaged from None
+    if not isinstance(content, dict):
+        raise damaged
+    return content
 
 
 def digest_bytes(data: bytes) -> str:

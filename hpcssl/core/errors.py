@@ -45,7 +45,8 @@ def describe_os_error(error: OSError) -> str:
     >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "out/x"))
     'out/x: the disk is full; free some space or choose another --out, then run the same command again'
     """
-    where = error.filename or "the output folder"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    where = error.filename or ("the output folder" if full else "an operation of the system")
     advice = {
         errno.ENOSPC: "the disk is full; free some space or choose another --out, then run the same command again",
         errno.EDQUOT: "the quota is used up; free some space or choose another --out, then run the same command again",

@@ -31,6 +31,8 @@ class Source:
     @classmethod
     def parse(cls, text: str) -> Source:
         """Read `RUN` (its newest checkpoint) or `RUN@STEP`; RunError where there is no such checkpoint."""
+        if text.startswith("timm:"):
+            raise RunError(f"{text}: encoders without a run are not supported yet; expected RUN or RUN@STEP")
         match = re.fullmatch(r"(.+)@(\d+)", text)
         run = Path(match[1] if match else text)
         read_config(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpcssl.core.atomic import read_json
 from hpcssl.core.config import first_difference
 from hpcssl.core.errors import ConfigError, FeatureError
 from hpcssl.embed.encoder import Source, best_device, load_encoder
 from hpcssl.features.files import SUFFIX, write_slide
 from hpcssl.features.folder import INDEX_NAME, write_index
 from hpcssl.loader.pillow import whole_tile
-from hpcssl.models.encoder import Encoder
+from hpcssl.models.encoder import Encoder, normalised
 from hpcssl.tiles.store import Store
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BATCH = 128  # tiles of one slide in a forward pass; batches never mix slides, so a slide's features depend on it alone
-_SLIDES_AHEAD = 4
+_TILES_AHEAD = 1024  # decoded before their slide's turn: bounds the memory to the largest slide and so many tiles
 
 
 def embed_store(
@@ -83,7 +82,8 @@ def _prepare(out: Path, about: dict) -> None:
     """Make the folder with its features.json, or check that the one there is of the same making."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / INDEX_NAME).exists():
-        found = json.loads((out / INDEX_NAME).read_text(encoding="utf-8"))
+        damaged = FeatureError(f"{out / INDEX_NAME}: damaged; remove {out} and embed again")
+        found = read_json(out / INDEX_NAME, damaged)
         difference = first_difference({k: found.get(k) for k in about}, about)
         if difference:
             key, before, now = difference
@@ -112,7 +112,7 @@ def _read_ahead(store: Store, slides: list[int], px: int, threads: int) -> Itera
             for slide in slides:
                 first, count = int(table["first_tile"].iloc[slide]), int(table["num_tiles"].iloc[slide])
                 ahead.append((slide, [pool.submit(read, t) for t in range(first, first + count)]))
-                if len(ahead) > _SLIDES_AHEAD:
+                while len(ahead) > 1 and sum(len(tiles) for _, tiles in ahead) > _TILES_AHEAD:
                     yield finish()
             while ahead:
                 yield finish()
@@ -122,6 +122,4 @@ def _read_ahead(store: Store, slides: list[int], px: int, threads: int) -> Itera
 
 @torch.inference_mode()
 def _embed(encoder: Encoder, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    images = torch.from_numpy(pixels).to(device).float() / 255
-    mean, std = torch.tensor(_MEAN, device=device), torch.tensor(_STD, device=device)
-    return encoder(((images - mean) / std).permute(0, 3, 1, 2)).float().cpu().numpy()
+    return encoder(normalised(torch.from_numpy(pixels).to(device))).float().cpu().numpy()

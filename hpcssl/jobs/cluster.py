@@ -85,10 +85,11 @@ def check_cluster(cluster: str, resources: Resources) -> None:
     """
     if cluster != "slurm" and resources.nodes > 1:
         raise ConfigError(f"--nodes {resources.nodes} needs --cluster slurm; --cluster {cluster} is this machine alone")
+    gpus = resources.profile.gpus_per_node
+    if cluster == "local" and 0 < gpus < resources.processes_per_node:
+        raise ConfigError(f"{resources.processes_per_node} processes need as many GPUs; this machine shows {gpus}")
     if cluster == "slurm" and not shutil.which("srun"):
-        raise ConfigError(
-            "--cluster slurm: no srun on PATH; run this on a login node, or see hpcssl doctor"
-        )
+        raise ConfigError("--cluster slurm: no srun on PATH; run this on a login node, or see hpcssl doctor")
 
 
 def submit(work: Any, folder: Path, resources: Resources, cluster: Literal["local", "slurm"], *, name: str) -> Any:

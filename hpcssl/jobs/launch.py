@@ -45,7 +45,13 @@ def launch(
         outcome = PretrainJob(str(run), token)()
         _report(run, on_step)
         return outcome
-    work = PretrainJob(str(run.resolve()), token, os.getpid() if cluster == "local" else None)
+    local = cluster == "local"
+    work = PretrainJob(
+        str(run.resolve()),
+        token,
+        launcher_pid=os.getpid() if local else None,
+        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES") if local else None,
+    )
     job = submit(work, run / "logs", resources, cluster, name=f"hpcssl-{run.name}")
     if cluster == "slurm":
         return str(job.job_id)

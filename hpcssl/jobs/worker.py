@@ -31,15 +31,19 @@ class PretrainJob:
     run : the prepared run folder: all that a start needs
     token : names this submission among those of the run
     launcher_pid : ranks stop when this local process is gone; None = they outlive it
+    visible_gpus : the launcher's CUDA_VISIBLE_DEVICES, which the local executor overwrites; None = unset
     """
 
     run: str
     token: str
     launcher_pid: int | None = None
+    visible_gpus: str | None = None
 
     def __call__(self) -> str:
         """Train; returns `finished` or `stopped`, and raises what ended it otherwise."""
         place = Place.here()
+        if self.visible_gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_gpus
         try:
             return self._train(place)
         except BaseException as error:
@@ -64,9 +68,12 @@ class PretrainJob:
             if alone
             else process_group(run / "generations", token, place.world, one_node=place.num_nodes == 1)
         )
+        generation = None
         with group:
-            generation = Generation.take(run) if place.world.rank == 0 else None
             try:
+                if not self._launcher_lives():  # or it would take the run over from a start that came after it
+                    raise stopped("its launcher is gone")
+                generation = Generation.take(run) if place.world.rank == 0 else None
                 entry.pretrain(
                     run,
                     world=place.world,

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from hpcssl.core.config import nearest
 from hpcssl.core.errors import ConfigError
 
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the papers normalise
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -133,6 +135,13 @@ def build_encoder(config: EncoderConfig) -> Encoder:
         If timm has no such model, it is not a plain vision transformer with a class token, or sizes do not fit.
     """
     return Encoder(config)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Return uint8 images (B, px, px, 3) as float32 (B, 3, px, px), less ImageNet's mean, over its deviation."""
+    mean = torch.tensor(_MEAN, device=pixels.device) * 255
+    std = torch.tensor(_STD, device=pixels.device) * 255
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 def drop_path_rates(config: EncoderConfig) -> list[float]:

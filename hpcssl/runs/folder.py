@@ -25,7 +25,15 @@ from hpcssl.core.provenance import provenance
 
 CONFIG = "config.yaml"
 # settings that may change when a run continues: where it stops, and how (not what) it computes
-FREE_SETTINGS = ("stop_after", "loader", "train", "checkpoint")
+FREE_SETTINGS = (
+    "stop_after",
+    "checkpoint",
+    "loader.threads",
+    "loader.prefetch_steps",
+    "train.micro_batch",
+    "train.threads",
+    "train.deterministic",
+)
 
 
 def prepare_run(run: Path, config: Mapping[str, Any], *, data: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
@@ -66,7 +74,10 @@ def _check_same(run: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> No
     """Refuse another setting or other data; where they lie may change, what they are may not."""
 
     def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in values.items() if k not in (*FREE_SETTINGS, "derived", "data")}
+        kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if k not in ("derived", "data")}
+        for setting in FREE_SETTINGS:
+            group, _, key = setting.rpartition(".")
+            (kept[group] if group else kept).pop(key, None)
         return kept | {k: v for k, v in values["data"].items() if k.endswith("_digest")}
 
     difference = first_difference(fixed(old), fixed(new))

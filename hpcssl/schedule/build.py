@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,6 +197,8 @@ def _write_pseudo_epoch(
     record = builder.record(number)
     name, total = record["file"], builder.spec.positions_per_pseudo_epoch
     tiles = np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=(total,))
+    with (folder / name).open("r+b") as stream:  # a full disk is an error here; in a mapping it would be a bus error
+        os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
     for place, tile in builder.chunks(number):
         tiles[place] = tile
         on_progress(len(place))

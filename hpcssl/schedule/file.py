@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from hpcssl.core.atomic import digest_bytes
+from hpcssl.core.atomic import digest_bytes, read_json
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.build import FORMAT
 
@@ -42,13 +42,12 @@ class Schedule:
     def open(cls, path: Path) -> Schedule:
         """Open a schedule; ScheduleError for a missing, damaged or incomplete one."""
         try:
-            header = json.loads((path / "schedule.json").read_text(encoding="utf-8"))
+            damaged = ScheduleError(f"{path / 'schedule.json'}: damaged; build the schedule anew")
+            header = read_json(path / "schedule.json", damaged)
         except (FileNotFoundError, NotADirectoryError):
             raise ScheduleError(
                 f"{path}: no schedule (no schedule.json); make one with hpcssl schedule build"
             ) from None
-        except json.JSONDecodeError:
-            raise ScheduleError(f"{path / 'schedule.json'}: damaged; build the schedule anew") from None
         if header.get("format") != FORMAT:
             raise ScheduleError(f"{path}: schedule format {header.get('format')}; this version reads {FORMAT}")
         for record in header["pseudo_epochs"]:

@@ -36,6 +36,9 @@ class ScheduleSpec:
         for name in ("num_pseudo_epochs", "positions_per_pseudo_epoch", "num_groups", "max_repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected at least 1")
+        for name in ("positions_per_pseudo_epoch", "max_repeats"):
+            if getattr(self, name) >= 2**31:
+                raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected below 2^31")
         if not 0 <= self.organ_power <= 4:
             raise ConfigError(
                 f"schedule spec: organ_power = {self.organ_power}; expected 0 (uniform) to 1 (natural), at most 4"

@@ -128,7 +128,8 @@ def _scan(tiles: Path, folder: str) -> _Slide:
     found = _Slide()
     try:
         with os.scandir(tiles / folder) as entries:
-            names = sorted(e.name for e in entries if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith("."))
+            tiles_here = (e for e in entries if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith("."))
+            names = sorted(e.name for e in tiles_here if not e.is_dir())
     except FileNotFoundError:
         raise StoreError(f"{tiles / folder}: no such folder, but the slide table lists this slide") from None
     for name in names:

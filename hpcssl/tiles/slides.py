@@ -55,17 +55,24 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
     """Check a slide table and return it with `num_tiles` as int64; SlideError names what is wrong and where."""
     for column in REQUIRED:
         if column not in frame.columns:
-            raise SlideError(f"{where}: no column {column}; a slide table has {', '.join(REQUIRED)}")
+            found = ", ".join(map(repr, frame.columns))
+            raise SlideError(f"{where}: no column {column}; expected {', '.join(REQUIRED)}, found {found}")
     if frame.empty:
         raise SlideError(f"{where}: no slides")
     for column in ("slide_id", "organ"):
         blank = frame.index[frame[column].str.strip() == ""]
         if len(blank):
             raise SlideError(f"{where}: row {blank[0] + 1} has no {column}")
+        unfit = frame.index[frame[column].str.contains(r"[/\0]|^\.", regex=True)]  # it names files and folders
+        if len(unfit):
+            name = frame.loc[unfit[0], column]
+            raise SlideError(
+                f"{where}: row {unfit[0] + 1} has {column} {name!r}; no slash, and no dot in front, please"
+            )
     twice = frame["slide_id"][frame["slide_id"].duplicated()]
     if len(twice):
         raise SlideError(
-            f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide"
+            f"{where}: slide id {twice.iloc[0]} stands in it more than once; slide ids are unique over all organs"
         )
     counts = pd.to_numeric(frame["num_tiles"], errors="coerce")
     bad = frame.index[~counts.between(1, _MOST_TILES) | (counts % 1 != 0)]

@@ -14,7 +14,6 @@ that opening costs the same for a thousand tiles and for three billion.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import digest_bytes, digest_file
+from hpcssl.core.atomic import digest_bytes, digest_file, read_json
 from hpcssl.core.errors import StoreError
 from hpcssl.tiles.slides import digest_slides
 
@@ -88,13 +87,12 @@ class Store:
     def open(cls, path: Path) -> Store:
         """Open a store; StoreError where there is none, or one of another format."""
         try:
-            header = json.loads((path / "store.json").read_text(encoding="utf-8"))
+            damaged = StoreError(f"{path / 'store.json'}: damaged; build the store anew")
+            header = read_json(path / "store.json", damaged)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"{path}: no tile store (no store.json); make one with hpcssl store build TILES --out {path}"
             ) from None
-        except json.JSONDecodeError:
-            raise StoreError(f"{path / 'store.json'}: damaged; build the store anew") from None
         if header.get("format") != FORMAT:
             raise StoreError(f"{path}: store format {header.get('format')}; this version reads {FORMAT}")
         missing = [name for name in INDEX_FILES if not (path / name).is_file()]
@@ -162,5 +160,6 @@ class Store:
             on_progress(1)
         if bad:
             raise StoreError(
-                f"{self.path}: {len(bad)} of {self.num_tiles} tiles changed since it was built; first: {bad[0]}"
+                f"{self.path}: {len(bad)} of {self.num_tiles} tiles changed since it was built; first: {bad[0]};"
+                " build the store anew"
             )

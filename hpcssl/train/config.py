@@ -39,6 +39,15 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("lr_per_256", "final_lr", "warmup_pseudo_epochs", "weight_decay", "final_weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optim.{name} = {getattr(self, name)}; expected at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas = {list(self.betas)}; expected two numbers from 0 to below 1")
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(f"optim.clip = {self.clip}; expected above 0, or null for no clipping")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DinoConfig:
@@ -59,6 +68,18 @@ class DinoConfig:
     center_momentum: float = 0.9
     momentum: float = 0.996
     freeze_last_layer_pseudo_epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("student_temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected above 0")
+        for name in ("center_momentum", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected 0 to 1")
+        if not self.freeze_last_layer_pseudo_epochs >= 0:
+            raise ConfigError(
+                f"dino.freeze_last_layer_pseudo_epochs = {self.freeze_last_layer_pseudo_epochs}; expected 0 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +154,12 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.global_batch < 1:
             raise ConfigError(f"recipe: global_batch = {self.global_batch}; expected at least 1")
+        for name in ("schedule_pseudo_epochs", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"recipe: {name} = {value}; expected above 0")
+        if self.objective == "dino" and self.augment.num_views < 2:
+            raise ConfigError("recipe: objective dino needs two views or more; add to augment.global_views.count")
         if self.objective == "mae" and not self.augment.mask_ratio:
             raise ConfigError("recipe: objective mae needs augment.mask_ratio above 0")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpcssl.core.errors import ConfigError
 from hpcssl.core.rng import key_of
-from hpcssl.models.encoder import build_encoder, drop_path_rates, residual_scale
+from hpcssl.models.encoder import build_encoder, drop_path_rates, normalised, residual_scale
 from hpcssl.models.heads import DinoHead
 from hpcssl.models.mae import MaskedAutoencoder
 from hpcssl.objectives.dino import dino_loss, teacher_entropy, update_center
@@ -20,8 +20,6 @@ from hpcssl.optim.parameters import update_average
 from hpcssl.plan.draw import draw_drop_path
 from hpcssl.train.config import PretrainConfig, StepValues
 from hpcssl.train.reduce import Collectives
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as both papers normalise
 
 
 class Objective(ABC):
@@ -114,7 +112,8 @@ class Dino(Objective):
             first_view += len(kind)
         with torch.no_grad():
             self._sum += teacher.sum((0, 1), dtype=self._sum.dtype)
-            self._entropy = teacher_entropy(teacher, self._center, self._config.teacher_temperature)
+            entropy = teacher_entropy(teacher, self._center, self._config.teacher_temperature)
+            self._entropy += entropy * teacher.shape[1]
         return dino_loss(
             torch.cat(students),
             teacher,
@@ -134,10 +133,13 @@ class Dino(Objective):
         """Move the teacher, and the centre by the mean over the global batch."""
         update_average(self._teacher.parameters(), self._student.parameters(), values.momentum)
         collectives.all_reduce_sum(self._sum)
+        collectives.all_reduce_sum(self._entropy)
+        entropy = float(self._entropy) / (count * collectives.world.size)
         vectors = self._recipe.augment.global_views.count * count * collectives.world.size
         self._center.copy_(update_center(self._center, self._sum, vectors, self._config.center_momentum))
         self._sum.zero_()
-        return {"teacher_entropy": float(self._entropy), "momentum": values.momentum}
+        self._entropy.zero_()
+        return {"teacher_entropy": entropy, "momentum": values.momentum}
 
     @staticmethod
     def _logits(model: nn.ModuleDict, views: Tensor, scale: Tensor | None) -> Tensor:
@@ -163,10 +165,3 @@ class Mae(Objective):
         assert mask is not None, "the plan of an MAE recipe holds masks"
         images = normalised(views[0][0])
         return mae_loss(self.module(images, mask), images, mask.to(images.device), self._patch_px)
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """Return uint8 images (B, px, px, 3) as float32 (B, 3, px, px), less ImageNet's mean, over its deviation."""
-    mean = torch.tensor(_MEAN, device=pixels.device) * 255
-    std = torch.tensor(_STD, device=pixels.device) * 255
-    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)

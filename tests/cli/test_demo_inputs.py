@@ -17,6 +17,7 @@ from PIL import Image
 from hpcssl.cli.main import main
 
 Refuse = Callable[..., str]
+WIDE = ("--set", "max_repeats=100000")
 
 
 @pytest.fixture
@@ -81,6 +82,12 @@ def test_a_refused_demo_leaves_nothing_in_the_way(tiles: Path, tmp_path: Path, r
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["demo.json"]
 
 
+def test_a_label_that_is_no_column_is_refused_before_training(tiles: Path, tmp_path: Path, capsys) -> None:
+    assert main(["demo", "--tiles", str(tiles), "--out", str(tmp_path / "out"), "--label", "lable"]) == 2
+    assert "--label lable: no such column in the slide table; it has" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "dino-demo").exists()
+
+
 def test_another_folder_of_tiles_after_a_stage_was_done(tiles: Path, tmp_path: Path, refuse: Refuse) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiles, other)
@@ -128,6 +135,16 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
         pytest.skip("no right to mount a small tmpfs here; needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_a_disk_too_small_for_the_schedule(tiles: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its files are written through a mapping, where a full disk would be a bus error."""
+    out = small_disk / "schedule"
+    build = ["schedule", "build", "--slides", str(tiles / "slides.csv"), "--spec", "demo", "--out", str(out)]
+    assert main([*build, "--set", "num_groups=2", "--set", "positions_per_pseudo_epoch=20000", *WIDE]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert not list(small_disk.glob("*"))
 
 
 @pytest.mark.parametrize("small_disk", ["16k", "200k", "2000k"], indirect=True)

@@ -32,7 +32,7 @@ def test_splits_then_benchmark(table, capsys):
     assert "no patient_id on both sides" in capsys.readouterr().out
     bench = ("mccv", "--features", table / "uni", "--splits", table / "breast.csv", "--out", table / "out")
     assert run(*bench, "--preset", "mccv-demo", "--epochs", "1", "--threads", "1") == 0
-    assert re.search(r"breast\W+uni\W+2\W+0\.\d{3}\W+0\.\d{3} to 0\.\d{3}", capsys.readouterr().out)
+    assert re.search(r"breast\W+0\.\d{3} \(0\.\d{3}–0\.\d{3}\)\W+–\W+2 × 2", capsys.readouterr().out)
     assert len(pd.read_csv(table / "out" / "results.csv")) == 2 * 2 * 3
 
 

@@ -90,7 +90,7 @@ def test_data_may_have_moved(run):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("stop_after", 25.0), ("loader.threads", 8), ("train.precision", "bf16"), ("checkpoint.keep_last", 9)],
+    [("stop_after", 25.0), ("loader.threads", 8), ("train.micro_batch", 4), ("checkpoint.keep_last", 9)],
 )
 def test_free_settings_change(run, key, value):
     _prepare(run, {key: value}, derived={"total_steps": 10, "stop_step": 5})

@@ -69,7 +69,7 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ("a,lung,5,,\nb,lung,5,,\na,colon,6,,\n", "slide a stands in it twice (1 such rows)"),
+        ("a,lung,5,,\nb,lung,5,,\na,colon,6,,\n", "slide id a stands in it more than once"),
         ("a,lung,5,,\n,lung,5,,\n", "row 2 has no slide_id"),
         ("a,lung,5,,\n  ,lung,5,,\n", "row 2 has no slide_id"),
         ("a,,5,,\n", "row 1 has no organ"),

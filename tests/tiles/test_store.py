@@ -197,7 +197,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder of tiles"),
     "empty folder": (emptied, "no tiles below it; expected <organ>/<slide_id>/<name>.jpg"),
     "empty slide": (lambda tiles: (tiles / "lung/empty").mkdir(), "slide empty has no tiles (1 such slides)"),
-    "slide in two organs": (with_slide_twice, "slide 001 stands in it twice"),
+    "slide in two organs": (with_slide_twice, "slide id 001 stands in it more than once"),
     "zero bytes": (broken_tile(b""), "1 of 10 tile files are no whole JPEG; first: "),
     "text": (broken_tile(b"this is no picture"), "(not a JPEG)"),
     "PNG": (broken_tile(b"\x89PNG\r\n\x1a\n" + bytes(50)), "(not a JPEG)"),
@@ -213,7 +213,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "duplicate row": (
         lambda tiles: (tiles / "slides.csv").write_text("slide_id,organ,num_tiles\n001,lung,2\n001,lung,2\n"),
-        "slide 001 stands in it twice",
+        "slide id 001 stands in it more than once",
     ),
 }
 

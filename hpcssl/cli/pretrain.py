@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.cluster == "slurm":
         print(
             f"job {outcome} submitted; run folder {args.out}\n"
-            f"  follow it: tail -f {args.out}/logs/{outcome}_0_log.err\n"
+            f"  follow it: tail -f {shlex.quote(f'{args.out}/logs/{outcome}_0_log.err')}\n"
             f"  stop it:   scancel {outcome}"
         )
         return 0
@@ -105,6 +106,8 @@ def pretrain(
         "schedule_digest": opened_schedule.digest,
     }
     prepare_run(out, to_mapping(recipe), data=data, derived=timeline.derived())
+    if cluster == "slurm":
+        return launch(out, resources, cluster, on_step=lambda step: None)
     record = last_record(out)
     done = record["step"] if record else 0
     with progress("pretraining", total=timeline.stop_step - done, unit="steps") as advance:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,12 +54,14 @@ class Place:
     world : rank and number of ranks
     local_rank : rank on this node
     num_nodes : of the job
+    cores : that the ranks of this node share
     slurm_job : SLURM's job id; None elsewhere
     """
 
     world: World
     local_rank: int = 0
     num_nodes: int = 1
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     slurm_job: str | None = None
 
     @classmethod
@@ -67,10 +71,14 @@ class Place:
             env = submitit.JobEnvironment()
         except RuntimeError:
             return cls(world=World())
+        cores = len(os.sched_getaffinity(0))
+        if env.cluster == "slurm":  # which may have bound this rank to its own cores
+            cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "1")) * max(1, env.num_tasks // env.num_nodes)
         return cls(
             world=World(rank=env.global_rank, size=env.num_tasks),
             local_rank=env.local_rank,
             num_nodes=env.num_nodes,
+            cores=cores,
             slurm_job=env.job_id if env.cluster == "slurm" else None,
         )
 
@@ -118,10 +126,12 @@ def submit(work: Any, folder: Path, resources: Resources, cluster: Literal["loca
             "slurm_constraint": profile.constraint,
             "slurm_setup": list(profile.setup),
             "slurm_signal_delay_s": profile.signal_lead_s,
+            "slurm_additional_parameters": {"requeue": True},  # a cluster may refuse it to jobs that did not ask
         }
         executor.update_parameters(**{key: value for key, value in asked.items() if value})
     try:
-        with _ignoring_interrupts(cluster == "local"):
+        # submitit prints SLURM's refusal, too; the error below is what tells it
+        with _ignoring_interrupts(cluster == "local"), redirect_stderr(io.StringIO()):
             return executor.submit(work)
     except submitit.core.utils.FailedJobError as error:
         raise RunError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
@@ -164,6 +174,13 @@ def live_ranks(job: Any) -> list[int] | None:
 def as_it_is(work: Any) -> Any:
     """Return what submitit needs to run `work` again after a requeue."""
     return submitit.helpers.DelayedSubmission(work)
+
+
+def requeue(slurm_job: str) -> None:
+    """Let SLURM start this job again, unless SLURM is ending it already: cancelled, or requeued from outside."""
+    ask = ["squeue", "--noheader", "--jobs", slurm_job, "--format=%T"]
+    if subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip() == "RUNNING":
+        subprocess.run(["scontrol", "requeue", slurm_job], check=True)
 
 
 def restart_count() -> int:

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.errors import UserError, describe_os_error
-from hpcssl.jobs.cluster import Place, as_it_is, restart_count
+from hpcssl.jobs.cluster import Place, as_it_is, requeue, restart_count
 from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
 from hpcssl.runs.folder import Generation
 
@@ -80,7 +79,7 @@ class PretrainJob:
                     all_reduce_sum=(lambda tensor: None) if alone else all_reduce_sum,
                     local_rank=place.local_rank,
                     ranks_per_node=max(1, place.world.size // place.num_nodes),
-                    cores=len(os.sched_getaffinity(0)),
+                    cores=place.cores,
                     generation=generation,
                     asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),
                     say=lambda text: print(f"[rank {place.world.rank}] {text}", file=sys.stderr, flush=True),  # noqa: T201
@@ -88,7 +87,7 @@ class PretrainJob:
             except stopped:
                 superseded = generation is not None and generation.is_stale()
                 if place.slurm_job and generation is not None and not superseded:
-                    subprocess.run(["scontrol", "requeue", place.slurm_job], check=True)
+                    requeue(place.slurm_job)
                 return "stopped"
         return "finished"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,6 +119,6 @@ def _generation_file(run: Path, number: int) -> Path:
 
 def record_start(run: Path, **facts: Any) -> None:
     """Append one line to the restart history."""
-    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": platform.node(), **facts})
     with (run / "restarts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")

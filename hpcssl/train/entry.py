@@ -9,6 +9,7 @@ import torch
 
 from hpcssl.core.config import build
 from hpcssl.core.world import World, check_divides
+from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.folder import Generation, read_config, record_start
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
@@ -49,7 +50,10 @@ def pretrain(
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
     if generation:
-        record_start(run, generation=generation.number, world_size=world.size, device=str(device))
+        saved = checkpoint_steps(run)
+        newest = saved[-1] if saved else None
+        facts = {"generation": generation.number, "newest_checkpoint": newest}
+        record_start(run, **facts, world_size=world.size, device=str(device))
     train(
         run,
         recipe,

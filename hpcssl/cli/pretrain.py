@@ -107,7 +107,7 @@ def pretrain(
     }
     prepare_run(out, to_mapping(recipe), data=data, derived=timeline.derived())
     if cluster == "slurm":
-        return launch(out, resources, cluster, on_step=lambda step: None)
+        return launch(out, resources, cluster, on_step=lambda step: None)  # type: ignore[arg-type]
     record = last_record(out)
     done = record["step"] if record else 0
     with progress("pretraining", total=timeline.stop_step - done, unit="steps") as advance:

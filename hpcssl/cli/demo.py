@@ -7,6 +7,7 @@ stopped goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -76,7 +77,7 @@ class Demo:
 
     def claim(self) -> None:
         """Take `out` for these arguments; refuse a folder of something else or of other arguments."""
-        from hpcssl.core.atomic import write_atomic
+        from hpcssl.core.atomic import read_json, write_atomic
         from hpcssl.core.config import first_difference
         from hpcssl.core.errors import ConfigError, StoreError
 
@@ -92,7 +93,8 @@ class Demo:
         begun = self.out.exists() and any(e != file and not e.name.startswith(".") for e in self.out.iterdir())
         if begun and not file.exists():
             raise ConfigError(f"{self.out}: not empty and no demo; choose another --out")
-        if begun and (difference := first_difference(json.loads(file.read_text(encoding="utf-8")), asked)):
+        damaged = ConfigError(f"{file}: damaged; remove {self.out} or choose another --out")
+        if begun and (difference := first_difference(read_json(file, damaged), asked)):
             key, before, now = difference
             raise ConfigError(f"{self.out}: a demo with {key} = {before}, asked for is {now}; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -170,10 +172,11 @@ class Demo:
         from hpcssl.cli.pretrain import pretrain
         from hpcssl.core.errors import RunError
         from hpcssl.jobs.cluster import Resources
-        from hpcssl.runs.checkpoint import checkpoint_steps
+        from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
 
         _stage(4, f"pretraining: DINO, {_PROCESSES} processes, {self.timeline.stop_step} steps")
-        if self.timeline.stop_step in checkpoint_steps(self._run):
+        with contextlib.suppress(RunError):  # not there yet, or damaged: training goes on from the newest whole one
+            load_checkpoint(checkpoint_path(self._run, self.timeline.stop_step))
             return
         outcome = pretrain(
             RECIPE,

@@ -100,6 +100,13 @@ def test_another_folder_of_tiles_after_a_stage_was_done(tiles: Path, tmp_path: P
     assert str(tiles) in line
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"tiles"'])
+def test_a_damaged_demo_json(tiles: Path, tmp_path: Path, refuse: Refuse, content: str) -> None:
+    (tmp_path / "out" / "store").mkdir(parents=True)
+    (tmp_path / "out" / "demo.json").write_text(content, encoding="utf-8")
+    assert "demo.json: damaged" in refuse(tiles)
+
+
 def test_a_folder_of_something_else(tiles: Path, tmp_path: Path, refuse: Refuse) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious", encoding="utf-8")

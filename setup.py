@@ -9,7 +9,9 @@ REQUIRED = [
     "torchvision>=0.19",  # timm needs it; its colour semantics are our reference
     "timm>=1.0.9",  # encoders, under the names that the field uses
     "numpy>=1.26",  # plans, schedules, stores
+    "numba>=0.60",  # the hot loops of the schedule
     "pillow>=10",  # JPEG decoding and the reference augmentations
+    "simplejpeg>=1.7",  # JPEG decoding by libjpeg-turbo
     "submitit>=1.5.2",  # launching on SLURM and on this machine
     "pydantic>=2.7",  # types of every configuration, checked with one clear message
     "pyyaml>=6",  # recipes, specs and profiles are YAML
@@ -31,6 +33,7 @@ EXTRAS = {
     # pillow-simd replaces pillow's module PIL: pip uninstall -y pillow && pip install '.[simd]'
     # (it is compiled: needs a C compiler and the headers of libjpeg and zlib)
     "simd": ["pillow-simd>=9.5"],
+    "numpy1": ["numpy>=1.26,<2", "pyarrow<22"],  # for a stack that is tied to numpy 1.26; later pyarrow needs numpy 2
     "wsi": ["openslide-python>=1.3", "openslide-bin>=4"],  # whole slides
     "dev": [
         "pytest>=8",

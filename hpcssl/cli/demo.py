@@ -161,8 +161,7 @@ class Demo:
 
         _stage(3, "organ-balanced schedule")
         spec = demo_spec(self.store.slides, self.seed, self.recipe.global_batch)
-        if not self._schedule_path.exists():
-            build_schedule(spec, self.store.slides, self._schedule_path)
+        build_schedule(spec, self.store.slides, self._schedule_path)
         total = spec.num_pseudo_epochs * spec.positions_per_pseudo_epoch
         with progress("verifying the schedule", total=total, unit="positions") as advance:
             verify_schedule(self._schedule_path, on_progress=advance)
@@ -328,6 +327,8 @@ def demo_spec(slides: pd.DataFrame, seed: int, batch: int) -> ScheduleSpec:
     """Return the demo's schedule spec, widened where a user's tiles would not fit it."""
     from dataclasses import replace
 
+    from hpcssl.core.errors import ScheduleError
+    from hpcssl.schedule.builder import Builder
     from hpcssl.schedule.spec import load_spec
 
     spec = load_spec(SPEC, [f"seed={seed}"])
@@ -338,7 +339,12 @@ def demo_spec(slides: pd.DataFrame, seed: int, batch: int) -> ScheduleSpec:
     positions = max(spec.positions_per_pseudo_epoch, -(-slides_in_group // batch) * batch)
     fewest_tiles = int(slides["num_tiles"].min()) * max(1, len(slides) // groups - len(per_organ))
     repeats = max(spec.max_repeats, -(-positions // fewest_tiles))
-    return replace(spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=repeats)
+    spec = replace(spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=repeats)
+    with contextlib.suppress(ScheduleError):
+        Builder(spec, slides).check()
+        return spec
+    # organs of so many slides that an equal share is less than a position a slide: shares by slides always fit
+    return replace(spec, organ_power=1.0, organ_size="slides")
 
 
 def _stage(number: int, text: str) -> None:

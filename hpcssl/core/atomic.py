@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     On an error the temporary file is removed and `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # not the process id: two nodes that write into one folder may have the same
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         fd = os.open(temporary, os.O_RDONLY)
@@ -63,7 +65,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
+    with alone(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield from _filled(temporary, path)
@@ -89,7 +91,7 @@ def _filled(temporary: Path, path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold the right to make `path`; the system gives it back when the process ends, however it ends."""
     lock = path.with_name(f".{path.name}.lock")
     busy = UserError(f"{path}: another process is making it; wait for that, or end it")

@@ -18,6 +18,7 @@ import yaml
 from hpcssl.core.errors import ConfigError
 
 T = TypeVar("T")
+_SHOWN = 20
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -116,9 +117,11 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a hint such as `; did you mean train.lr?`, or the known words where none is near."""
+    """Return a hint such as `; did you mean train.lr?`, or the (first) known words where none is near."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]}?" if match else f"known: {', '.join(known)}"
+    if match:
+        return f"did you mean {match[0]}?"
+    return f"known: {', '.join(known[:_SHOWN])}" + (" …" if len(known) > _SHOWN else "")
 
 
 def _plain(value: Any) -> Any:

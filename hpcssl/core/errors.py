@@ -23,6 +23,10 @@ class StoreError(UserError):
     """A tile store or the tiles below it."""
 
 
+class BadTileError(StoreError):
+    """A tile that is missing or cannot be decoded; a loader takes another one for it."""
+
+
 class ScheduleError(UserError):
     """A schedule, or a spec that cannot be met."""
 

@@ -4,13 +4,14 @@ Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (S
 positions. Any worker on any node that asks for the same (seed, purpose, position, view, stream) gets the same
 bits; adding a stream shifts no other.
 
-The keyed permutation is the variable-length Philox bijection with cycle walking of Mitchell et al.,
-"Bandwidth-optimal random shuffling for GPUs" (ACM TOPC 2022).
+The keyed permutation is the generalised Feistel cipher of Black and Rogaway, "Ciphers with arbitrary finite domains"
+(CT-RSA 2002), its round functions drawn from Philox.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,9 +21,8 @@ U64 = np.uint64
 _MASK32 = U64(0xFFFFFFFF)
 _ROUND_MULTIPLIERS = (U64(0xD2511F53), U64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_BIJECTION_MULTIPLIER = 0xD2B74407B1CE6E93
-_BIJECTION_ROUNDS = 24
-_SMALLEST_DOMAIN_BITS = 6  # the network over fewer bits has too few permutations to draw from evenly
+ROUNDS = 8
+SHORTEST_SIDE = 8  # over fewer places the network has too few permutations to draw from evenly
 
 
 def key_of(seed: int, purpose: str) -> int:
@@ -99,64 +99,49 @@ def happens(words: NDArray[np.uint32], probability: float) -> NDArray[np.bool_]:
     return words.astype(U64) < U64(round(probability * 2**32))
 
 
-def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> NDArray[np.int64]:
-    """Return where a keyed permutation of [0, size) sends `index`.
+def sides(size: int) -> tuple[int, int]:
+    """Return rows and columns of the grid that a keyed permutation of [0, size) works on: at least size places.
 
-    `index`, `size` (at most 2^62) and `key` (64 bits) broadcast: a different permutation may stand at every place.
+    >>> sides(65_000_000), sides(10)
+    ((8063, 8062), (8, 8))
+    """
+    rows = max(SHORTEST_SIDE, math.isqrt(size - 1) + 1)
+    return rows, max(SHORTEST_SIDE, -(-size // rows))
+
+
+def permute(index: ArrayLike, size: int, key: int, member: int = 0, number: int = 0) -> NDArray[np.int64]:
+    """Return where a keyed permutation of [0, size) sends each `index`; size at most 2^31 - 1.
+
+    Every (key, member, number) has a permutation of its own: `key` is that of a purpose, `member` and `number` (below
+    2^32) tell apart whose permutation it is and which of its many.
+
+    The generalised Feistel cipher of Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002): the
+    index is a row and a column; in turns, a random function of the one is added to the other, modulo its range; what
+    falls outside [0, size) goes through again. The round functions are drawn in full from Philox4x32-10, as tables.
 
     >>> sorted(permute(np.arange(10), 10, 123).tolist()) == list(range(10))
     True
     """
-    value, size_, key_ = (np.array(a, dtype=U64) for a in np.broadcast_arrays(index, size, key))
-    shape = value.shape
-    value, size_, key_ = value.ravel(), size_.ravel(), key_.ravel()
-    bits = np.maximum(_bit_length(size_ - U64(1)), U64(_SMALLEST_DOMAIN_BITS))
-    out = np.empty_like(value)
-    todo = np.arange(value.size)
+    assert 0 < size < 2**31, size
+    rows, columns = sides(size)
+    tables = _round_tables(max(rows, columns), key, member, number)
+    value = np.array(index, np.int64)
+    flat = value.reshape(-1)
+    todo = np.arange(flat.size)
     while todo.size:
-        value = _bijection(value, bits, key_)
-        inside = value < size_
-        out[todo[inside]] = value[inside]
-        walk = ~inside
-        todo, value, bits, key_, size_ = todo[walk], value[walk], bits[walk], key_[walk], size_[walk]
-    return out.reshape(shape).astype(np.int64)
+        row, column = np.divmod(flat[todo], columns)
+        for r in range(0, ROUNDS, 2):
+            row = (row + below(tables[r][column], rows)) % rows
+            column = (column + below(tables[r + 1][row], columns)) % columns
+        flat[todo] = row * columns + column
+        todo = todo[flat[todo] >= size]
+    return value
 
 
-def _bit_length(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    length = np.zeros(values.shape, U64)
-    rest = values.copy()
-    for shift in (32, 16, 8, 4, 2, 1):
-        big = rest >= U64(1 << shift)
-        length[big] += U64(shift)
-        rest = np.where(big, rest >> U64(shift), rest)
-    return length + (rest > 0).astype(U64)
-
-
-def _bijection(value: NDArray[np.uint64], bits: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Permute [0, 2^bits): a Feistel network whose round function is the two halves of one wide product."""
-    one = U64(1)
-    left_bits = bits >> one
-    right_bits = bits - left_bits
-    left_mask, right_mask = (one << left_bits) - one, (one << right_bits) - one
-    left, right = value >> right_bits, value & right_mask
-    for i in range(_BIJECTION_ROUNDS):
-        round_key = _mix(key + U64((i * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF))
-        high, low = _wide_product(left)
-        low = (low << (right_bits - left_bits)) | (right >> left_bits)
-        left, right = ((high ^ round_key) ^ right) & left_mask, low & right_mask
-    return (left << right_bits) | right
-
-
-def _wide_product(x: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return the high and the low 64 bits of x · 0xD2B74407B1CE6E93, for x below 2^32."""
-    multiplier_high, multiplier_low = U64(_BIJECTION_MULTIPLIER >> 32), U64(_BIJECTION_MULTIPLIER & 0xFFFFFFFF)
-    low_part = x * multiplier_low
-    high_part = x * multiplier_high + (low_part >> U64(32))
-    return high_part >> U64(32), (high_part << U64(32)) | (low_part & _MASK32)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finalise as SplitMix64 does (Steele, Lea, Flood, OOPSLA 2014)."""
-    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
-    return x ^ (x >> U64(31))
+def _round_tables(length: int, key: int, member: int, number: int) -> NDArray[np.uint32]:
+    """Return the words of every round function at 0 … length - 1: four for every counter (i, number, member, round)."""
+    counter = np.empty((ROUNDS, -(-length // 4), 4), U64)
+    counter[..., 0] = np.arange(counter.shape[1])
+    counter[..., 1:3] = (number, member)
+    counter[..., 3] = np.arange(ROUNDS)[:, None]
+    return philox4x32(counter, (key & 0xFFFFFFFF, key >> 32)).reshape(ROUNDS, -1)

@@ -26,7 +26,7 @@ def organ_shares_part(schedule: Path) -> Part:
         title="Organ shares before and after balancing",
         caption=(
             f"Share of each organ among the {int(table['num_tiles'].sum()):,} tiles (natural) and among the "
-            f"{int(table['positions'].sum()):,} positions of the schedule (balanced)."
+            f"{int(table['positions'].sum()):,} positions of the schedule (scheduled)."
         ),
         alt=(
             f"Bars for {len(table)} organs. {largest['organ']} has {largest['natural_share']:.1%} of the tiles and "
@@ -43,7 +43,7 @@ def _paint(figure: Figure, table: pd.DataFrame) -> None:
     places = np.arange(len(table))
     for offset, column, colour, label in (
         (-_BAR / 2, "natural_share", "#9A9A9A", "natural, by tiles"),
-        (_BAR / 2, "scheduled_share", PALETTE[0], "balanced, positions in the schedule"),
+        (_BAR / 2, "scheduled_share", PALETTE[0], "scheduled, by positions"),
     ):
         percent = 100 * table[column].to_numpy(dtype=float)
         bars = axes.barh(places + offset, percent, height=_BAR, color=colour, label=label)

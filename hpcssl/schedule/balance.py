@@ -12,18 +12,18 @@ _WEIGHT_SCALE = 10**12
 _WEIGHT_DIGITS = 40
 
 
-def power_weight(count: int, power: float) -> int:
-    """Return count^power as an integer, the same on any machine: exact for 0 and 1, else to 12 decimal places.
+def power_weight(count: int, power: float, factor: float = 1.0) -> int:
+    """Return factor · count^power as an integer, the same on any machine: exact for powers 0 and 1, else to 12 places.
 
-    Decimal arithmetic is specified to the last digit, where the floating-point `pow` of two machines differs.
+    Decimal computes with integers alone: its digits are the same everywhere, those of a floating-point `pow` are not.
 
-    >>> power_weight(16, 1), power_weight(16, 0), power_weight(16, 0.5)
-    (16000000000000, 1000000000000, 4000000000000)
+    >>> power_weight(16, 1), power_weight(16, 0), power_weight(16, 0.5), power_weight(16, 1, 0.1)
+    (16000000000000, 1000000000000, 4000000000000, 1600000000000)
     """
     with decimal.localcontext() as context:
         context.prec = _WEIGHT_DIGITS
-        scaled = decimal.Decimal(count) ** decimal.Decimal(repr(power)) * _WEIGHT_SCALE
-        return int(scaled.to_integral_value(decimal.ROUND_HALF_EVEN))
+        scaled = decimal.Decimal(count) ** decimal.Decimal(repr(power)) * decimal.Decimal(repr(factor)) * _WEIGHT_SCALE
+        return max(1, int(scaled.to_integral_value(decimal.ROUND_HALF_EVEN)))
 
 
 def share_out(total: int, weights: Sequence[int], at_least: Sequence[int], at_most: Sequence[int]) -> list[int]:
@@ -41,13 +41,18 @@ def share_out(total: int, weights: Sequence[int], at_least: Sequence[int], at_mo
     return [int(x) for x in _share_out(total, w, low, high)]
 
 
-def share_out_by_tiles(
-    total: int, num_tiles: NDArray[np.int64], at_least: NDArray[np.int64], at_most: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """`share_out` for many slides at once, in 64-bit integers; total and weights below 2^31 in every product."""
+def slide_weights(num_tiles: NDArray[np.int64], power: float) -> np.ndarray:
+    """Return the weight of every slide, tiles^power: int64, or Python's integers where the power is not 0 or 1."""
+    if power in (0, 1):
+        return num_tiles if power else np.ones_like(num_tiles)
+    counts, place = np.unique(num_tiles, return_inverse=True)
+    return np.array([power_weight(int(n), power) for n in counts], dtype=object)[place]
+
+
+def share_out_to_slides(total: int, weights: np.ndarray, at_most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`share_out` for many slides at once, with at least one draw for each; total and int64 weights below 2^31."""
     assert total < 2**31, "64-bit products"
-    assert int(num_tiles.max()) < 2**31, "64-bit products"
-    return _share_out(total, num_tiles.astype(np.int64), at_least.astype(np.int64), at_most.astype(np.int64))
+    return _share_out(total, weights, np.ones_like(at_most), at_most).astype(np.int64)
 
 
 def _share_out(total: int, weights: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -1,206 +1,255 @@
-"""Building a schedule; a pseudo-epoch is a pure function of (spec, slide table, its number).
+"""Writing a schedule: pseudo-epochs one by one, in any order, on any number of nodes; `schedule.json` comes last.
 
-1. `groups`: each pass deals the slides of every organ, in keyed random order, to `num_groups` pseudo-epochs.
-2. `quotas`: organ quotas within the group, then slides within the organ, by `share_out`.
-3. `draw_tiles`: the j-th draw of a slide over the whole schedule is its keyed permutation number j // n at j mod n.
-4. `chunks`: draw i, slide after slide, goes to the place that a keyed permutation of the positions gives it.
+A folder without `schedule.json` is unfinished, and nothing opens it. Each pseudo-epoch is written under another name,
+synced and renamed, then its checksum is put beside it; so a build that was killed goes on with what is missing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import re
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from hpcssl.core.atomic import atomic_dir, digest_file
-from hpcssl.core.config import to_mapping
+from hpcssl.core.atomic import atomic_file, digest_file, read_json, sync_dir, write_atomic
+from hpcssl.core.config import first_difference, to_mapping
 from hpcssl.core.errors import ScheduleError
-from hpcssl.core.rng import below, key_of, permute, uniforms
-from hpcssl.schedule.balance import power_weight, share_out, share_out_by_tiles
+from hpcssl.schedule.builder import Builder
+from hpcssl.schedule.eligible import HoldOut, filter_columns
+from hpcssl.schedule.file import FORMAT, HEADER, HOLD_OUT, SLIDES, UNFINISHED, Schedule, header_text
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.tiles.slides import digest_slides
 
-FORMAT = 1
-_CHUNK = 1 << 20
 
-
-@dataclass(frozen=True, kw_only=True)
-class Quotas:
-    """What a pseudo-epoch draws.
-
-    Attributes
-    ----------
-    draws : (num_slides,) draws of every slide; 0 outside the pseudo-epoch's group
-    wanted : positions of every organ by its weight alone
-    achieved : positions of every organ within the bounds (one draw a slide; `max_repeats` a tile)
-    """
-
-    draws: NDArray[np.int64]
-    wanted: dict[str, int]
-    achieved: dict[str, int]
-
-
-class Builder:
-    """The four guarantees, for one spec and one slide table (slide_id, organ, num_tiles)."""
-
-    def __init__(self, spec: ScheduleSpec, slides: pd.DataFrame):
-        self.spec = spec
-        self.slides = slides
-        self.num_tiles = slides["num_tiles"].to_numpy(np.int64)
-        self.first_tiles = np.cumsum(self.num_tiles) - self.num_tiles
-        organs = slides["organ"].to_numpy(object)
-        self.members = {organ: np.flatnonzero(organs == organ) for organ in sorted(set(organs))}
-
-    def groups(self, pass_number: int) -> NDArray[np.int64]:
-        """Return the group (0 to num_groups - 1) of every slide in a pass, stratified by organ."""
-        group = np.empty(len(self.slides), np.int64)
-        for organ, members in self.members.items():
-            size = len(members)
-            order = permute(np.arange(size), size, self._key(f"groups/{organ}", pass_number))
-            # organs with fewer slides than groups begin anywhere, so that they do not crowd the first group
-            first = below(uniforms(self.spec.seed, f"first group/{organ}", pass_number)[..., 0], self.spec.num_groups)
-            group[members] = (order + first) % self.spec.num_groups
-        return group
-
-    def quotas(self, number: int) -> Quotas:
-        """Return the draws of pseudo-epoch `number`; ScheduleError where the spec cannot be met."""
-        spec = self.spec
-        pass_number, group_number = divmod(number, spec.num_groups)
-        in_group = self.groups(pass_number) == group_number
-        chosen = {organ: m[in_group[m]] for organ, m in self.members.items() if in_group[m].any()}
-        tiles = {organ: int(self.num_tiles[m].sum()) for organ, m in chosen.items()}
-        self._check_bounds(number, {organ: len(m) for organ, m in chosen.items()}, tiles)
-        total = spec.positions_per_pseudo_epoch
-        weights = [power_weight(tiles[organ], spec.organ_power) for organ in chosen]
-        wanted = share_out(total, weights, [0] * len(chosen), [total] * len(chosen))
-        achieved = share_out(
-            total, weights, [len(m) for m in chosen.values()], [spec.max_repeats * tiles[organ] for organ in chosen]
-        )
-        draws = np.zeros(len(self.slides), np.int64)
-        for (_organ, members), quota in zip(chosen.items(), achieved, strict=True):
-            n = self.num_tiles[members]
-            draws[members] = share_out_by_tiles(quota, n, np.ones_like(n), spec.max_repeats * n)
-        return Quotas(draws=draws, wanted=dict(zip(chosen, wanted)), achieved=dict(zip(chosen, achieved)))
-
-    @cached_property
-    def all_quotas(self) -> list[Quotas]:
-        """The quotas of every pseudo-epoch."""
-        return [self.quotas(number) for number in range(self.spec.num_pseudo_epochs)]
-
-    def draws_before(self, number: int) -> NDArray[np.int64]:
-        """Return how often every slide was drawn in the pseudo-epochs before `number`, (num_slides,)."""
-        return sum((q.draws for q in self.all_quotas[:number]), np.zeros(len(self.slides), np.int64))
-
-    def draw_tiles(self, slide: NDArray[np.int64], draw: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the tile number of the `draw`-th draw (counted over the whole schedule) of each slide."""
-        n = self.num_tiles[slide]
-        words = uniforms(self.spec.seed, "tile order", slide, view=draw // n).astype(np.uint64)
-        key = words[..., 0] | (words[..., 1] << np.uint64(32))
-        return self.first_tiles[slide] + permute(draw % n, n, key)
-
-    def chunks(self, number: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield (place in the pseudo-epoch, tile number) of its draws, in bounded pieces."""
-        draws = self.all_quotas[number].draws
-        before = self.draws_before(number)
-        ends = np.cumsum(draws)
-        total = int(ends[-1])
-        key = self._key("order", number)
-        for start in range(0, total, _CHUNK):
-            index = np.arange(start, min(start + _CHUNK, total))
-            slide = np.searchsorted(ends, index, side="right")
-            draw = before[slide] + index - (ends[slide] - draws[slide])
-            yield permute(index, total, key), self.draw_tiles(slide, draw)
-
-    def record(self, number: int) -> dict[str, Any]:
-        """Return what `schedule.json` says of a pseudo-epoch, but for its checksum."""
-        quotas = self.all_quotas[number]
-        return {
-            "number": number,
-            "file": f"pseudo_epoch_{number:04d}.npy",
-            "slides_used": int((quotas.draws > 0).sum()),
-            "organs": {
-                organ: {"wanted": quotas.wanted[organ], "achieved": quotas.achieved[organ]} for organ in quotas.achieved
-            },
-        }
-
-    def _key(self, purpose: str, number: int) -> int:
-        return key_of(self.spec.seed, f"{purpose}/{number}")
-
-    def _check_bounds(self, number: int, slides: dict[str, int], tiles: dict[str, int]) -> None:
-        spec, total = self.spec, self.spec.positions_per_pseudo_epoch
-        if not slides:
-            raise ScheduleError(
-                f"pseudo-epoch {number}: no slide falls into its group; {len(self.slides)} slides are too few for"
-                f" num_groups = {spec.num_groups}; lower num_groups"
-            )
-        if sum(slides.values()) > total:
-            most = max(slides, key=lambda organ: slides[organ])
-            raise ScheduleError(
-                f"pseudo-epoch {number}: {total} positions cannot hold one tile of each of its"
-                f" {sum(slides.values())} slides ({slides[most]} of them {most});"
-                " raise positions_per_pseudo_epoch or num_groups"
-            )
-        if spec.max_repeats * sum(tiles.values()) < total:
-            most = max(tiles, key=lambda organ: tiles[organ])
-            raise ScheduleError(
-                f"pseudo-epoch {number}: its {sum(tiles.values())} tiles, {spec.max_repeats} times each (max_repeats),"
-                f" fill fewer than {total} positions; even {most}, its largest organ, has only {tiles[most]} tiles;"
-                " raise max_repeats or lower positions_per_pseudo_epoch"
-            )
+class _Stopped(Exception):
+    """Another thread has failed."""
 
 
 def build_schedule(
-    spec: ScheduleSpec, slides: pd.DataFrame, out: Path, *, on_progress: Callable[[int], None] = lambda n: None
-) -> None:
-    """Write a schedule folder; the same spec and slide table give the same bytes on any machine.
+    spec: ScheduleSpec,
+    slides: pd.DataFrame,
+    out: Path,
+    *,
+    only: Collection[int] | None = None,
+    jobs: int = 1,
+    on_progress: Callable[[int], None] = lambda n: None,
+) -> list[int]:
+    """Write the pseudo-epochs of a schedule that `out` lacks, and `schedule.json` once none is missing.
+
+    The same spec, slide table and hold-out list give the same bytes on any machine, with any `only` and `jobs`.
+
+    Parameters
+    ----------
+    only : pseudo-epochs to write; None for all. Parts may be written at the same time on several nodes
+    jobs : threads; each holds the tile numbers of one pseudo-epoch in memory (260 MB of 65 million positions)
+    on_progress : called with the number of positions done since the last call, from any thread
+
+    Returns
+    -------
+    The pseudo-epochs that are still missing: none, if the schedule is finished.
 
     Raises
     ------
     ScheduleError
-        If `out` exists or the spec cannot be met by these slides (naming the organ).
+        If `out` holds another schedule or other files, or the spec cannot be met by these slides (naming the organ).
     """
-    if out.exists():
-        raise ScheduleError(f"{out}: exists already; remove it or choose another --out")
-    builder = Builder(spec, slides)
-    dtype = np.uint32 if int(builder.num_tiles.sum()) < 2**32 else np.uint64
-    with atomic_dir(out) as partial:
-        records = [
-            _write_pseudo_epoch(builder, number, partial, dtype, on_progress)
-            for number in range(len(builder.all_quotas))
-        ]
-        patient = slides["patient_id"] if "patient_id" in slides else pd.Series([""] * len(slides))
-        table = slides[["slide_id", "organ", "num_tiles"]].assign(patient_id=patient, first_tile=builder.first_tiles)
-        table.to_parquet(partial / "slides.parquet", index=False)
-        header = {
-            "format": FORMAT,
-            "spec": to_mapping(spec),
-            "slides_digest": digest_slides(slides),
-            "num_slides": len(slides),
-            "num_tiles": int(builder.num_tiles.sum()),
-            "slides_file_sha256": digest_file(partial / "slides.parquet"),
-            "pseudo_epochs": records,
-        }
-        (partial / "schedule.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    builder = Builder(spec, slides, HoldOut.read(Path(spec.hold_out)) if spec.hold_out else None)
+    records = [builder.record(number) for number in range(spec.num_pseudo_epochs)]
+    wanted = range(spec.num_pseudo_epochs) if only is None else sorted(set(only))
+    if any(not 0 <= number < spec.num_pseudo_epochs for number in wanted):
+        raise ScheduleError(
+            f"pseudo-epochs {min(wanted)} to {max(wanted)}: the spec has only 0 to {spec.num_pseudo_epochs - 1}"
+        )
+    identity = schedule_identity(builder)
+    if not _claim(out, identity):
+        _clear(out)
+        on_progress(len(wanted) * spec.positions_per_pseudo_epoch)
+        return []
+    num_bytes = len(npy_header(builder)) + spec.positions_per_pseudo_epoch * builder.dtype.itemsize
+    records = [record | {"bytes": num_bytes} for record in records]
+    missing = [number for number in wanted if not _is_whole(out, records[number])]
+    on_progress((len(wanted) - len(missing)) * spec.positions_per_pseudo_epoch)
+    left: list[int] = []
+    try:
+        _write_all(builder, out, missing, jobs, on_progress)
+        left = [record["number"] for record in records if not _is_whole(out, record)]
+        if not left:
+            _finish(builder, out, identity, records)
+    except FileNotFoundError:  # another node has finished it meanwhile, and cleared what it does not need
+        if not (out / HEADER).exists():
+            raise
+    if (out / HEADER).exists():
+        _clear(out)
+        return []
+    return left
 
 
-def _write_pseudo_epoch(
-    builder: Builder, number: int, folder: Path, dtype: type[np.unsignedinteger], on_progress: Callable[[int], None]
-) -> dict[str, Any]:
-    record = builder.record(number)
-    name, total = record["file"], builder.spec.positions_per_pseudo_epoch
-    tiles = np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=(total,))
-    with (folder / name).open("r+b") as stream:  # a full disk is an error here; in a mapping it would be a bus error
-        os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
-    for place, tile in builder.chunks(number):
-        tiles[place] = tile
-        on_progress(len(place))
-    tiles.flush()
-    return {**record, "sha256": digest_file(folder / name)}
+def schedule_identity(builder: Builder) -> dict[str, Any]:
+    """Return what `schedule.json` says before its pseudo-epochs: all that the content depends on."""
+    spec = to_mapping(builder.spec)
+    for name in ("organ_weights", "include", "exclude"):  # the order in which they were written down changes nothing
+        spec[name] = dict(sorted(spec[name].items()))
+    if spec["hold_out"]:
+        spec["hold_out"] = HOLD_OUT
+    who = builder.slides["slide_id"][builder.eligible]
+    hold_out = builder.hold_out.to_csv().encode()
+    return {
+        "format": FORMAT,
+        "spec": spec,
+        "slides_digest": digest_slides(builder.slides),
+        "num_slides": len(builder.slides),
+        "num_tiles": int(builder.num_tiles.sum()),
+        "eligible": {
+            "slides": len(who),
+            "tiles": int(builder.num_tiles[builder.eligible].sum()),
+            "sha256": hashlib.sha256("".join(f"{name}\n" for name in who).encode()).hexdigest(),
+        },
+        "hold_out_sha256": hashlib.sha256(hold_out).hexdigest() if spec["hold_out"] else "",
+        "hold_out_bytes": len(hold_out) if spec["hold_out"] else 0,
+        "dtype": builder.dtype.name,
+    }
+
+
+def slides_table(builder: Builder) -> pd.DataFrame:
+    """Return the table that stands in the schedule: what reading and verifying need of the slides."""
+    slides = builder.slides
+    table = slides[["slide_id", "organ", "num_tiles"]].assign(
+        patient_id=slides.get("patient_id", ""),
+        first_tile=builder.first_tiles,
+        eligible=builder.eligible,
+    )
+    return table.assign(**{column: slides[column] for column in filter_columns(builder.spec) if column not in table})
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> bool:
+    """Make `out` the folder of this schedule; False if it is finished already."""
+    if (out / HEADER).exists():
+        name, found = HEADER, Schedule.open(out).header
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        name = UNFINISHED
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{name}."))
+        if not (out / name).exists():  # looked at after the list: another node may have begun in between
+            if others:
+                raise ScheduleError(f"{out}: holds {others[0]}, no schedule; choose another --out")
+            write_atomic(out / name, json.dumps(identity))
+        found = read_json(out / name, ScheduleError(f"{out / name}: damaged; remove {out} and build anew"))
+    differs = first_difference({key: found.get(key) for key in identity}, json.loads(json.dumps(identity)))
+    if differs:
+        key, there, asked = differs
+        state = "is a schedule" if name == HEADER else "holds parts of a schedule"
+        raise ScheduleError(
+            f"{out} {state} with {key} = {there!r}, where now {asked!r} is asked for; remove it or choose another --out"
+        )
+    return name != HEADER
+
+
+def _is_whole(out: Path, record: dict[str, Any]) -> bool:
+    file = out / record["file"]
+    return _checksum(out, file.name).is_file() and file.is_file() and file.stat().st_size == record["bytes"]
+
+
+def _checksum(out: Path, file: str) -> Path:
+    """Return the file that holds a pseudo-epoch's checksum, in the format of sha256sum, until `schedule.json` does."""
+    return (out / file).with_suffix(".sha256")
+
+
+def _write_all(builder: Builder, out: Path, numbers: list[int], jobs: int, on_progress: Callable[[int], None]) -> None:
+    """Write pseudo-epochs in `jobs` threads, and in one more that only waits for the disk."""
+    computing, stop = threading.Semaphore(jobs), threading.Event()
+    with ThreadPoolExecutor(jobs + 1) as pool:
+        tasks = [pool.submit(_write, builder, out, number, computing, stop, on_progress) for number in numbers]
+        try:
+            done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+            failed = next((task for task in tasks if task in done and task.exception()), None)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    if failed:
+        failed.result()
+
+
+def _write(
+    builder: Builder,
+    out: Path,
+    number: int,
+    computing: threading.Semaphore,
+    stop: threading.Event,
+    on_progress: Callable[[int], None],
+) -> None:
+    path = out / builder.record(number)["file"]
+    digest = hashlib.sha256()
+    # `computing` is given back before the file is synced: another thread computes meanwhile
+    with atomic_file(path) as temporary, computing:
+        _write_chunks(builder, number, temporary, digest, stop, on_progress)
+    write_atomic(_checksum(out, path.name), f"{digest.hexdigest()}  {path.name}\n")
+
+
+def _write_chunks(
+    builder: Builder,
+    number: int,
+    path: Path,
+    digest: Any,
+    stop: threading.Event,
+    on_progress: Callable[[int], None],
+) -> None:
+    with path.open("wb", buffering=0) as stream:
+        _put(stream, npy_header(builder), digest)
+        for chunk in builder.chunks(number):
+            if stop.is_set():
+                raise _Stopped
+            _put(stream, chunk.data.cast("B"), digest)
+            on_progress(len(chunk))
+
+
+def _put(stream: io.FileIO, data: bytes | memoryview, digest: Any) -> None:
+    """Write all of it, in as many calls as that takes."""
+    digest.update(data)
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
+def npy_header(builder: Builder) -> bytes:
+    """Return the first bytes of a pseudo-epoch's file."""
+    stream = io.BytesIO()
+    shape = (builder.spec.positions_per_pseudo_epoch,)
+    np.lib.format.write_array_header_1_0(stream, {"descr": builder.dtype.str, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def _finish(builder: Builder, out: Path, identity: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write what belongs to the whole, `schedule.json` last; then remove what only an unfinished build needs."""
+    checksums = {}
+    for record in records:
+        text = _checksum(out, record["file"]).read_text(encoding="utf-8")
+        if not re.fullmatch(rf"[0-9a-f]{{64}}  {re.escape(record['file'])}\n", text):
+            raise ScheduleError(f"{_checksum(out, record['file'])}: damaged; remove it and build again")
+        checksums[record["file"]] = text[:64]
+    with atomic_file(out / SLIDES) as temporary:
+        slides_table(builder).to_parquet(temporary, index=False)
+    if identity["spec"]["hold_out"]:
+        write_atomic(out / HOLD_OUT, builder.hold_out.to_csv())
+    records = [record | {"sha256": checksums[record["file"]]} for record in records]
+    header = identity | {
+        "slides_file_sha256": digest_file(out / SLIDES),
+        "slides_file_bytes": (out / SLIDES).stat().st_size,
+        "pseudo_epochs": records,
+    }
+    write_atomic(out / HEADER, header_text(header))
+    _clear(out)
+
+
+def _clear(out: Path) -> None:
+    """Remove what only an unfinished build needs."""
+    for path in (out / UNFINISHED, *out.glob("*.sha256"), *out.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
+    sync_dir(out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,70 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from hpcssl.core.atomic import digest_bytes, read_json
+from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import ScheduleError
-from hpcssl.schedule.build import FORMAT
+
+FORMAT = 2
+HEADER = "schedule.json"
+SLIDES = "slides.parquet"
+HOLD_OUT = "hold_out.csv"
+UNFINISHED = "unfinished.json"
+_CHECKSUM = ',\n "checksum": '
+
+
+def header_text(header: Mapping[str, Any]) -> str:
+    """Return `schedule.json`: an entry a line, a pseudo-epoch a line, and last the SHA-256 of all that is before it.
+
+    >>> print(header_text({"format": 2, "pseudo_epochs": [{"number": 0}]}), end="")
+    {
+     "format": 2,
+     "pseudo_epochs": [
+      {"number": 0}
+     ],
+     "checksum": "a4710663d50a494ad05e14611504aa01b4a5a8e6ac90419afadd270ea96b6b0e"
+    }
+    """
+    entries = []
+    for key, value in header.items():
+        if key == "pseudo_epochs":
+            lines = ",\n".join(f"  {json.dumps(record, ensure_ascii=False)}" for record in value)
+            entries.append(f' "{key}": [\n{lines}\n ]')
+        else:
+            entries.append(f' "{key}": {json.dumps(value, ensure_ascii=False)}')
+    body = "{\n" + ",\n".join(entries)
+    return f'{body}{_CHECKSUM}"{digest_bytes(body.encode())}"\n}}\n'
+
+
+def anew(path: Path) -> str:
+    """Say what to do about a schedule that is not whole."""
+    return f"remove {path} and build the schedule anew"
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read what `header_text` wrote; ScheduleError for a missing, damaged or other one."""
+    file = path / HEADER
+    try:
+        text = file.read_bytes().decode()  # not as text: that would forgive changed line ends
+    except (FileNotFoundError, NotADirectoryError):
+        unfinished = (path / UNFINISHED).exists()
+        raise ScheduleError(
+            f"{path}: the schedule is unfinished; run the same hpcssl schedule build again"
+            if unfinished
+            else f"{path}: no schedule (no {HEADER}); make one with hpcssl schedule build"
+        ) from None
+    except UnicodeDecodeError:
+        raise ScheduleError(f"{file}: damaged; {anew(path)}") from None
+    body, sign, end = text.rpartition(_CHECKSUM)
+    try:
+        header = json.loads(text)
+        version = header["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ScheduleError(f"{file}: damaged; {anew(path)}") from None
+    if version != FORMAT:
+        raise ScheduleError(f"{file}: schedule format {version}; this version reads {FORMAT}; {anew(path)}")
+    if not sign or end != f'"{digest_bytes(body.encode())}"\n}}\n':
+        raise ScheduleError(f"{file}: not what was written (checksum differs); {anew(path)}")
+    return header
 
 
 class Schedule:
@@ -24,7 +86,6 @@ class Schedule:
     header : content of `schedule.json`
     num_positions : int, over all pseudo-epochs
     positions_per_pseudo_epoch, num_pseudo_epochs : int
-    digest : str, identity of the schedule (spec, slides, checksums of all files)
     """
 
     def __init__(self, path: Path, header: dict[str, Any]):
@@ -33,31 +94,41 @@ class Schedule:
         self.positions_per_pseudo_epoch: int = header["spec"]["positions_per_pseudo_epoch"]
         self.num_pseudo_epochs: int = header["spec"]["num_pseudo_epochs"]
         self.num_positions = self.positions_per_pseudo_epoch * self.num_pseudo_epochs
-        # the bytes of slides.parquet depend on the library's version; slides_digest covers its rows
-        identity = {key: value for key, value in header.items() if key != "slides_file_sha256"}
-        self.digest = digest_bytes(json.dumps(identity, sort_keys=True).encode())
         self._file = lru_cache(maxsize=None)(self._map)
 
     @classmethod
     def open(cls, path: Path) -> Schedule:
-        """Open a schedule; ScheduleError for a missing, damaged or incomplete one."""
-        try:
-            damaged = ScheduleError(f"{path / 'schedule.json'}: damaged; build the schedule anew")
-            header = read_json(path / "schedule.json", damaged)
-        except (FileNotFoundError, NotADirectoryError):
-            raise ScheduleError(
-                f"{path}: no schedule (no schedule.json); make one with hpcssl schedule build"
-            ) from None
-        if header.get("format") != FORMAT:
-            raise ScheduleError(f"{path}: schedule format {header.get('format')}; this version reads {FORMAT}")
-        for record in header["pseudo_epochs"]:
-            if not (path / record["file"]).is_file():
-                raise ScheduleError(f"{path / record['file']} is missing; build the schedule anew")
+        """Open a schedule; ScheduleError for a missing, unfinished or damaged one, or a file of another size."""
+        header = read_header(path)
+        sizes = {record["file"]: record["bytes"] for record in header["pseudo_epochs"]}
+        sizes[SLIDES] = header["slides_file_bytes"]
+        if header["spec"]["hold_out"]:
+            sizes[HOLD_OUT] = header["hold_out_bytes"]
+        for name, wanted in sizes.items():
+            try:
+                found = (path / name).stat().st_size
+            except FileNotFoundError:
+                raise ScheduleError(f"{path / name} is missing; {anew(path)}") from None
+            if found != wanted:
+                raise ScheduleError(f"{path / name}: {found} bytes, expected {wanted}; {anew(path)}")
         return cls(path, header)
 
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the schedule: spec, slides, hold-out list, checksums of all pseudo-epochs."""
+        # the bytes of slides.parquet depend on the library's version; slides_digest covers its rows
+        identity = {
+            k: v for k, v in self.header.items() if k not in ("slides_file_sha256", "slides_file_bytes", "checksum")
+        }
+        return digest_bytes(json.dumps(identity, sort_keys=True).encode())
+
     def slides(self) -> pd.DataFrame:
-        """Return the slide table (slide_id, organ, num_tiles, patient_id, first_tile)."""
-        return pd.read_parquet(self.path / "slides.parquet")
+        """Return the slide table (slide_id, organ, num_tiles, patient_id, first_tile, eligible, columns of filters)."""
+        try:
+            return pd.read_parquet(self.path / SLIDES)
+        except (ValueError, OSError) as error:  # pyarrow's errors of a damaged file are ValueErrors
+            reason = " ".join(str(error).split())
+            raise ScheduleError(f"{self.path / SLIDES}: damaged ({reason}); {anew(self.path)}") from None
 
     def pseudo_epoch(self, number: int) -> NDArray[np.unsignedinteger]:
         """Return the mapped tile numbers of one pseudo-epoch, (positions_per_pseudo_epoch,)."""
@@ -89,9 +160,12 @@ class Schedule:
             mapped = np.load(path, mmap_mode="r")
         except Exception as error:  # noqa: BLE001 - numpy parses a header with Python's own parser and its many errors
             reason = " ".join(str(error).split())
-            raise ScheduleError(f"{path}: damaged ({reason}); build the schedule anew") from None
-        if mapped.shape != (self.positions_per_pseudo_epoch,):
-            raise ScheduleError(f"{path}: {mapped.shape[0]} positions, expected {self.positions_per_pseudo_epoch}")
+            raise ScheduleError(f"{path}: damaged ({reason}); {anew(self.path)}") from None
+        wanted = (np.dtype(self.header["dtype"]).newbyteorder("<"), (self.positions_per_pseudo_epoch,))
+        if (mapped.dtype, mapped.shape) != wanted:
+            raise ScheduleError(
+                f"{path}: {mapped.shape} of {mapped.dtype.str}, expected {wanted[1]} of {wanted[0].str}"
+            )
         return mapped
 
 

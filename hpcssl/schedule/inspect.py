@@ -1,23 +1,58 @@
-"""What a schedule does to the organs."""
+"""What a schedule does: shares of organs, repeats of tiles, slides of passes, coverage; computed, no file is read."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.file import Schedule
+from hpcssl.schedule.verify import builder_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Tables about a schedule.
+
+    Attributes
+    ----------
+    organs : organ, num_tiles, natural_share, positions, scheduled_share; the most tiles first
+    repeats : draws, tiles: how many tiles of slides that may enter are drawn so often over the schedule
+    passes : pass, pseudo_epoch, slides: how many slides each pseudo-epoch of each pass uses
+    coverage : pseudo_epoch, samples_seen (at its end), slides_seen, tiles_seen, slides_share, tiles_share
+    """
+
+    organs: pd.DataFrame
+    repeats: pd.DataFrame
+    passes: pd.DataFrame
+    coverage: pd.DataFrame
+
+
+def inspect_schedule(path: Path) -> Inspection:
+    """Return the tables of a schedule; ScheduleError where it cannot be opened."""
+    schedule = Schedule.open(path)
+    builder = builder_of(schedule)
+    coverage, drawn = _coverage(builder)
+    return Inspection(
+        organs=organ_shares(path), repeats=_repeats(builder, drawn), passes=_passes(builder), coverage=coverage
+    )
 
 
 def organ_shares(path: Path) -> pd.DataFrame:
     """Return, for every organ, its share of the tiles and its share of the schedule's positions.
+
+    Slides that filters or the hold-out list keep out count for neither.
 
     Returns
     -------
     DataFrame with columns organ, num_tiles, natural_share, positions, scheduled_share; the most tiles first.
     """
     schedule = Schedule.open(path)
-    tiles = schedule.slides().groupby("organ")["num_tiles"].sum()
+    slides = schedule.slides()
+    tiles = slides[slides["eligible"]].groupby("organ")["num_tiles"].sum()
     positions = pd.Series(0, index=tiles.index)
     for record in schedule.header["pseudo_epochs"]:
         for organ, quota in record["organs"].items():
@@ -32,3 +67,45 @@ def organ_shares(path: Path) -> pd.DataFrame:
         }
     )
     return frame.sort_values(["num_tiles", "organ"], ascending=[False, True]).reset_index(drop=True)
+
+
+def _repeats(builder: Builder, drawn: np.ndarray) -> pd.DataFrame:
+    """Count tiles by their draws: of D draws of n tiles, D mod n tiles have ⌊D/n⌋ + 1 and the others ⌊D/n⌋."""
+    n = builder.num_tiles[builder.eligible]
+    whole, rest = np.divmod(drawn[builder.eligible], n)
+    draws = np.concatenate([whole, whole + 1])
+    tiles = pd.Series(np.concatenate([n - rest, rest])).groupby(draws).sum()
+    tiles = tiles[tiles > 0]
+    return pd.DataFrame({"draws": tiles.index.to_numpy(), "tiles": tiles.to_numpy()})
+
+
+def _passes(builder: Builder) -> pd.DataFrame:
+    numbers = range(builder.spec.num_pseudo_epochs)
+    return pd.DataFrame(
+        {
+            "pass": [number // builder.spec.num_groups for number in numbers],
+            "pseudo_epoch": list(numbers),
+            "slides": [len(builder.quotas[number].slides) for number in numbers],
+        }
+    )
+
+
+def _coverage(builder: Builder) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the coverage after every pseudo-epoch, and the draws of every slide at the end."""
+    drawn = np.zeros(len(builder.num_tiles), np.int64)
+    all_slides, all_tiles = int(builder.eligible.sum()), int(builder.num_tiles[builder.eligible].sum())
+    rows = []
+    for number, quotas in enumerate(builder.quotas):
+        drawn[quotas.slides] += quotas.draws
+        slides, tiles = int((drawn > 0).sum()), int(np.minimum(drawn, builder.num_tiles).sum())
+        rows.append(
+            {
+                "pseudo_epoch": number,
+                "samples_seen": (number + 1) * builder.spec.positions_per_pseudo_epoch,
+                "slides_seen": slides,
+                "tiles_seen": tiles,
+                "slides_share": slides / all_slides,
+                "tiles_share": tiles / all_tiles,
+            }
+        )
+    return pd.DataFrame(rows), drawn

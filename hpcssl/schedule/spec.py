@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 from hpcssl.core import config, resources
 from hpcssl.core.errors import ConfigError
@@ -13,16 +16,24 @@ from hpcssl.core.errors import ConfigError
 class ScheduleSpec:
     """Parameters of a schedule; the paper's value stands beside each default (Campanella et al. 2023).
 
+    An organ's quota of a pseudo-epoch is in proportion to organ_weights[organ] · (its size in the group)^organ_power, a
+    slide's within its organ to (its tiles)^slide_power.
+
     Attributes
     ----------
     seed : key of every draw; any integer
     num_pseudo_epochs : files of the schedule; paper 50
     positions_per_pseudo_epoch : draws in each; paper 65,000,000
     num_groups : pseudo-epochs that together use every slide exactly once (a pass); paper 5
-    organ_power : an organ's weight is its tiles in the group to this power; 1 natural, 0 uniform. The paper says
-        "balanced" without a formula; 0 is our reading
+    organ_power : 0 uniform over organs, 1 natural. The paper says "balanced" without a formula; 0 is our reading
+    organ_size : what an organ's size counts, `tiles` or `slides`
+    organ_weights : explicit weights of organs, any positive unit; 1 for an organ that is not named
+    slide_power : 1 by tiles, 0 all slides of an organ alike
     max_repeats : a slide of n tiles is drawn at most n times this often in a pass; so is a tile, or once more where the
         pass begins within one of the slide's permutations
+    include : column of the slide table → values; only slides that have one of them enter
+    exclude : column of the slide table → values; slides that have one of them never enter
+    hold_out : CSV file with columns slide_id and/or patient_id; none of these slides and patients ever enters
     """
 
     seed: int = 0
@@ -30,22 +41,51 @@ class ScheduleSpec:
     positions_per_pseudo_epoch: int = 65_000_000
     num_groups: int = 5
     organ_power: float = 0.0
+    organ_size: Literal["tiles", "slides"] = "tiles"
+    organ_weights: Mapping[str, float] = field(default_factory=dict)
+    slide_power: float = 1.0
     max_repeats: int = 20
+    include: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
+    exclude: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
+    hold_out: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_pseudo_epochs", "positions_per_pseudo_epoch", "num_groups", "max_repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected at least 1")
-        for name in ("positions_per_pseudo_epoch", "max_repeats"):
+        for name in ("num_pseudo_epochs", "positions_per_pseudo_epoch", "num_groups", "max_repeats"):
             if getattr(self, name) >= 2**31:
                 raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected below 2^31")
-        if not 0 <= self.organ_power <= 4:
-            raise ConfigError(
-                f"schedule spec: organ_power = {self.organ_power}; expected 0 (uniform) to 1 (natural), at most 4"
-            )
+        for name, at_0, at_1 in (("organ_power", "uniform", "natural"), ("slide_power", "equal", "by tiles")):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one spec
+            if not 0 <= getattr(self, name) <= 4:
+                raise ConfigError(
+                    f"schedule spec: {name} = {getattr(self, name)}; expected 0 ({at_0}) to 1 ({at_1}), at most 4"
+                )
+        for name in ("include", "exclude"):  # a number in YAML is the text of it in the table
+            texts = {column: [str(value) for value in values] for column, values in getattr(self, name).items()}
+            object.__setattr__(self, name, texts)
+        for organ, weight in self.organ_weights.items():
+            if not (math.isfinite(weight) and 1e-6 <= weight <= 1e6):
+                raise ConfigError(
+                    f"schedule spec: organ_weights.{organ} = {weight}; expected 0.000001 to 1000000;"
+                    " to leave an organ out, name it under exclude.organ"
+                )
 
 
 def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> ScheduleSpec:
-    """Load a spec that ships (`opal-3b`, `demo`) or a YAML file; ConfigError for anything unknown in it."""
+    """Load a spec that ships (`opal-3b`, `imagenet-epochs`, `demo`) or a YAML file; ConfigError for what it cannot be.
+
+    A relative `hold_out` in a YAML file counts from that file's folder, one of `overrides` from the current folder.
+    """
     path = resources.locate("schedule spec", name_or_path)
-    return config.build(ScheduleSpec, config.with_overrides(config.read_yaml(path), overrides), where=str(path.name))
+    values = config.read_yaml(path)
+    spec = config.build(ScheduleSpec, config.with_overrides(values, overrides), where=str(path.name))
+    if spec.hold_out and not any(o.startswith("hold_out=") for o in overrides):
+        return replace(spec, hold_out=str(path.parent / spec.hold_out))
+    return spec
+
+
+def read_spec(values: Mapping[str, object], *, where: Path) -> ScheduleSpec:
+    """Build the spec that stands in a schedule's header."""
+    return config.build(ScheduleSpec, values, where=str(where))

@@ -1,70 +1,87 @@
-"""Checking a schedule's files against the four guarantees; the first violation is named."""
+"""Checking a schedule's files against the four guarantees; the first violation is named.
+
+Every pseudo-epoch is computed anew from spec and slide table and compared with its file, number by number, while its
+checksum is taken; memory does not grow with the number of pseudo-epochs.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.config import build
+from hpcssl.core.config import first_difference
 from hpcssl.core.errors import ScheduleError
-from hpcssl.schedule.build import Builder
-from hpcssl.schedule.file import Schedule
-from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.slides import digest_slides
+from hpcssl.schedule.build import npy_header, schedule_identity, slides_table
+from hpcssl.schedule.builder import Builder
+from hpcssl.schedule.eligible import HoldOut
+from hpcssl.schedule.file import HEADER, HOLD_OUT, SLIDES, Schedule, anew
+from hpcssl.schedule.spec import read_spec
+
+_PIECE = 1 << 22
 
 
-def verify_schedule(path: Path, *, on_progress: Callable[[int], None] = lambda n: None) -> None:
-    """Check checksums, groups, quotas, draw counts and order of a schedule.
+def verify_schedule(path: Path, *, jobs: int = 1, on_progress: Callable[[int], None] = lambda n: None) -> None:
+    """Check checksums, groups, quotas, draw counts, order and hold-out list of a schedule.
+
+    Parameters
+    ----------
+    jobs : threads; each holds the tile numbers of one pseudo-epoch in memory
+    on_progress : called with the number of positions done since the last call, from any thread
 
     Raises
     ------
     ScheduleError
-        Naming the file and the guarantee that is broken.
+        Naming the first file (in the order of the pseudo-epochs) that is damaged, or the guarantee that it breaks.
     """
     schedule = Schedule.open(path)
-    if digest_file(path / "slides.parquet") != schedule.header["slides_file_sha256"]:
-        raise ScheduleError(f"{path / 'slides.parquet'}: not what was written (checksum differs)")
-    slides = schedule.slides()
-    builder = Builder(build(ScheduleSpec, schedule.header["spec"], where=str(path / "schedule.json")), slides)
+    builder = builder_of(schedule)
     _check_header(schedule, builder)
     _check_groups(schedule, builder)
-    drawn = np.zeros(int(builder.num_tiles.sum()), np.int64)
-    for record in schedule.header["pseudo_epochs"]:
-        number, file = record["number"], path / record["file"]
-        if digest_file(file) != record["sha256"]:
-            raise ScheduleError(f"{file}: not what was written (checksum differs)")
-        tiles = schedule.pseudo_epoch(number).astype(np.int64)
-        if int(tiles.max()) >= len(drawn):
-            raise ScheduleError(f"{file}: tile {tiles.max()} is none of the {len(drawn)} tiles of the slide table")
-        _check_quotas(file, tiles, builder, number)
-        drawn += np.bincount(tiles, minlength=len(drawn))
-        _check_even(file, drawn, builder)
-        for place, tile in builder.chunks(number):
-            if (tiles[place] != tile).any():
-                raise ScheduleError(f"{file}: not the keyed order of its draws (guarantee 4)")
-            on_progress(len(place))
+    _check_hold_out(schedule, builder)
+    with ThreadPoolExecutor(jobs) as pool:
+        numbers = range(schedule.num_pseudo_epochs)
+        tasks = [pool.submit(_check_file, schedule, builder, number, on_progress) for number in numbers]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def builder_of(schedule: Schedule) -> Builder:
+    """Return what makes the schedule anew, from its own copies of spec, slide table and hold-out list."""
+    header, path = schedule.header, schedule.path
+    checksums = {SLIDES: header["slides_file_sha256"], HOLD_OUT: header["hold_out_sha256"]}
+    for name, checksum in checksums.items():
+        if checksum and digest_file(path / name) != checksum:
+            raise ScheduleError(f"{path / name}: not what was written (checksum differs); {anew(path)}")
+    spec = read_spec(header["spec"], where=path / HEADER)
+    return Builder(spec, schedule.slides(), HoldOut.read(path / HOLD_OUT) if spec.hold_out else None)
 
 
 def _check_header(schedule: Schedule, builder: Builder) -> None:
     """Compare what `schedule.json` tells with what spec and slides make it."""
-    header, file = schedule.header, schedule.path / "schedule.json"
-    told = {key: header[key] for key in ("slides_digest", "num_slides", "num_tiles")}
-    true = {
-        "slides_digest": digest_slides(builder.slides),
-        "num_slides": len(builder.slides),
-        "num_tiles": int(builder.num_tiles.sum()),
-    }
-    if told != true:
-        raise ScheduleError(f"{file}: tells {told}, but slides.parquet holds {true}")
+    header, file, identity = schedule.header, schedule.path / HEADER, schedule_identity(builder)
+    differs = first_difference({key: header.get(key) for key in identity}, identity)
+    if differs:
+        key, told, found = differs
+        raise ScheduleError(f"{file}: tells {key} = {told!r}, but its spec and {SLIDES} make it {found!r}")
+    table = schedule.slides()
+    for column, values in slides_table(builder)[["first_tile", "eligible"]].items():
+        if (table[column] != values).any():
+            raise ScheduleError(f"{schedule.path / SLIDES}: {column} is not what spec and slides make it")
     if len(header["pseudo_epochs"]) != builder.spec.num_pseudo_epochs:
         raise ScheduleError(
             f"{file}: lists {len(header['pseudo_epochs'])} pseudo-epochs, its spec has {builder.spec.num_pseudo_epochs}"
         )
     for number, record in enumerate(header["pseudo_epochs"]):
-        if {key: value for key, value in record.items() if key != "sha256"} != builder.record(number):
+        if {key: value for key, value in record.items() if key not in ("bytes", "sha256")} != builder.record(number):
             raise ScheduleError(
                 f"{file}: what it tells of pseudo-epoch {number} is not what its spec makes (guarantee 2)"
             )
@@ -73,27 +90,88 @@ def _check_header(schedule: Schedule, builder: Builder) -> None:
 def _check_groups(schedule: Schedule, builder: Builder) -> None:
     spec = builder.spec
     for first in range(0, spec.num_pseudo_epochs - spec.num_groups + 1, spec.num_groups):
-        uses = sum((builder.all_quotas[n].draws > 0).astype(int) for n in range(first, first + spec.num_groups))
-        if (np.asarray(uses) != 1).any():
-            slide = builder.slides["slide_id"].iloc[int(np.argmax(np.asarray(uses) != 1))]
+        uses = np.zeros(len(builder.slides), np.int64)
+        for quotas in builder.quotas[first : first + spec.num_groups]:
+            uses[quotas.slides] += 1
+        wrong = np.flatnonzero(uses != builder.eligible)
+        if len(wrong):
+            slide = builder.slides["slide_id"].iloc[wrong[0]]
             raise ScheduleError(f"{schedule.path}: slide {slide} is not used exactly once in its pass (guarantee 1)")
 
 
-def _check_quotas(file: Path, tiles: np.ndarray, builder: Builder, number: int) -> None:
-    slide = np.searchsorted(builder.first_tiles, tiles, side="right") - 1
-    draws = np.bincount(slide, minlength=len(builder.num_tiles))
-    differs = np.flatnonzero(draws != builder.all_quotas[number].draws)
+def _check_hold_out(schedule: Schedule, builder: Builder) -> None:
+    slides, patients = set(builder.hold_out.slides), set(builder.hold_out.patients)
+    drawn = builder.slides[builder.drawn_before(builder.spec.num_pseudo_epochs) > 0]
+    for slide, patient in zip(drawn["slide_id"], drawn["patient_id"], strict=True):
+        if slide.strip() in slides or patient.strip() in patients:
+            raise ScheduleError(f"{schedule.path}: slide {slide} of patient {patient!r} is drawn, but held out")
+
+
+def _check_file(schedule: Schedule, builder: Builder, number: int, on_progress: Callable[[int], None]) -> None:
+    record = schedule.header["pseudo_epochs"][number]
+    file, digest = schedule.path / record["file"], hashlib.sha256()
+    wrong: int | None = None  # first place that holds another tile
+    done = 0
+    with file.open("rb", buffering=0) as stream:
+        start = stream.read(len(npy_header(builder)))
+        digest.update(start)
+        for chunk in builder.chunks(number):
+            data = _read(stream, chunk.nbytes)
+            digest.update(data)
+            if wrong is None and data != chunk.data.cast("B"):
+                found = np.frombuffer(data.ljust(chunk.nbytes, b"\0"), builder.dtype)
+                wrong = done + int(np.argmax(found != chunk))
+            done += len(chunk)
+            on_progress(len(chunk))
+        rest = stream.read(1)
+    if digest.hexdigest() != record["sha256"]:
+        where = "" if wrong is None else f", first at place {wrong}"
+        raise ScheduleError(f"{file}: not what was written (checksum differs{where}); {anew(schedule.path)}")
+    if start != npy_header(builder) or rest or len(data) != chunk.nbytes:
+        shape = f"{builder.spec.positions_per_pseudo_epoch} {builder.dtype.name}"
+        raise ScheduleError(f"{file}: not an array of {shape} tile numbers")
+    if wrong is not None:
+        raise ScheduleError(f"{file}: {_broken_guarantee(file, builder, number)}; first at place {wrong}")
+
+
+def _read(stream, num_bytes: int) -> bytes:  # type: ignore[no-untyped-def]
+    """Read so many bytes, or what is left."""
+    data = stream.read(num_bytes)
+    while len(data) < num_bytes and (more := stream.read(num_bytes - len(data))):
+        data += more
+    return data
+
+
+def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
+    """Say which guarantee a file breaks that is not what spec and slides make it."""
+    tiles = np.load(file)
+    if int(tiles.max()) >= int(builder.num_tiles.sum()):
+        return f"tile {tiles.max()} is none of the {builder.num_tiles.sum()} tiles of the slide table"
+    found = np.zeros(len(builder.slides), np.int64)
+    for start in range(0, len(tiles), _PIECE):
+        found += _count_by_slide(tiles[start : start + _PIECE], builder)
+    quotas = builder.quotas[number]
+    expected = np.zeros_like(found)
+    expected[quotas.slides] = quotas.draws
+    for slides, told in (
+        (np.flatnonzero((found > 0) & ~builder.eligible), "slide {} is drawn, but filtered or held out"),
+        (np.flatnonzero((found > 0) & (expected == 0)), "slide {} is drawn outside its group (guarantee 1)"),
+        (np.flatnonzero(found != expected), "slide {} is drawn {} times, not its quota of {} (guarantee 2)"),
+    ):
+        if len(slides):
+            first = slides[0]
+            return told.format(builder.slides["slide_id"].iloc[first], found[first], expected[first])
+    tiles.sort()
+    drawn = builder.draws(number)
+    drawn.sort()
+    differs = np.flatnonzero(tiles != drawn)
     if len(differs):
-        slide_id = builder.slides["slide_id"].iloc[differs[0]]
-        raise ScheduleError(f"{file}: slide {slide_id} is drawn {draws[differs[0]]} times, not its quota (guarantee 2)")
+        slide = np.searchsorted(builder.first_tiles, drawn[differs[0]], side="right") - 1
+        name = builder.slides["slide_id"].iloc[int(slide)]
+        return f"the draws of slide {name} do not go through its tiles in turn (guarantee 3)"
+    return "not the keyed order of its draws (guarantee 4)"
 
 
-def _check_even(file: Path, drawn: np.ndarray, builder: Builder) -> None:
-    most = np.maximum.reduceat(drawn, builder.first_tiles)
-    least = np.minimum.reduceat(drawn, builder.first_tiles)
-    uneven = np.flatnonzero(most - least > 1)
-    if len(uneven):
-        slide_id = builder.slides["slide_id"].iloc[uneven[0]]
-        raise ScheduleError(
-            f"{file}: the draw counts of slide {slide_id}'s tiles differ by more than one (guarantee 3)"
-        )
+def _count_by_slide(tiles: NDArray[np.unsignedinteger], builder: Builder) -> NDArray[np.int64]:
+    slide = np.searchsorted(builder.first_tiles, tiles.astype(np.int64), side="right") - 1
+    return np.bincount(slide, minlength=len(builder.slides))

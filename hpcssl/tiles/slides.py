@@ -28,11 +28,8 @@ def read_slides(path: Path) -> pd.DataFrame:
         integer.
     """
     try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path).astype(object)
-            frame = frame.where(frame.notna(), "").map(str)
-        else:
-            frame = _read_csv(path)
+        is_parquet = path.suffix == ".parquet"
+        frame = _texts(pd.read_parquet(path, dtype_backend="pyarrow")) if is_parquet else read_csv(path)
     except FileNotFoundError:
         raise SlideError(f"{path}: no such slide table") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
@@ -40,7 +37,19 @@ def read_slides(path: Path) -> pd.DataFrame:
     return check_slides(frame, where=str(path))
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return every value as text, blank where there is none; a whole number is written without a point."""
+    if frame.index.name:
+        frame = frame.reset_index()
+
+    def text(value: object) -> str:
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+    objects = frame.astype(object)
+    return objects.where(objects.notna(), "").map(text)
+
+
+def read_csv(path: Path) -> pd.DataFrame:
     """Read a CSV file as text; ValueError for a row with more fields than the header, which pandas would shift."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -80,7 +89,7 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
         row = frame.loc[bad[0]]
         raise SlideError(
             f"{where}: slide {row['slide_id']} has num_tiles {row['num_tiles']!r}; expected a positive integer"
-            f" ({len(bad)} such rows)"
+            f" below 2^31 ({len(bad)} such rows)"
         )
     return frame.assign(num_tiles=counts.astype("int64")).reset_index(drop=True)
 

@@ -1,22 +1,26 @@
-"""The four guarantees, read from a schedule's files alone by code that shares nothing with the builder's.
+"""The first three guarantees, read from a schedule's files alone by code that shares nothing with the builder's.
 
-Every check is a function, and every function is shown a schedule that breaks its guarantee.
+Every check is a function, and every function is shown a schedule that breaks its guarantee. test_order.py is about the
+fourth.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.spec import ScheduleSpec
 
@@ -31,6 +35,7 @@ class Read:
     organ: np.ndarray  # of every slide
     first: np.ndarray
     count: np.ndarray
+    eligible: np.ndarray
     files: list[np.ndarray]  # tile numbers of every pseudo-epoch
     told: list[dict]  # organs of schedule.json
 
@@ -57,7 +62,8 @@ def read(path: Path) -> Read:
     assert slides["first_tile"].tolist() == [int(count[:i].sum()) for i in range(len(count))]
     files = [np.load(path / record["file"]) for record in header["pseudo_epochs"]]
     told = [record["organs"] for record in header["pseudo_epochs"]]
-    return Read(header["spec"], slides["organ"].to_numpy(object), slides["first_tile"].to_numpy(), count, files, told)
+    organ, first, eligible = (slides[name].to_numpy() for name in ("organ", "first_tile", "eligible"))
+    return Read(header["spec"], organ.astype(object), first, count, eligible, files, told)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +84,9 @@ def check_groups(schedule: Read) -> None:
     groupings = []
     for numbers in schedule.passes():
         used = np.array([schedule.draws(n) > 0 for n in numbers])
-        assert (used.sum(axis=0) == 1).all(), "not every slide is in exactly one pseudo-epoch of the pass"
+        assert (used.sum(axis=0) == schedule.eligible).all(), (
+            "not every slide is in exactly one pseudo-epoch of the pass"
+        )
         for organ in set(schedule.organ):
             sizes = used[:, schedule.organ == organ].sum(axis=1)
             assert sizes.max() - sizes.min() <= 1, f"{organ} is not spread evenly: {sizes}"
@@ -132,8 +140,8 @@ def test_the_check_catches_slides_that_leak_between_groups(schedule: Read) -> No
 # 2. quotas
 
 
-def shared(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[int]:
-    """Water-filling by bisection on the exact sum of floors and ceilings, then largest remainders."""
+def exact_shares(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[Fraction]:
+    """Water-filling by bisection on the exact sum of the bounded levels."""
     bottom, top = Fraction(0), max(Fraction(hi + 1) / w for w, hi in zip(weights, high))
 
     def held(level: Fraction) -> list[Fraction]:
@@ -142,21 +150,36 @@ def shared(total: int, weights: list[Fraction], low: list[int], high: list[int])
     for _ in range(80):
         middle = (bottom + top) / 2
         bottom, top = (middle, top) if sum(held(middle)) < total else (bottom, middle)
-    bound = [level if level in (lo, hi) else None for level, lo, hi in zip(held(top), low, high)]
-    free = [i for i, b in enumerate(bound) if b is None]
-    rest = total - sum(int(b) for b in bound if b is not None)
-    exact = {i: rest * weights[i] / sum(weights[j] for j in free) for i in free}
-    shares = [int(b) if b is not None else exact[i].numerator // exact[i].denominator for i, b in enumerate(bound)]
-    order = sorted(free, key=lambda i: (shares[i] - exact[i], i))
+    levels = held(top)
+    free = [i for i, (level, lo, hi) in enumerate(zip(levels, low, high)) if level not in (lo, hi)]
+    rest = total - sum(level for i, level in enumerate(levels) if i not in free)
+    return [rest * weights[i] / sum(weights[j] for j in free) if i in free else level for i, level in enumerate(levels)]
+
+
+def shared(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[int]:
+    """The largest remainders of the exact shares are rounded up; ties to the earlier."""
+    exact = exact_shares(total, weights, low, high)
+    shares = [math.floor(share) for share in exact]
+    order = sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))
     for i in order[: total - sum(shares)]:
         shares[i] += 1
     return shares
 
 
-def weight(tiles: int, power: float) -> Fraction:
+def is_shared(found: list[int], exact: list[Fraction]) -> bool:
+    """Whether the largest remainders are rounded up, whoever gets a tie."""
+    if sum(found) != sum(exact) or any(not 0 <= f - math.floor(e) <= 1 for f, e in zip(found, exact)):
+        return False
+    up = [e % 1 for f, e in zip(found, exact) if f > math.floor(e)]
+    down = [e % 1 for f, e in zip(found, exact) if f == math.floor(e)]
+    return not up or not down or min(up) >= max(down)
+
+
+def weight(size: int, power: float, factor: float = 1.0) -> Fraction:
+    """factor · size^power; of square roots, twelve decimal places."""
     if power == 0.5:
-        return Fraction(round((tiles * 10**24) ** 0.5), 10**12)
-    return Fraction(tiles) ** int(power)
+        return Fraction((math.isqrt(math.floor(4 * size * 10**24 * Fraction(str(factor)) ** 2)) + 1) // 2, 10**12)
+    return Fraction(size) ** int(power) * Fraction(str(factor))
 
 
 def check_quotas(schedule: Read) -> None:
@@ -169,18 +192,20 @@ def check_quotas(schedule: Read) -> None:
             members[schedule.organ[slide]].append(slide)
         organs = sorted(members)
         tiles = {organ: int(schedule.count[members[organ]].sum()) for organ in organs}
-        weights = [weight(tiles[organ], spec["organ_power"]) for organ in organs]
+        size = tiles if spec["organ_size"] == "tiles" else {organ: len(members[organ]) for organ in organs}
+        factors = spec["organ_weights"]
+        weights = [weight(size[organ], spec["organ_power"], factors.get(organ, 1.0)) for organ in organs]
         total = spec["positions_per_pseudo_epoch"]
         wanted = shared(total, weights, [0] * len(organs), [total] * len(organs))
-        low, high = [len(members[o]) for o in organs], [spec["max_repeats"] * tiles[o] for o in organs]
-        achieved = shared(total, weights, low, high)
+        achieved = shared(total, weights, [0] * len(organs), [spec["max_repeats"] * tiles[o] for o in organs])
         found = [int(draws[members[organ]].sum()) for organ in organs]
         assert found == achieved, f"pseudo-epoch {number}: quotas of {organs}"
         assert told == {o: {"wanted": w, "achieved": a} for o, w, a in zip(organs, wanted, achieved)}, number
         for organ, quota in zip(organs, achieved):
             n = [int(schedule.count[slide]) for slide in members[organ]]
-            within = shared(quota, [Fraction(k) for k in n], [1] * len(n), [spec["max_repeats"] * k for k in n])
-            assert draws[members[organ]].tolist() == within, f"pseudo-epoch {number}: slides of {organ}"
+            by_slide = [weight(k, spec["slide_power"]) for k in n]
+            within = exact_shares(quota, by_slide, [1] * len(n), [spec["max_repeats"] * k for k in n])
+            assert is_shared(draws[members[organ]].tolist(), within), f"pseudo-epoch {number}: slides of {organ}"
 
 
 def test_quotas(schedule: Read) -> None:
@@ -189,18 +214,69 @@ def test_quotas(schedule: Read) -> None:
     assert capped > 10, "bounds must bind for this to test anything"
 
 
-@pytest.mark.parametrize(("power", "max_repeats"), [(0.5, 3), (1.0, 3), (2.0, 2)])
-def test_quotas_of_other_powers(tmp_path: Path, slides: pd.DataFrame, power: float, max_repeats: int) -> None:
-    spec = ScheduleSpec(
-        num_pseudo_epochs=5, positions_per_pseudo_epoch=1200, organ_power=power, max_repeats=max_repeats
-    )
-    check_quotas(build_and_read(tmp_path, spec, slides))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"organ_power": 0.5, "max_repeats": 3},
+        {"organ_power": 1.0, "max_repeats": 3},
+        {"organ_power": 2.0, "max_repeats": 2, "include": {"organ": ["breast", "colon", "lung"]}},
+        {"organ_size": "slides", "organ_power": 1.0, "max_repeats": 8},
+        {"organ_size": "slides", "organ_power": 0.5, "max_repeats": 8},
+        {"organ_weights": {"breast": 3, "brain": 0.07, "ßtest": 1e-2}, "max_repeats": 2},
+        {"organ_weights": {"breast": 0.3, "colon": 1.7}, "organ_power": 0.5},
+        {"slide_power": 0.0, "max_repeats": 3},
+        {"slide_power": 0.5, "max_repeats": 3},
+        {"slide_power": 2.0, "organ_weights": {"lung": 0.05}},
+        {"slide_power": 0.0, "organ_size": "slides", "organ_power": 1.0, "max_repeats": 4, "num_groups": 1},
+    ],
+    ids=str,
+)
+def test_quotas_of_other_specs(tmp_path: Path, slides: pd.DataFrame, change: dict[str, Any]) -> None:
+    spec = ScheduleSpec(num_pseudo_epochs=3, positions_per_pseudo_epoch=1200)
+    check_quotas(build_and_read(tmp_path, replace(spec, **change), slides))
 
 
-def test_at_least_one_tile_of_every_slide(tmp_path: Path, slides: pd.DataFrame) -> None:
-    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=300, organ_power=4.0)
+def two_organs() -> pd.DataFrame:
+    """Three slides of x and two of y."""
+    return pd.DataFrame({"slide_id": list("abcde"), "organ": list("xxxyy"), "num_tiles": [90, 5, 5, 50, 50]})
+
+
+def test_every_slide_has_at_least_one_draw(tmp_path: Path) -> None:
+    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=12, slide_power=4.0)
+    schedule = build_and_read(tmp_path, spec, two_organs())
+    assert schedule.draws(0).tolist()[:3] == [4, 1, 1]
+    check_quotas(schedule)
+
+
+def test_an_organ_whose_slides_have_no_room_is_named(tmp_path: Path) -> None:
+    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=6)
+    build_and_read(tmp_path / "just enough", spec, two_organs())
+    for short in (
+        replace(spec, positions_per_pseudo_epoch=5, organ_weights={"y": 1.01}),
+        replace(spec, organ_weights={"x": 0.5}),
+    ):
+        with pytest.raises(
+            ScheduleError, match="the 3 slides of x in its group need a position each, but its quota is 2"
+        ):
+            build_schedule(short, two_organs(), tmp_path / "sched")
+    assert not (tmp_path / "sched").exists()
+
+
+def check_ties_take_turns(draws: np.ndarray) -> None:
+    """Rows are passes, columns slides that are alike: who has the draw that is left over is uniform over the passes."""
+    more = (draws == draws.max(axis=1, keepdims=True)).sum(axis=0)
+    assert stats.chisquare(more).pvalue > THRESHOLD, f"draws more than others: {more}"
+
+
+def test_of_slides_that_are_alike_another_has_the_draw_that_is_left_over(tmp_path: Path) -> None:
+    slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(8)], "organ": "x", "num_tiles": 5})
+    spec = ScheduleSpec(num_pseudo_epochs=200, num_groups=1, positions_per_pseudo_epoch=17)
     schedule = build_and_read(tmp_path, spec, slides)
-    assert (schedule.draws(0) == 1).all()
+    draws = np.array([schedule.draws(number) for number in range(200)])
+    assert (np.sort(draws, axis=1) == [2] * 7 + [3]).all()
+    check_ties_take_turns(draws)
+    with pytest.raises(AssertionError, match="more than others"):
+        check_ties_take_turns(-np.sort(-draws, axis=1))
 
 
 def test_a_lone_organ_gets_all(tmp_path: Path) -> None:
@@ -211,15 +287,21 @@ def test_a_lone_organ_gets_all(tmp_path: Path) -> None:
 
 
 def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule: Read) -> None:
-    natural = replace(schedule, spec=schedule.spec | {"organ_power": 1.0})
-    uncapped = replace(schedule, spec=schedule.spec | {"max_repeats": 1000})
+
+    def of(**change: Any) -> Read:
+        return replace(schedule, spec=schedule.spec | change)
+
     file = schedule.files[2].copy()
     slides = schedule.slide_of(file)
     places = np.flatnonzero(schedule.organ[slides] == "breast")
     file[places[0]] = file[places[slides[places] != slides[places[0]]][0]]
     for broken, told in (
-        (natural, "quotas of"),
-        (uncapped, "quotas of"),
+        (of(organ_power=1.0), "quotas of"),
+        (of(max_repeats=1000), "quotas of"),
+        (of(organ_size="slides", organ_power=0.5), "quotas of"),
+        (of(organ_weights={"colon": 1.1}), "quotas of"),
+        (of(slide_power=0.0), "slides of"),
+        (of(slide_power=0.5), "slides of"),
         (schedule.changed(2, file), "pseudo-epoch 2: slides of"),
         (schedule.changed(2, schedule.files[2][:-1]), "pseudo-epoch 2: quotas of"),
     ):
@@ -278,61 +360,13 @@ def test_the_check_catches_draws_with_replacement(schedule: Read) -> None:
 def test_a_tile_may_come_once_more_than_max_repeats_where_a_pass_begins_within_a_permutation(tmp_path: Path) -> None:
     slides = pd.DataFrame({"slide_id": ["a"], "organ": ["x"], "num_tiles": [10]})
     spec = ScheduleSpec(num_pseudo_epochs=3, num_groups=1, positions_per_pseudo_epoch=7, max_repeats=1)
-    schedule = build_and_read(tmp_path, spec, slides)
-    assert [int(np.bincount(file).max()) for file in schedule.files] == [1, 2, 1]
+    read_all = [build_and_read(tmp_path / str(seed), replace(spec, seed=seed), slides) for seed in range(5)]
+    most = [[int(np.bincount(file).max()) for file in schedule.files] for schedule in read_all]
+    assert np.max(most, axis=0).tolist() == [1, 2, 2]
+    for schedule in read_all:
+        check_even_draws(schedule)
 
 
 def test_max_repeats_holds_for_a_slide_over_a_pass(schedule: Read) -> None:
     for number in range(len(schedule.files)):
         assert (schedule.draws(number) <= schedule.spec["max_repeats"] * schedule.count).all()
-
-
-# 4. order
-
-
-def check_order(schedule: Read) -> None:
-    """Neither slide nor organ goes with the place, nor the places of neighbours with each other."""
-    for number, tiles in enumerate(schedule.files):
-        slides, place = schedule.slide_of(tiles), np.arange(len(tiles))
-        limit = 4.5 / np.sqrt(len(tiles))
-        assert abs(np.corrcoef(place, slides)[0, 1]) < limit, f"pseudo-epoch {number}: the slide goes with the place"
-        assert abs(np.corrcoef(place, tiles)[0, 1]) < limit, f"pseudo-epoch {number}: the tile goes with the place"
-        assert abs(np.corrcoef(tiles[:-1], tiles[1:])[0, 1]) < limit, f"pseudo-epoch {number}: neighbours go together"
-        _, organ = np.unique(schedule.organ[slides].astype(str), return_inverse=True)
-        table = np.zeros((organ.max() + 1, 10))
-        np.add.at(table, (organ, place * 10 // len(tiles)), 1)
-        assert stats.chi2_contingency(table).pvalue > THRESHOLD, f"pseudo-epoch {number}: organs are not spread"
-
-
-def check_orders_differ(orders: np.ndarray) -> None:
-    """Rows are orders of the same draws: what comes at each place is uniform over the rows."""
-    for place in range(orders.shape[1]):
-        counts = np.bincount(orders[:, place], minlength=orders.shape[1])
-        assert stats.chisquare(counts).pvalue > THRESHOLD, f"place {place}: {counts}"
-
-
-def test_the_order_is_mixed(schedule: Read) -> None:
-    check_order(schedule)
-
-
-def test_every_pseudo_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
-    # 8 slides of one tile, each drawn once: a pseudo-epoch's file is its order
-    slides = pd.DataFrame({"slide_id": list("abcdefgh"), "organ": list("xxxxxyyz"), "num_tiles": 1})
-    spec = ScheduleSpec(num_pseudo_epochs=100, num_groups=1, positions_per_pseudo_epoch=8, organ_power=1.0)
-    orders = []
-    for seed in (0, 1):
-        out = tmp_path / str(seed)
-        build_schedule(replace(spec, seed=seed), slides, out)
-        orders += read(out).files
-    check_orders_differ(np.array(orders, np.int64))
-    assert len(np.unique(orders, axis=0)) > 195, "of 40,320 orders, 200 draws hardly meet"
-
-
-def test_the_checks_catch_no_shuffle_and_slide_blocks(schedule: Read) -> None:
-    in_blocks = schedule.files[0][np.argsort(schedule.slide_of(schedule.files[0]) * 7919 % 300, kind="stable")]
-    by_organ = schedule.files[0][np.argsort(schedule.organ[schedule.slide_of(schedule.files[0])], kind="stable")]
-    for broken in (np.sort(schedule.files[0]), in_blocks, by_organ):
-        with pytest.raises(AssertionError, match="pseudo-epoch 0"):
-            check_order(schedule.changed(0, broken))
-    with pytest.raises(AssertionError, match="place 0"):
-        check_orders_differ(np.tile(np.arange(8), (100, 1)))

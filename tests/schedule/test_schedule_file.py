@@ -1,7 +1,11 @@
-"""Building and reading schedules: positions, bytes, specs, stores that match, organ shares."""
+"""Building and reading schedules: positions, bytes, specs, stores that match.
+
+test_build.py is about builds in parts, test_inspect.py about tables, test_hold_out.py about filters.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +23,7 @@ import pytest
 import hpcssl
 from hpcssl.core.errors import ConfigError, ScheduleError
 from hpcssl.schedule.build import build_schedule
-from hpcssl.schedule.file import Schedule, check_matches
-from hpcssl.schedule.inspect import organ_shares
+from hpcssl.schedule.file import Schedule, check_matches, header_text, read_header
 from hpcssl.schedule.spec import ScheduleSpec, load_spec
 
 
@@ -61,7 +64,8 @@ def test_positions_outside_are_refused(schedule: Schedule, start: int, stop: int
 
 def test_tiles_are_global_numbers_of_the_table(schedule: Schedule, slides: pd.DataFrame) -> None:
     table = schedule.slides()
-    assert table.columns.tolist() == ["slide_id", "organ", "num_tiles", "patient_id", "first_tile"]
+    assert table.columns.tolist() == ["slide_id", "organ", "num_tiles", "patient_id", "first_tile", "eligible"]
+    assert table["eligible"].all()
     assert table["slide_id"].tolist() == slides["slide_id"].tolist()
     assert table["first_tile"].tolist() == (slides["num_tiles"].cumsum() - slides["num_tiles"]).tolist()
     assert schedule.pseudo_epoch(3).dtype == np.uint32
@@ -84,14 +88,77 @@ def test_tile_numbers_beyond_32_bits_take_64(tmp_path: Path) -> None:
 def test_opening_what_is_no_schedule(tmp_path: Path, built: Path) -> None:
     with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
         Schedule.open(tmp_path)
+    with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
+        Schedule.open(built / "schedule.json")
+    (tmp_path / "unfinished.json").write_text("{}")
+    with pytest.raises(ScheduleError, match="unfinished; run the same hpcssl schedule build again"):
+        Schedule.open(tmp_path)
     header = (built / "schedule.json").read_text()
-    for content, told in ((header[:-20], "damaged"), ('{"format": 99}', "schedule format 99; this version reads 1")):
+    for content, told in (
+        (header[:-20], "damaged"),
+        ("", "damaged"),
+        ("[]", "damaged"),
+        ('{"spec": 1}', "damaged"),
+        ('{"format": 99}', "schedule format 99; this version reads 2; remove"),
+        ('{"format": 1, "spec": {}}', "schedule format 1; this version reads 2; remove"),
+        ('{"format": 2, "spec": {}}', "checksum differs"),
+    ):
         (tmp_path / "schedule.json").write_text(content)
         with pytest.raises(ScheduleError, match=told):
             Schedule.open(tmp_path)
     (tmp_path / "schedule.json").write_text(header)
     with pytest.raises(ScheduleError, match=r"pseudo_epoch_0000\.npy is missing"):
         Schedule.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pseudo_epoch_0000.npy", "pseudo_epoch_0011.npy"])
+def test_opening_refuses_files_of_another_size(built: Path, tmp_path: Path, name: str) -> None:
+    sched = Path(shutil.copytree(built, tmp_path / "sched"))
+    whole = (built / name).read_bytes()
+    for content in (b"", whole[:-1], whole + b"\0"):
+        (sched / name).write_bytes(content)
+        with pytest.raises(ScheduleError, match=rf"{name}: {len(content)} bytes, expected {len(whole)}"):
+            Schedule.open(sched)
+    (sched / name).write_bytes(whole)
+    Schedule.open(sched)
+    (sched / "slides.parquet").unlink()
+    with pytest.raises(ScheduleError, match=r"slides\.parquet is missing"):
+        Schedule.open(sched)
+
+
+def test_opening_refuses_any_changed_byte_of_the_header(built: Path, tmp_path: Path) -> None:
+    whole = (built / "schedule.json").read_bytes()
+    for place in [*range(0, len(whole), 9), whole.index(b"\n"), len(whole) - 1]:
+        for flip in (0x01, 0x07, 0x20, 0x80):
+            changed = whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :]
+            (tmp_path / "schedule.json").write_bytes(changed)
+            with pytest.raises(ScheduleError) as caught:
+                read_header(tmp_path)
+            assert str(tmp_path) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [str.strip, lambda text: text + "\n", lambda text: text.replace("\n", "\r\n")])
+def test_opening_refuses_a_header_that_an_editor_saved(built: Path, tmp_path: Path, change: Any) -> None:
+    (tmp_path / "schedule.json").write_text(change((built / "schedule.json").read_text()), newline="")
+    with pytest.raises(ScheduleError, match="checksum differs"):
+        read_header(tmp_path)
+
+
+def test_the_header_is_json_an_entry_a_line(built: Path, schedule: Schedule) -> None:
+    text = (built / "schedule.json").read_text(encoding="utf-8")
+    header = json.loads(text)
+    assert schedule.header == header
+    assert header["format"] == 2
+    body = text.rpartition(',\n "checksum": ')[0]
+    assert header["checksum"] == hashlib.sha256(body.encode()).hexdigest(), "as schedules/README.md tells it"
+    lines = text.splitlines()
+    assert [json.loads(line.strip().rstrip(",")) for line in lines if '"number"' in line] == header["pseudo_epochs"]
+    assert "ßtest" in text
+    assert header_text({key: value for key, value in header.items() if key != "checksum"}) == text
+    for record in header["pseudo_epochs"]:
+        content = (built / record["file"]).read_bytes()
+        assert (record["bytes"], record["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 # building
@@ -119,11 +186,15 @@ def test_the_identity_does_not_depend_on_the_version_of_the_parquet_library(buil
     before = Schedule.open(built).digest
     shutil.copytree(built, tmp_path / "elsewhere")
     header = json.loads((built / "schedule.json").read_text())
+    header.pop("checksum")
     header["slides_file_sha256"] = "of the bytes that another version writes"
-    (tmp_path / "elsewhere" / "schedule.json").write_text(json.dumps(header))
+    header["slides_file_bytes"] += 1
+    with (tmp_path / "elsewhere" / "slides.parquet").open("ab") as stream:
+        stream.write(b"1")
+    (tmp_path / "elsewhere" / "schedule.json").write_text(header_text(header))
     assert Schedule.open(tmp_path / "elsewhere").digest == before
     header["slides_digest"] = "of other slides"
-    (tmp_path / "elsewhere" / "schedule.json").write_text(json.dumps(header))
+    (tmp_path / "elsewhere" / "schedule.json").write_text(header_text(header))
     assert Schedule.open(tmp_path / "elsewhere").digest != before
 
 
@@ -132,10 +203,12 @@ def test_every_choice_changes_the_positions(
 ) -> None:
     seen = {(built / "pseudo_epoch_0001.npy").read_bytes()}
     changes: list[dict[str, Any]] = [{"seed": 2}, {"num_groups": 4}, {"organ_power": 0.5}, {"max_repeats": 5}]
+    changes += [{"organ_size": "slides", "organ_power": 0.5}, {"organ_weights": {"colon": 1.1}}, {"slide_power": 0.5}]
+    changes += [{"include": {"organ": ["breast", "lung"]}, "max_repeats": 20}, {"exclude": {"organ": ["skin"]}}]
     for i, change in enumerate(changes):
         build_schedule(replace(spec, num_pseudo_epochs=2, **change), slides, tmp_path / str(i))
         seen.add((tmp_path / str(i) / "pseudo_epoch_0001.npy").read_bytes())
-    assert len(seen) == 5
+    assert len(seen) == 10
 
 
 def test_a_longer_schedule_begins_as_the_shorter(
@@ -161,28 +234,22 @@ def test_a_golden_schedule(tmp_path: Path) -> None:
     slides = pd.DataFrame({"slide_id": list("abcde"), "organ": list("xxxyy"), "num_tiles": [2, 3, 4, 1, 5]})
     spec = ScheduleSpec(seed=0, num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epoch=10)
     build_schedule(spec, slides, tmp_path / "sched")
-    found = Schedule.open(tmp_path / "sched").tiles_at(0, 40).reshape(4, 10).tolist()
-    assert found == [
-        [9, 0, 9, 9, 1, 0, 9, 0, 1, 9],
-        [7, 6, 2, 10, 12, 5, 13, 4, 14, 11],
-        [3, 4, 2, 9, 3, 9, 2, 9, 9, 9],
-        [11, 14, 13, 1, 12, 10, 6, 0, 7, 8],
+    schedule = Schedule.open(tmp_path / "sched")
+    assert schedule.tiles_at(0, 40).reshape(4, 10).tolist() == [
+        [14, 6, 5, 8, 12, 7, 11, 6, 10, 13],
+        [1, 9, 3, 9, 9, 0, 9, 4, 2, 9],
+        [9, 9, 9, 2, 4, 3, 9, 9, 4, 3],
+        [10, 14, 11, 5, 1, 13, 8, 0, 12, 7],
     ], "positions may never change between versions"
-
-
-def test_an_existing_folder_is_not_touched(built: Path, spec: ScheduleSpec, slides: pd.DataFrame) -> None:
-    before = contents(built)
-    with pytest.raises(ScheduleError, match="exists already"):
-        build_schedule(spec, slides, built)
-    assert contents(built) == before
+    assert schedule.digest == "f891daa75f85ffc460bcabb3f300c12e4315d4a7de8a0ad0a0f758e5a12421c7", "nor may the identity"
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (
-            {"positions_per_pseudo_epoch": 50, "num_groups": 5},
-            "positions cannot hold one tile of each of its 61 slides (30",
+            {"positions_per_pseudo_epoch": 150},
+            "the 30 slides of breast in its group need a position each, but its quota is 2",
         ),
         ({"max_repeats": 1}, "its largest organ, has only"),
     ],
@@ -215,6 +282,13 @@ def test_opal_has_the_papers_numbers() -> None:
     assert load_spec("demo").num_groups == 5
 
 
+def test_every_spec_that_ships_loads(repository: Path) -> None:
+    names = [path.stem for path in (repository / "schedules").glob("*.yaml")]
+    assert {"opal-3b", "imagenet-epochs", "demo"} <= set(names)
+    for name in names:
+        assert load_spec(name).hold_out == "", "a list is the user's"
+
+
 def test_a_spec_is_strict(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 3\nnum_pseudo_epochs: 2\norgan_power: 5e-1\n")
@@ -231,7 +305,27 @@ def test_a_spec_is_strict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["num_groups=0", "max_repeats=-1", "organ_power=-0.1", "organ_power=5", "organ_power=.nan", "seed=1.5", "seed=x"],
+    [
+        "num_groups=0",
+        "max_repeats=-1",
+        "organ_power=-0.1",
+        "organ_power=5",
+        "organ_power=.nan",
+        "seed=1.5",
+        "seed=x",
+        "slide_power=-1",
+        "slide_power=4.5",
+        "organ_size=area",
+        "positions_per_pseudo_epoch=2147483648",
+        "organ_weights.lung=0",
+        "organ_weights.lung=-1",
+        "organ_weights.lung=.inf",
+        "organ_weights.lung=1e7",
+        "include=breast",
+        "include.organ=breast",
+        "exclude.organ=[[1]]",
+        "hold_out=3",
+    ],
 )
 def test_values_out_of_range_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
@@ -260,18 +354,3 @@ def test_a_store_with_other_slides_is_refused(schedule: Schedule, slides: pd.Dat
     ):
         with pytest.raises(ScheduleError, match="was built for other slides than store holds"):
             check_matches(schedule, other, store=Path("store"))
-
-
-def test_organ_shares_are_those_of_the_files(built: Path, slides: pd.DataFrame) -> None:
-    shares = organ_shares(built).set_index("organ")
-    assert shares["num_tiles"].is_monotonic_decreasing
-    tiles = slides.groupby("organ")["num_tiles"].sum()
-    organ_of_tile = np.repeat(slides["organ"].to_numpy(object), slides["num_tiles"])
-    drawn = pd.Series(organ_of_tile[Schedule.open(built).tiles_at(0, 30_000)]).value_counts()
-    for organ, row in shares.iterrows():
-        assert row["num_tiles"] == tiles[organ]
-        assert row["natural_share"] == pytest.approx(tiles[organ] / tiles.sum())
-        assert row["positions"] == drawn.get(organ, 0)
-        assert row["scheduled_share"] == pytest.approx(drawn.get(organ, 0) / 30_000)
-    assert shares["scheduled_share"].sum() == pytest.approx(1)
-    assert shares["scheduled_share"].std() < 0.6 * shares["natural_share"].std(), "the balance does something"

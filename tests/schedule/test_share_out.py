@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcssl.schedule.balance import power_weight, share_out, share_out_by_tiles
+from hpcssl.schedule.balance import power_weight, share_out, share_out_to_slides, slide_weights
 
 Shares = list[int]
 Case = tuple[int, Shares, Shares, Shares]  # total, weights, at least, at most
@@ -92,20 +92,43 @@ def test_share_out_with_weights_beyond_64_bit_products(case: Case) -> None:
     check_shares(share_out, (total, [w**3 for w in weights], low, high))
 
 
-def shares_of_slides(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
-    return share_out_by_tiles(total, np.array(weights), np.array(low), np.array(high)).tolist()
+@st.composite
+def slide_cases(draw: st.DrawFn) -> tuple[int, Shares, int, float]:
+    """Total, tiles of the slides, draws of a tile at most, power."""
+    tiles = draw(st.lists(st.integers(1, 100_000), min_size=1, max_size=8))
+    repeats = draw(st.integers(1, 4))
+    # near either bound, so that bounds bind
+    total = draw(st.one_of(st.integers(len(tiles), min(40, sum(tiles))), st.integers(len(tiles), repeats * sum(tiles))))
+    return total, tiles, repeats, draw(st.sampled_from([0.0, 0.5, 1.0, 1.5]))
 
 
 @FIXED
-@given(cases(largest_weight=100_000))
-def test_share_out_by_tiles_equals_share_out(case: Case) -> None:
-    assert shares_of_slides(*case) == share_out(*case)
+@given(slide_cases())
+def test_slides_share_with_at_least_one_draw_each(case: tuple[int, Shares, int, float]) -> None:
+    total, tiles, repeats, power = case
+    weights = slide_weights(np.array(tiles), power)
+    found = share_out_to_slides(total, weights, repeats * np.array(tiles))
+    assert found.dtype == np.int64
+    exact = [power_weight(n, power) for n in tiles]
+    assert found.tolist() == by_definition(total, exact, [1] * len(tiles), [repeats * n for n in tiles])
 
 
-def test_share_out_by_tiles_near_the_edge_of_64_bits() -> None:
+@pytest.mark.parametrize("power", [0, 0.0, 0.5, 1, 1.0, 2.0])
+def test_weights_of_slides_are_in_proportion_to_their_power(power: float) -> None:
+    tiles = np.array([1, 4, 9, 9, 100, 2**31 - 1])
+    weights = slide_weights(tiles, power)
+    assert all(
+        int(w) * power_weight(1, power) == int(weights[0]) * power_weight(int(n), power) for w, n in zip(weights, tiles)
+    )
+    assert (weights.dtype == np.int64) == (power in (0, 1)), "int64 where that is exact: it is much faster"
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_slides_near_the_edge_of_64_bits(power: float) -> None:
     tiles = np.array([2**31 - 1, 2**31 - 2, 3, 2**30], np.int64)
-    found = share_out_by_tiles(2**31 - 1, tiles, np.ones(4, np.int64), 20 * tiles)
-    assert found.tolist() == share_out(2**31 - 1, tiles.tolist(), [1] * 4, (20 * tiles).tolist())
+    found = share_out_to_slides(2**31 - 1, slide_weights(tiles, power), 20 * tiles)
+    exact = [power_weight(int(n), power) for n in tiles]
+    assert found.tolist() == by_definition(2**31 - 1, exact, [1] * 4, (20 * tiles).tolist())
 
 
 @settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -159,3 +182,15 @@ def test_power_weight_ignores_the_callers_decimal_context() -> None:
         context.prec = 5
         context.rounding = decimal.ROUND_UP
         assert power_weight(12345, 0.5) == 111_108055513541
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1, 1e-6, 2.5, 1e6])
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_power_weight_times_a_factor_is_exact(power: float, factor: float) -> None:
+    for count in (1, 7, 423_563, 3_250_000_000):
+        assert power_weight(count, power, factor) == Fraction(count) ** int(power) * Fraction(str(factor)) * 10**12
+
+
+def test_power_weight_is_never_nothing() -> None:
+    assert power_weight(1, 0.0, 1e-6) == 10**6
+    assert power_weight(1, 4.0, 1e-6) == 10**6

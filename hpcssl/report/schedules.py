@@ -1,0 +1,129 @@
+"""Figures of one schedule: organ shares, repeats of tiles, slides of passes, coverage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from hpcssl.core.atomic import write_atomic
+from hpcssl.report.shares import organ_shares_part
+from hpcssl.report.style import PALETTE, WIDTH_INCH, Part, draw
+from hpcssl.schedule.inspect import Inspection
+
+_HEIGHT_INCH = 3.0
+
+
+def write_inspection(schedule: Path, found: Inspection, out: Path) -> list[Path]:
+    """Write each figure as PNG with its numbers as CSV beside it into the folder `out`; returns the pictures."""
+    parts = [organ_shares_part(schedule), _repeats(found), _passes(found), _coverage(found)]
+    out.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        write_atomic(out / f"{part.name}.png", part.png)
+        write_atomic(out / f"{part.name}.csv", part.table.to_csv(index=False, lineterminator="\n"))
+    return [out / f"{part.name}.png" for part in parts]
+
+
+def _repeats(found: Inspection) -> Part:
+    table = found.repeats
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.bar(table["draws"], table["tiles"], width=0.8, color=PALETTE[0])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(_count))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(bottom=0.5)
+        axes.set_xlim(table["draws"].min() - 1, table["draws"].max() + 1)
+        axes.set_xlabel("draws of a tile over the whole schedule")
+        axes.set_ylabel("tiles")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="x", visible=False)
+
+    most = table.iloc[-1]
+    return Part(
+        name="repeats",
+        title="Repeats per tile",
+        caption="How many tiles the schedule draws how often; 0: never.",
+        alt=f"Bars over the number of draws; the most often drawn {most['tiles']:,} tiles come {most['draws']} times.",
+        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        table=table,
+    )
+
+
+def _passes(found: Inspection) -> Part:
+    table = found.passes
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        bottom = pd.Series(0, index=sorted(set(table["pass"])))
+        place = table.groupby("pass").cumcount()
+        for number in sorted(set(place)):
+            rows = table[place == number].set_index("pass")["slides"]
+            colour, edge = PALETTE[number % len(PALETTE)], "white"
+            axes.bar(rows.index, rows, bottom=bottom[rows.index], color=colour, edgecolor=edge, linewidth=0.5)
+            bottom[rows.index] += rows
+        axes.set_xlabel("pass (a colour is a pseudo-epoch of it)")
+        axes.set_ylabel("slides")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(_count))
+        axes.grid(axis="x", visible=False)
+
+    whole = table.groupby("pass")["slides"].sum()
+    return Part(
+        name="slides_per_pass",
+        title="Slides per pass",
+        caption="Slides that each pass uses, stacked by its pseudo-epochs; a whole pass uses every slide once.",
+        alt=f"{len(whole)} bars of {whole.min():,} to {whole.max():,} slides.",
+        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        table=table,
+    )
+
+
+def _coverage(found: Inspection) -> Part:
+    table = found.coverage
+    start = pd.DataFrame({"samples_seen": [0], "slides_share": [0.0], "tiles_share": [0.0]})
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        lines = pd.concat([start, table])
+        for column, colour, label in (
+            ("slides_share", PALETTE[1], "slides seen"),
+            ("tiles_share", PALETTE[0], "tiles seen"),
+        ):
+            dash = "-" if column == "slides_share" else "--"  # where both are the same, both show
+            share = 100 * lines[column]
+            axes.plot(lines["samples_seen"], share, dash, color=colour, label=label, marker="o", markersize=2.5)
+        axes.set_xlabel("samples seen")
+        axes.set_ylabel("share in %")
+        axes.set_ylim(0, 104)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(_count))
+        figure.legend(loc="outside upper center", ncols=2)
+
+    last = table.iloc[-1]
+    return Part(
+        name="coverage",
+        title="Coverage against samples seen",
+        caption="Share of the slides and of the tiles that have been seen at least once.",
+        alt=(
+            f"Two rising lines; at the end {last['slides_share']:.1%} of the slides"
+            f" and {last['tiles_share']:.1%} of the tiles."
+        ),
+        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        table=table,
+    )
+
+
+def _count(value: float, _place: int | None = None) -> str:
+    """Return a count for an axis.
+
+    >>> _count(65_000_000), _count(1_500_000_000), _count(84_000), _count(0)
+    ('65 M', '1.5 G', '84,000', '0')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:,.0f}"

@@ -1,0 +1,149 @@
+"""Which slides enter a schedule: filters by column, and a hold-out list that keeps test data out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hpcssl.core.config import nearest
+from hpcssl.core.errors import ScheduleError
+from hpcssl.schedule.spec import ScheduleSpec
+from hpcssl.tiles.slides import read_csv
+
+RESERVED = ("first_tile", "eligible")  # columns that a schedule adds to its copy of the slide table
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """Slides and patients that never enter a schedule (downstream test data); sorted, without repeats."""
+
+    slides: tuple[str, ...] = ()
+    patients: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> HoldOut:
+        """Read a CSV file with columns slide_id and/or patient_id; blank cells say nothing.
+
+        Raises
+        ------
+        ScheduleError
+            If there is no such file, it has neither column, or it names nothing.
+        """
+        try:
+            frame = read_csv(path)
+        except FileNotFoundError:
+            raise ScheduleError(f"hold_out {path}: no such file") from None
+        except ValueError as error:
+            raise ScheduleError(f"hold_out {path}: not a CSV file ({' '.join(str(error).split())})") from None
+        columns = {"slide_id": frame.get("slide_id"), "patient_id": frame.get("patient_id")}
+        if all(column is None for column in columns.values()):
+            found = ", ".join(map(repr, frame.columns))
+            raise ScheduleError(f"hold_out {path}: expected a column slide_id or patient_id, found {found}")
+        slides, patients = (
+            tuple(sorted({text.strip() for text in column} - {""})) if column is not None else ()
+            for column in columns.values()
+        )
+        if not slides and not patients:
+            raise ScheduleError(f"hold_out {path}: names no slide and no patient")
+        return cls(slides, patients)
+
+    def to_csv(self) -> str:
+        """Return the text of the file that `read` reads, the same for the same list."""
+        rows = max(len(self.slides), len(self.patients))
+        columns = {
+            name: [*values, *[""] * (rows - len(values))]
+            for name, values in (("slide_id", self.slides), ("patient_id", self.patients))
+        }
+        return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+
+    def found(self, slides: pd.DataFrame) -> str:
+        """Say how much of the list is in a slide table."""
+        told = []
+        for names, column in ((self.slides, "slide_id"), (self.patients, "patient_id")):
+            if names:
+                here = set(slides[column].str.strip()) if column in slides else set()
+                told.append(f"{len(here.intersection(names))} of {len(names)} {column}s")
+        return f"hold-out: {' and '.join(told)} of the list are in the slide table"
+
+    def held(self, slides: pd.DataFrame) -> NDArray[np.bool_]:
+        """Return which slides are held out, by their own name or their patient's, (num_slides,).
+
+        Raises
+        ------
+        ScheduleError
+            If a patient is on both sides, if patients are named and the table has no patient_id, or if nothing that is
+            named stands in the table.
+        """
+        by_name = slides["slide_id"].str.strip().isin(self.slides).to_numpy()
+        if "patient_id" not in slides:
+            if self.patients:
+                raise ScheduleError("hold_out names patients, but the slide table has no column patient_id")
+            held = by_name
+        else:
+            patient = slides["patient_id"].str.strip()
+            held = by_name | patient.isin(self.patients).to_numpy()
+            torn = ~held & patient.isin(set(patient[held]) - {""}).to_numpy()
+            if torn.any():
+                inside = int(np.argmax(torn))
+                name = patient.iloc[inside]
+                outside = slides["slide_id"][held & (patient == name).to_numpy()].iloc[0]
+                raise ScheduleError(
+                    f"patient {name} is on both sides of the hold-out: slide {outside} is held out, slide"
+                    f" {slides['slide_id'].iloc[inside]} is not ({int(torn.sum())} such slides);"
+                    " name the patient in the hold-out, or all slides of it"
+                )
+        if (self.slides or self.patients) and not held.any():
+            first = (*self.slides, *self.patients)[0]
+            raise ScheduleError(f"hold_out: none of its slides and patients is in the slide table (first: {first})")
+        return held
+
+
+def eligible_slides(spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut) -> NDArray[np.bool_]:
+    """Return which slides of the table enter the schedule, (num_slides,).
+
+    Raises
+    ------
+    ScheduleError
+        For a filter on an unknown column or for a value that no slide has, for a patient on both sides of the hold-out,
+        and where no slide is left.
+    """
+    enters = ~hold_out.held(slides)
+    for name, filters in (("include", spec.include), ("exclude", spec.exclude)):
+        for column, values in filters.items():
+            has = _has(slides, name, column, values)
+            enters &= has if name == "include" else ~has
+    if not enters.any():
+        raise ScheduleError(f"filters and hold-out leave none of the {len(slides)} slides")
+    return enters
+
+
+def _has(slides: pd.DataFrame, name: str, column: str, values: Sequence[str | int | float]) -> NDArray[np.bool_]:
+    if column in RESERVED:
+        raise ScheduleError(f"{name}.{column}: the schedule's own table has a column of that name; rename yours")
+    if column not in slides:
+        hint = nearest(column, [str(known) for known in slides.columns])
+        raise ScheduleError(f"{name}.{column}: no such column in the slide table; {hint}")
+    found = slides[column].astype(str)
+    known = sorted(set(found))
+    wanted = [str(value) for value in values]
+    for value in wanted:
+        if value not in known:
+            raise ScheduleError(f"{name}.{column}: no slide has {column} {value!r}; {nearest(value, known)}")
+    return found.isin(wanted).to_numpy()
+
+
+def filter_columns(spec: ScheduleSpec) -> list[str]:
+    """Return the columns of the slide table that the filters look at."""
+    return list(dict.fromkeys([*spec.include, *spec.exclude]))
+
+
+def check_weights(weights: Mapping[str, float], organs: Sequence[str]) -> None:
+    """Refuse a weight for an organ that has no slide in the schedule."""
+    for organ in weights:
+        if organ not in organs:
+            raise ScheduleError(f"organ_weights.{organ}: no slide of that organ enters; {nearest(organ, organs)}")

@@ -1,0 +1,202 @@
+"""The fourth guarantee: the order of a pseudo-epoch's draws is a keyed permutation, without any trend.
+
+Every check is a function, and every function is shown orders that have what it looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from hpcssl.schedule.build import build_schedule
+from hpcssl.schedule.builder import Builder
+from hpcssl.schedule.file import Schedule
+from hpcssl.schedule.spec import ScheduleSpec
+
+THRESHOLD = 1e-3  # p of every test; seeds are fixed, so a pass stays a pass
+DEVIATIONS = 4.5  # of a correlation from 0, in units of 1/√n
+TILES = 5 * 10**4
+LARGE = ScheduleSpec(seed=4, num_pseudo_epochs=2, num_groups=1, positions_per_pseudo_epoch=TILES, max_repeats=100)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, slides: pd.DataFrame) -> list[np.ndarray]:
+    """Two pseudo-epochs of 50,000 positions of all 300 slides, each tile drawn several times."""
+    out = tmp_path_factory.mktemp("order") / "sched"
+    build_schedule(LARGE, slides, out)
+    return [np.load(out / f"pseudo_epoch_000{n}.npy").astype(np.int64) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def slide_of(slides: pd.DataFrame) -> np.ndarray:
+    """The slide of every tile."""
+    return np.repeat(np.arange(len(slides)), slides["num_tiles"])
+
+
+@pytest.fixture(scope="module")
+def organ_of(slides: pd.DataFrame, slide_of: np.ndarray) -> np.ndarray:
+    """The organ of every tile, as a number."""
+    return np.unique(slides["organ"].astype(str), return_inverse=True)[1][slide_of]
+
+
+@pytest.fixture(scope="module")
+def orders() -> np.ndarray:
+    """2,000 pseudo-epochs of four seeds, each of the same 8 draws: a row is an order of 0 … 7."""
+    # 8 slides of one tile, each drawn once; no files, whose syncing takes long
+    slides = pd.DataFrame({"slide_id": list("abcdefgh"), "organ": "x", "num_tiles": 1})
+    spec = ScheduleSpec(num_pseudo_epochs=500, num_groups=1, positions_per_pseudo_epoch=8)
+    builders = [Builder(replace(spec, seed=seed), slides) for seed in range(4)]
+    rows = [tiles_of(builder, number) for builder in builders for number in range(500)]
+    return np.array(rows, np.int64)
+
+
+def tiles_of(builder: Builder, number: int) -> np.ndarray:
+    """A pseudo-epoch without its file."""
+    return np.concatenate([chunk.copy() for chunk in builder.chunks(number)])
+
+
+def check_no_trend(tiles: np.ndarray, slide_of: np.ndarray, organ_of: np.ndarray) -> None:
+    """Neither tile, slide nor organ goes with the place."""
+    place = np.arange(len(tiles))
+    limit = DEVIATIONS / np.sqrt(len(tiles))
+    for what, values in (("tile", tiles), ("slide", slide_of[tiles]), ("organ", organ_of[tiles])):
+        for name, along in (("place", place), ("wave", np.sin(place * 2 * np.pi / len(tiles)))):
+            assert abs(np.corrcoef(along, values)[0, 1]) < limit, f"the {what} goes with the {name}"
+
+
+def check_spread(tiles: np.ndarray, group_of: np.ndarray) -> None:
+    """Every group (slide or organ) has its share in each of ten parts of the pseudo-epoch."""
+    _, group = np.unique(group_of[tiles], return_inverse=True)
+    table = np.zeros((group.max() + 1, 10))
+    np.add.at(table, (group, np.arange(len(tiles)) * 10 // len(tiles)), 1)
+    assert stats.chi2_contingency(table).pvalue > THRESHOLD, "not spread over the parts"
+
+
+def check_no_memory(tiles: np.ndarray, slide_of: np.ndarray, organ_of: np.ndarray, lags: Iterable[int]) -> None:
+    """What stands at a place says nothing of what stands `lag` places on."""
+    limit = DEVIATIONS / np.sqrt(len(tiles))
+    for lag in lags:
+        a, b = tiles[:-lag], tiles[lag:]
+        assert abs(np.corrcoef(a, b)[0, 1]) < limit, f"tiles {lag} places apart go together"
+        for what, of in (("slide", slide_of), ("organ", organ_of)):
+            shares = np.bincount(of[tiles]) / len(tiles)
+            expected = (shares**2).sum()
+            same = (of[a] == of[b]).mean()
+            deviation = (same - expected) / np.sqrt(expected * (1 - expected) / len(a))
+            assert abs(deviation) < DEVIATIONS, f"the {what} {lag} places apart is the same in {same:.4f}"
+
+
+def check_all_orders(orders: np.ndarray) -> None:
+    """Rows are orders of the same draws: uniform at every place, and for every two places."""
+    size = orders.shape[1]
+    for place in range(size):
+        counts = np.bincount(orders[:, place], minlength=size)
+        assert stats.chisquare(counts).pvalue > THRESHOLD, f"place {place}: {counts}"
+        for other in range(place):
+            pairs = np.bincount(orders[:, other] * size + orders[:, place], minlength=size * size)
+            pairs = pairs.reshape(size, size)[~np.eye(size, dtype=bool)]
+            assert stats.chisquare(pairs).pvalue > THRESHOLD / size**2, f"places {other} and {place}"
+    ascents = (orders[:, 1:] > orders[:, :-1]).sum(axis=1)
+    assert abs(ascents.mean() - (size - 1) / 2) < DEVIATIONS * np.sqrt((size + 1) / 12 / len(orders))
+
+
+def check_no_order_tells_the_next(orders: np.ndarray) -> None:
+    """Two orders in sequence agree at as many places as any two."""
+    size = orders.shape[1]
+    matches = (orders[1:] == orders[:-1]).mean()
+    assert abs(matches - 1 / size) < DEVIATIONS * np.sqrt(1 / size / orders[1:].size), f"{matches:.3f} agree"
+
+
+LAGS = (1, 2, 3, 7, 64, 223, 224, 448)  # 224 is the side of the grid that permutes 50,000
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_order_of_a_pseudo_epoch(
+    large: list[np.ndarray], slide_of: np.ndarray, organ_of: np.ndarray, number: int
+) -> None:
+    check_no_trend(large[number], slide_of, organ_of)
+    check_spread(large[number], slide_of)
+    check_spread(large[number], organ_of)
+    check_no_memory(large[number], slide_of, organ_of, LAGS)
+
+
+def test_the_order_of_every_small_pseudo_epoch(built: Path, slide_of: np.ndarray, organ_of: np.ndarray) -> None:
+    schedule = Schedule.open(built)
+    for number in range(schedule.num_pseudo_epochs):
+        tiles = schedule.pseudo_epoch(number).astype(np.int64)
+        check_no_trend(tiles, slide_of, organ_of)
+        check_spread(tiles, organ_of)
+        check_no_memory(tiles, slide_of, organ_of, (1, 2, 50, 51))
+
+
+def test_the_orders_of_many_pseudo_epochs(orders: np.ndarray) -> None:
+    check_all_orders(orders)
+    check_no_order_tells_the_next(orders)
+    assert len(np.unique(orders, axis=0)) > 1900, "of 40,320 orders, 2,000 draws meet about 50 times"
+
+
+def test_two_pseudo_epochs_do_not_go_together(large: list[np.ndarray], slide_of: np.ndarray) -> None:
+    limit = DEVIATIONS / np.sqrt(TILES)
+    assert abs(np.corrcoef(large[0], large[1])[0, 1]) < limit
+    assert abs(np.corrcoef(slide_of[large[0]], slide_of[large[1]])[0, 1]) < limit
+
+
+def test_the_first_places_of_many_pseudo_epochs(slides: pd.DataFrame, tmp_path: Path, organ_of: np.ndarray) -> None:
+    # the shares of organs at the first three places are those of the pseudo-epoch
+    spec = replace(LARGE, num_pseudo_epochs=150, positions_per_pseudo_epoch=1500, max_repeats=1000)
+    build_schedule(spec, slides, tmp_path / "sched")
+    schedule = Schedule.open(tmp_path / "sched")
+    whole = organ_of[schedule.tiles_at(0, schedule.num_positions)].reshape(150, 1500)
+    shares = np.bincount(whole.ravel(), minlength=7) / whole.size
+
+    def chance(organs: np.ndarray) -> float:
+        first = np.bincount(organs[:, :3].ravel(), minlength=7)
+        return float(stats.chisquare(first, shares * first.sum()).pvalue)
+
+    assert chance(whole) > THRESHOLD
+    assert chance(np.sort(whole, axis=1)) < THRESHOLD
+
+
+def test_the_checks_catch_orders_with_a_trend(
+    large: list[np.ndarray], slide_of: np.ndarray, organ_of: np.ndarray
+) -> None:
+    random = np.random.default_rng(0)
+    tiles = large[0]
+    by_organ = tiles[np.argsort(organ_of[tiles] + random.normal(0, 25, TILES))]  # hardly to be seen
+    by_slide = tiles[np.argsort(slide_of[tiles] * 7919 % 300 + random.normal(0, 100, TILES))]
+    for broken in (np.sort(tiles), by_organ):
+        with pytest.raises(AssertionError, match="goes with the place"):
+            check_no_trend(broken, slide_of, organ_of)
+    for broken, of in ((np.sort(tiles), slide_of), (by_organ, organ_of), (by_slide, slide_of)):
+        with pytest.raises(AssertionError, match="not spread"):
+            check_spread(broken, of)
+
+
+def test_the_checks_catch_orders_with_a_memory(
+    large: list[np.ndarray], slide_of: np.ndarray, organ_of: np.ndarray
+) -> None:
+    pairs = np.sort(large[0])[: TILES // 2 * 2].reshape(-1, 2)  # two draws of a slide always stand together
+    pairs = np.random.default_rng(0).permutation(pairs).ravel()
+    check_no_trend(pairs, slide_of, organ_of)
+    with pytest.raises(AssertionError, match="1 places apart"):
+        check_no_memory(pairs, slide_of, organ_of, LAGS)
+    dealt = large[0].copy()  # organs dealt in turn: none follows itself as often as by chance
+    order = np.argsort(organ_of[dealt], kind="stable").reshape(10, -1).T.ravel()
+    with pytest.raises(AssertionError, match="places apart"):
+        check_no_memory(dealt[order], slide_of, organ_of, LAGS)
+
+
+def test_the_checks_catch_orders_that_are_few_or_alike(orders: np.ndarray) -> None:
+    with pytest.raises(AssertionError, match="place 0"):
+        check_all_orders(np.tile(np.arange(8), (100, 1)))
+    rotated = (np.arange(8) + np.arange(2000)[:, None] * 5) % 8
+    with pytest.raises(AssertionError, match="places 0 and 1"):
+        check_all_orders(rotated)
+    with pytest.raises(AssertionError, match="agree"):
+        check_no_order_tells_the_next(np.repeat(orders[::2], 2, axis=0))

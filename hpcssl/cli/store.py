@@ -1,8 +1,9 @@
-"""`hpcssl store`: index a folder of tiles, check it, look at it."""
+"""`hpcssl store`: index or pack a folder of tiles, check it, look at it."""
 
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 SUMMARY = "build, verify and describe a tile store"
@@ -16,18 +17,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "build", help="index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", epilog=f"example: {EXAMPLE}"
     )
     build.add_argument("tiles", type=Path, metavar="TILES", help="root of the tiles")
-    build.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder of the store; must not exist")
+    build.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="STORE",
+        help="folder of the store; must not exist (but see --append)",
+    )
     build.add_argument(
         "--slides", type=Path, help="slide table (default: TILES/slides.csv where there is one, else all folders)"
     )
+    build.add_argument(
+        "--pack", action="store_true", help="copy the tiles into tar shards; TILES is not needed afterwards"
+    )
+    build.add_argument(
+        "--shard-gb",
+        type=float,
+        metavar="N",
+        help="with --pack: a shard ends with the slide that fills it (default 16)",
+    )
+    build.add_argument(
+        "--append",
+        action="store_true",
+        help="add new slides at the end of an existing store; its tiles keep their numbers",
+    )
+    build.add_argument(
+        "--no-check", action="store_true", help="take names and sizes alone; do not look at both ends of every JPEG"
+    )
+    build.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
     build.set_defaults(run=_build)
     verify = actions.add_parser(
         "verify", help="check the index and that every tile is as it was", epilog="example: hpcssl store verify STORE"
     )
     verify.add_argument("store", type=Path, metavar="STORE")
+    verify.add_argument("--deep", action="store_true", help="decode every JPEG, too")
+    verify.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
     verify.set_defaults(run=_verify)
     stats = actions.add_parser(
-        "stats", help="slides, tiles and bytes per organ", epilog="example: hpcssl store stats STORE"
+        "stats",
+        help="slides, tiles and bytes per organ, sizes of the files",
+        epilog="example: hpcssl store stats STORE",
     )
     stats.add_argument("store", type=Path, metavar="STORE")
     stats.set_defaults(run=_stats)
@@ -40,34 +69,66 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
-    from hpcssl.tiles.scan import build_store
+    from hpcssl.core.errors import StoreError
+    from hpcssl.tiles.scan import BuildOptions, build_store
+    from hpcssl.tiles.store import Store
 
-    with progress("indexing", total=0, unit="slides") as advance:
-        store = build_store(args.tiles, args.out, table=args.slides, on_progress=advance)
-    print(f"{args.out}: {store.num_slides} slides, {store.num_tiles} tiles")
+    if args.shard_gb is not None and not (args.pack or args.append):
+        raise StoreError("--shard-gb is of a packed store; give --pack, too")
+    before = Store.open(args.out) if args.append and args.out.exists() else None
+    if before and args.pack and not before.packed:
+        raise StoreError(f"{args.out}: a loose store; it cannot be extended with --pack: pack it into another --out")
+    given = {"shard_gb": args.shard_gb, "threads": args.threads}
+    options = BuildOptions(pack=args.pack, check=not args.no_check, **{k: v for k, v in given.items() if v is not None})
+    with ExitStack() as stack:
+        advance = [lambda n: None]
+
+        def begin(total: int) -> None:
+            advance[0] = stack.enter_context(progress("indexing", total=total, unit="slides"))
+
+        store = build_store(
+            args.tiles,
+            args.out,
+            table=args.slides,
+            options=options,
+            append=args.append,
+            on_total=begin,
+            on_progress=lambda n: advance[0](n),
+        )
+    new = f" ({store.num_slides - before.num_slides} slides new)" if before else ""
+    shards = f" in {len(store.header['shards'])} shards" if store.packed else ""
+    print(f"{args.out}: {store.num_slides} slides, {store.num_tiles} tiles{shards}{new}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
+    from hpcssl.core.errors import StoreError
+    from hpcssl.tiles.scan import THREADS
     from hpcssl.tiles.store import Store
 
+    threads = THREADS if args.threads is None else args.threads
+    if threads < 1:
+        raise StoreError(f"{threads} threads; expected at least 1")
     store = Store.open(args.store)
     with progress("verifying", total=store.num_tiles, unit="tiles") as advance:
-        store.verify(advance)
-    print(f"{args.store}: index whole, all {store.num_tiles} tile files there with their sizes")
+        store.verify(advance, deep=args.deep, threads=threads)
+    if store.packed:
+        there = f"all {len(store.header['shards'])} shards of {store.num_tiles} tiles there with their sizes"
+    else:
+        there = f"all {store.num_tiles} tile files there with their sizes"
+    print(f"{args.store}: index whole, {there}{', every tile decodes' if args.deep else ''}")
     return 0
 
 
 def _stats(args: argparse.Namespace) -> int:
-    import numpy as np
-
+    from hpcssl.tiles.stats import per_organ, spread_of
     from hpcssl.tiles.store import Store
 
     store = Store.open(args.store)
-    sizes = np.load(args.store / "sizes.npy", mmap_mode="r")
-    print(f"{'organ':<20}{'slides':>10}{'tiles':>14}{'GB':>12}")
-    for organ, slides in store.slides.groupby("organ"):
-        size = sum(int(sizes[f : f + n].sum()) for f, n in zip(slides["first_tile"], slides["num_tiles"]))
-        print(f"{organ:<20}{len(slides):>10,}{slides['num_tiles'].sum():>14,}{size / 1e9:>12.3f}")
+    print(f"{'organ':<20}{'slides':>10}{'tiles':>16}{'bytes':>22}")
+    for row in per_organ(store).itertuples(index=False):
+        print(f"{row.organ:<20}{row.slides:>10,}{row.tiles:>16,}{row.bytes:>22,}")
+    sizes = spread_of(store.sizes)
+    print(f"bytes of a tile: smallest {sizes.smallest:,}, median {sizes.median:,}, largest {sizes.largest:,}")
     return 0

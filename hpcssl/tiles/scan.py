@@ -1,165 +1,270 @@
-"""Building a loose store: one pass over `<organ>/<slide_id>/*.jpg`, so that nothing lists folders twice."""
+"""Building a store: one pass over `<organ>/<slide_id>/*.jpg`, so that nothing lists folders twice.
+
+A build works in `.STORE.partial` beside the store; the same command after a kill goes on there. An extension of a
+store keeps what is there: the new index gets a folder of its own in the store, and new tiles get shards of their own,
+until `store.json`, replaced last, names them. So whoever opens the store finds it whole at any moment; shards beyond
+those that it counts are still being written.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from array import array
-from collections.abc import Callable, Iterable
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_dir, digest_file
-from hpcssl.core.errors import StoreError
-from hpcssl.tiles.slides import check_slides, read_slides
-from hpcssl.tiles.store import FORMAT, INDEX_FILES, Store, identity
+from hpcssl.core.atomic import alone, sync_dir, write_atomic
+from hpcssl.core.errors import StoreError, UserError
+from hpcssl.tiles.extend import check_unchanged, extended
+from hpcssl.tiles.listing import Tiles, check_tiles, in_order, list_names, list_tiles, read_tiles, slides_below
+from hpcssl.tiles.shards import MOST_SHARD_BYTES
+from hpcssl.tiles.store import FORMAT, Store, identity, index_files
+from hpcssl.tiles.tar import ShardWriter
+from hpcssl.tiles.writer import StoreWriter, remove_temporary
 
-_SUFFIXES = (".jpg", ".jpeg")
-_JPEG_START = b"\xff\xd8\xff"
-_JPEG_END = b"\xff\xd9"
-_THREADS = 8
+THREADS = 8
+_READ_TOGETHER = 32  # files that one thread reads for a shard before it hands them over
+_COMMIT_S = 5.0
 
 
-@dataclass
-class _Slide:
-    """What one slide's folder holds."""
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How a store is built.
 
-    names: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    Attributes
+    ----------
+    pack : copy the tiles into tar shards; else index the files where they are
+    shard_gb : size from which on a shard ends with the slide that fills it, in 10^9 bytes
+    check : look at both ends of every JPEG; else only its name and size are taken
+    threads : files read at a time
+    commit_s : seconds of work that a kill may cost
+    """
+
+    pack: bool = False
+    shard_gb: float = 16.0
+    check: bool = True
+    threads: int = THREADS
+    commit_s: float = _COMMIT_S
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shard_gb * 1e9 < MOST_SHARD_BYTES:
+            raise StoreError(
+                f"shards of {self.shard_gb} GB; expected more than 0 and less than {MOST_SHARD_BYTES / 1e9:.0f}"
+            )
+        if self.threads < 1:
+            raise StoreError(f"{self.threads} threads; expected at least 1")
 
 
 def build_store(
-    tiles: Path, out: Path, *, table: Path | None = None, on_progress: Callable[[int], None] = lambda n: None
+    tiles: Path,
+    out: Path,
+    *,
+    table: Path | None = None,
+    options: BuildOptions | None = None,
+    append: bool = False,
+    on_total: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[int], None] = lambda n: None,
 ) -> Store:
-    """Index a folder of JPEG tiles laid out as `<organ>/<slide_id>/<name>.jpg`.
+    """Index a folder of JPEG tiles laid out as `<organ>/<slide_id>/<name>.jpg`, or pack it.
 
     Parameters
     ----------
     tiles : root of the tiles
-    out : folder of the store; must not exist
+    out : folder of the store; must not exist, unless for `append`
     table : slide table that selects and orders the slides and adds columns; else `tiles/slides.csv` where there is one,
         else every folder, by organ and slide_id
-    on_progress : called with 1 after every slide
+    append : keep the slides of the store at `out` and add those that it lacks at its end; it keeps its kind
+    on_total : called once with the number of slides
+    on_progress : called with 1 after every slide; with those that a killed build had done at once
 
     Raises
     ------
     StoreError
-        For an empty folder, files that are no whole JPEG (with their number), or a table that does not match.
+        For an empty folder, files that are no whole JPEG (with their number), a table that does not match, or a slide
+        of an extended store that is not what it was.
     """
-    if out.exists():
-        raise StoreError(f"{out}: exists already; remove it or choose another --out")
-    slides, counted = _slides_below(tiles, table)
-    folders = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"], strict=True)]
-    with atomic_dir(out) as partial:
-        counts, sizes, bad = _write_names(partial, tiles, folders, on_progress)
-        if bad:
-            raise StoreError(
-                f"{tiles}: {len(bad)} of {len(sizes) + len(bad)} tile files are no whole JPEG; first: {bad[0]};"
-                " mend or remove them and build again"
-            )
-        _check_counts(slides, counts, tiles, counted=counted)
-        slides = slides.assign(num_tiles=counts, first_tile=np.cumsum(counts) - counts)
-        slides.to_parquet(partial / "slides.parquet", index=False)
-        _write_texts(partial, "folders", folders)
-        np.save(partial / "sizes.npy", np.array(sizes, np.uint32))
-        files = {name: digest_file(partial / name) for name in INDEX_FILES}
-        header = {
-            "format": FORMAT,
-            "kind": "loose",
-            "root": str(tiles.resolve()),
-            "num_slides": len(slides),
-            "num_tiles": int(counts.sum()),
-            **identity(slides, files),
-            "files": files,
-        }
-        (partial / "store.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    options = options or BuildOptions()
+    slides, counted = slides_below(tiles, table)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        if out.exists() and not append:
+            raise StoreError(f"{out}: exists already; remove it, choose another --out, or add new slides with --append")
+        base = Store.open(out) if out.exists() else None
+        if base is not None:
+            slides = extended(base, slides, tiles, counted=counted)
+        on_total(len(slides))
+        build = _Build(tiles, out, slides, base, options, on_progress)
+        if base is not None:
+            check_unchanged(base, tiles, threads=options.threads, on_progress=on_progress)
+            if slides.equals(base.slides.drop(columns="first_tile")):
+                build.discard()
+                return base
+        build.run(counted=counted)
     return Store.open(out)
 
 
-def _slides_below(tiles: Path, table: Path | None) -> tuple[pd.DataFrame, bool]:
-    """Return the slides to index, of the table, else of the folders; and whether `num_tiles` is the user's claim."""
-    if not tiles.is_dir():
-        raise StoreError(f"{tiles}: no such folder of tiles")
-    if table or (tiles / "slides.csv").exists():
-        return read_slides(table or tiles / "slides.csv"), True
-    rows = [
-        {"slide_id": slide, "organ": organ, "num_tiles": "1"}
-        for organ in _subfolders(tiles)
-        for slide in _subfolders(tiles / organ)
-    ]
-    if not rows:
-        raise StoreError(f"{tiles}: no tiles below it; expected <organ>/<slide_id>/<name>.jpg")
-    return check_slides(pd.DataFrame(rows), where=str(tiles)), False
+class _Build:
+    """One build, or one extension of `base`."""
 
+    def __init__(
+        self,
+        tiles: Path,
+        out: Path,
+        slides: pd.DataFrame,
+        base: Store | None,
+        options: BuildOptions,
+        on_progress: Callable[[int], None],
+    ):
+        self.tiles, self.out, self.slides, self.base, self.options = tiles, out, slides, base, options
+        self.on_progress = on_progress
+        self.partial = out.with_name(f".{out.name}.partial")
+        self.folders = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"])]
+        self.packed = base.packed if base else options.pack
+        self.shards: ShardWriter | None = None
+        if self.packed:
+            old = len(base.header["shards"]) if base else 0
+            self.shards = ShardWriter(out if base else self.partial, int(options.shard_gb * 1e9), first=old)
+        about = {"format": FORMAT, "root": str(tiles.resolve()), "packed": self.packed, "check": options.check}
+        about |= {"shard_gb": options.shard_gb, "base": base.digest if base else None}
+        self.writer = StoreWriter(self.partial, self.shards, about=about)
 
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    def run(self, *, counted: bool) -> None:
+        """Build what a killed try left to do, and publish it."""
+        try:
+            self._fill()
+            self._publish(counted=counted)
+        except (UserError, PermissionError):  # the input must change first; after anything else a next try goes on
+            self.discard()
+            raise
+        finally:
+            self.writer.close()
 
+    def discard(self) -> None:
+        """Remove what this build, or a killed one before it, has done so far."""
+        self.writer.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self.base is not None and self.shards is not None:
+            self.shards.drop_from(len(self.base.header["shards"]))
 
-def _write_names(
-    partial: Path, tiles: Path, folders: list[str], on_progress: Callable[[int], None]
-) -> tuple[np.ndarray, array[int], list[str]]:
-    """Scan the folders in parallel and write the names in order; return counts per slide, sizes, and bad files."""
-    counts = np.zeros(len(folders), np.int64)
-    sizes = array("I")
-    bad: list[str] = []
+    def _fill(self) -> None:
+        done = self.writer.resume(self.folders)
+        if not done:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            self.writer.begin(self.base)
+            done = self.base.num_slides if self.base else 0
+        done_before = done - (self.base.num_slides if self.base else 0)
+        if done_before:
+            self.on_progress(done_before)
+        last = time.monotonic()
+        with ThreadPoolExecutor(self.options.threads) as pool:
+            work = self._pack(pool, done) if self.shards else self._index(pool, done)
+            for folder, found, places in work:
+                self.writer.add(folder, found, places)
+                if time.monotonic() - last >= self.options.commit_s:
+                    self.writer.commit()
+                    last = time.monotonic()
+                self.on_progress(1)
+        self.writer.commit()
 
-    def names() -> Iterable[str]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for i, slide in enumerate(pool.map(lambda folder: _scan(tiles, folder), folders)):
-                counts[i] = len(slide.names)
-                sizes.extend(slide.sizes)
-                bad.extend(slide.bad)
-                on_progress(1)
-                yield from slide.names
+    def _index(self, pool: ThreadPoolExecutor, done: int) -> Iterator[tuple[str, Tiles, list[tuple[int, int]]]]:
+        """Yield what the slides' folders hold."""
+        look = partial(check_tiles if self.options.check else list_tiles, self.tiles)
+        for folder, found in in_order(pool, look, self.folders[done:], window=4 * self.options.threads):
+            yield folder, found, []
 
-    _write_texts(partial, "names", names())
-    return counts, sizes, bad
+    def _pack(self, pool: ThreadPoolExecutor, done: int) -> Iterator[tuple[str, Tiles, list[tuple[int, int]]]]:
+        """Copy the slides' tiles into the shards and yield what they hold."""
+        assert self.shards is not None
+        threads = self.options.threads
+        listings = in_order(pool, partial(list_names, self.tiles), self.folders[done:], window=2 * threads)
 
+        def pieces() -> Iterator[tuple[str, list[bytes], bool]]:
+            for folder, names in listings:
+                for start in range(0, max(1, len(names)), _READ_TOGETHER):
+                    end = start + _READ_TOGETHER
+                    yield folder, names[start:end], end >= len(names)
 
-def _scan(tiles: Path, folder: str) -> _Slide:
-    """List one slide's folder and look at both ends of every JPEG."""
-    found = _Slide()
-    try:
-        with os.scandir(tiles / folder) as entries:
-            tiles_here = (e for e in entries if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith("."))
-            names = sorted(e.name for e in tiles_here if not e.is_dir())
-    except FileNotFoundError:
-        raise StoreError(f"{tiles / folder}: no such folder, but the slide table lists this slide") from None
-    for name in names:
-        path = tiles / folder / name
-        fault, size = _jpeg_fault(path)
-        if fault:
-            found.bad.append(f"{path} ({fault})".encode(errors="replace").decode())
+        def read(piece: tuple[str, list[bytes], bool]) -> Tiles:
+            return read_tiles(self.tiles, piece[0], piece[1], check=self.options.check)
+
+        slide: Tiles | None = None
+        for (folder, _, last), found in in_order(pool, read, pieces(), window=2 * threads):
+            if slide is None:
+                slide, places = Tiles(), []
+                self.shards.begin_slide()
+            if not self.writer.num_bad and not found.bad:  # else this build fails: the rest is only counted
+                places += self.shards.write(folder, found.names, found.contents)
+            slide.names += found.names
+            slide.sizes += found.sizes
+            slide.bad += found.bad
+            if last:
+                yield folder, slide, places
+                slide = None
+
+    def _publish(self, *, counted: bool) -> None:
+        writer = self.writer
+        if writer.num_bad:
+            total = writer.num_bad + writer.num_tiles
+            raise StoreError(
+                f"{self.tiles}: {writer.num_bad} of {total} tile files are no whole JPEG;"
+                f" first: {self.tiles}/{writer.first_bad}; mend or remove them and build again"
+            )
+        counts = writer.finish()
+        _check_counts(self.slides, counts, self.tiles, counted=counted)
+        slides = self.slides.assign(num_tiles=counts, first_tile=np.cumsum(counts) - counts)
+        slides.to_parquet(self.partial / "slides.parquet", index=False)
+        header = self._header(slides, writer.digests())
+        if self.base is None:
+            write_atomic(self.partial / "store.json", header)
+            writer.forget()
+            sync_dir(self.partial)
+            os.replace(self.partial, self.out)
+            sync_dir(self.out.parent)
         else:
-            found.names.append(name)
-            found.sizes.append(size)
-    return found
+            self._replace(self.base, header)
+
+    def _header(self, slides: pd.DataFrame, files: dict[str, str]) -> str:
+        header: dict[str, Any] = {"format": FORMAT, "kind": "packed" if self.packed else "loose"}
+        if self.shards:
+            header["shards"] = [*(self.base.header["shards"] if self.base else []), *self.shards.sizes]
+        else:
+            header["root"] = str(self.tiles.resolve())
+        if self.base:
+            header["index"] = _next_index(self.base)
+        header |= {"num_slides": len(slides), "num_tiles": int(slides["num_tiles"].sum())}
+        return json.dumps(header | identity(slides, files) | {"files": files}, indent=1) + "\n"
+
+    def _replace(self, base: Store, header: str) -> None:
+        """Give the store its new index; the one before stays until the next time, for those who have it open."""
+        new = self.out / _next_index(base)
+        self.writer.forget()
+        sync_dir(self.partial)
+        shutil.rmtree(new, ignore_errors=True)  # a try that was killed before it wrote store.json
+        os.replace(self.partial, new)
+        sync_dir(self.out)
+        remove_temporary(self.out)
+        write_atomic(self.out / "store.json", header)
+        for folder in self.out.glob("index-*"):
+            if folder not in (new, base.index):
+                shutil.rmtree(folder, ignore_errors=True)
+        if base.index != self.out:
+            for name in index_files(packed=self.packed):
+                (self.out / name).unlink(missing_ok=True)
 
 
-def _jpeg_fault(path: Path) -> tuple[str | None, int]:
-    """Return (what is wrong or None, size in bytes)."""
-    try:
-        os.fspath(path.name).encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8", 0
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(fd).st_size
-        if size == 0:
-            return "zero bytes", 0
-        if os.pread(fd, 3, 0) != _JPEG_START:
-            return "not a JPEG", size
-        # some writers pad the end; the marker must stand within the last 64 bytes
-        return (None if _JPEG_END in os.pread(fd, 64, max(0, size - 64)) else "truncated"), size
-    finally:
-        os.close(fd)
+def _next_index(base: Store) -> str:
+    before = int(base.index.name.removeprefix("index-")) if base.index != base.path else 0
+    return f"index-{before + 1:06d}"
 
 
 def _check_counts(slides: pd.DataFrame, counts: np.ndarray, tiles: Path, *, counted: bool) -> None:
@@ -177,12 +282,3 @@ def _check_counts(slides: pd.DataFrame, counts: np.ndarray, tiles: Path, *, coun
             f"{tiles}: slide {slide['slide_id']} has {counts[differs[0]]} tiles, but the slide table says"
             f" {slide['num_tiles']} ({len(differs)} such slides); correct the table"
         )
-
-
-def _write_texts(folder: Path, stem: str, texts: Iterable[str]) -> None:
-    ends = array("Q")
-    with (folder / f"{stem}.bin").open("wb") as stream:
-        for text in texts:
-            stream.write(text.encode())
-            ends.append(stream.tell())
-    np.save(folder / f"{stem}.npy", np.array(ends, np.uint64))

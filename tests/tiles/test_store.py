@@ -19,7 +19,7 @@ from PIL import Image
 
 import hpcssl
 from hpcssl.core.atomic import digest_bytes
-from hpcssl.core.errors import SlideError, StoreError, UserError
+from hpcssl.core.errors import BadTileError, SlideError, StoreError, UserError
 from hpcssl.tiles.scan import build_store
 from hpcssl.tiles.store import INDEX_FILES, Store
 
@@ -359,7 +359,8 @@ def test_verify_names_a_damaged_tile(store: Store, damage: str) -> None:
 
 def test_fetching_a_tile_that_is_gone_names_it(store: Store) -> None:
     store.file_of(6).unlink()
-    assert refusal(lambda: store.fetch(0, 6)).startswith(f"{store.file_of(6)}: tile 6 is gone; run hpcssl store verify")
+    told = refusal(lambda: store.fetch(0, 6), BadTileError)
+    assert told.startswith(f"{store.file_of(6)}: tile 6 is gone; run hpcssl store verify")
 
 
 # as an unprivileged user

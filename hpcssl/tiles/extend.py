@@ -1,0 +1,85 @@
+"""Extending a store: its slides stay where they are, and must be what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from hpcssl.core.errors import StoreError
+from hpcssl.tiles.listing import Tiles, in_order, list_tiles
+from hpcssl.tiles.slides import REQUIRED
+from hpcssl.tiles.store import Store
+
+
+def extended(base: Store, slides: pd.DataFrame, tiles: Path, *, counted: bool) -> pd.DataFrame:
+    """Return the store's slides in their order, then those that it lacks.
+
+    Of a slide that both know, the other columns are the new table's; one that the table does not list keeps its own.
+    """
+    if not base.packed and tiles.resolve() != base.root:
+        raise StoreError(f"{base.path}: its tiles are below {base.root}; extend it with tiles below that, not {tiles}")
+    old = base.slides.drop(columns="first_tile")
+    known = slides["slide_id"].isin(old["slide_id"])
+    given = slides[known].set_index("slide_id").reindex(old["slide_id"])
+    listed = given["organ"].notna().to_numpy()
+    for column in ("organ", *(["num_tiles"] if counted else [])):
+        differs = listed & (given[column].to_numpy() != old[column].to_numpy())
+        if differs.any():
+            place = int(differs.argmax())
+            slide = old.iloc[place]
+            raise StoreError(
+                f"{base.path}: slide {slide['slide_id']} has {column} {slide[column]} in it, but"
+                f" {given[column].iloc[place]:{'.0f' if column == 'num_tiles' else ''}} in the table"
+                f" ({differs.sum()} such slides); a store is only extended, build it anew"
+            )
+    for column in slides.columns.difference(REQUIRED, sort=False):
+        before = old[column].to_numpy(object) if column in old else [""] * len(old)
+        now = given[column].to_numpy(object)
+        old[column] = [new if there else was for new, was, there in zip(now, before, listed)]
+    return pd.concat([old, slides[~known]], ignore_index=True).fillna("")
+
+
+def check_unchanged(base: Store, tiles: Path, *, threads: int, on_progress: Callable[[int], None]) -> None:
+    """Raise StoreError for the first slide of the store whose folder holds other names or sizes than it says.
+
+    The tiles of a packed store are in its shards: a folder that is gone since is no change.
+    """
+    table = base.slides
+
+    def differs(slide: int) -> str | None:
+        folder = base.folder_of_slide(slide)
+        if not (tiles / folder).is_dir():
+            return None if base.packed else "its folder is gone"
+        found = list_tiles(tiles, folder)
+        first, count = base.tiles_of_slide(slide)
+        return describe_difference(found, base.names_of(first, count), base.sizes[first : first + count].tolist())
+
+    with ThreadPoolExecutor(threads) as pool:
+        for slide, difference in in_order(pool, differs, range(len(table)), window=4 * threads):
+            if difference:
+                raise StoreError(
+                    f"{base.path}: slide {table['slide_id'].iloc[slide]} is not what it was when the store was built"
+                    f" ({difference}); a store is only extended, build it anew"
+                )
+            on_progress(1)
+
+
+def describe_difference(found: Tiles, names: list[bytes], sizes: list[int]) -> str | None:
+    """Say what is other in a folder than in the index, or None.
+
+    >>> describe_difference(Tiles(names=[b"a.jpg", b"c.jpg"], sizes=[1, 2]), [b"a.jpg", b"b.jpg"], [1, 2])
+    '1 tile gone, 1 new; first: b.jpg'
+    """
+    if found.bad:
+        return f"{found.bad[0][0]}: {found.bad[0][1]}"
+    if found.names == names and found.sizes == sizes:
+        return None
+    gone, new = set(names) - set(found.names), set(found.names) - set(names)
+    if gone or new:
+        first = sorted(gone or new)[0].decode()
+        return f"{len(gone)} tile{'s' * (len(gone) != 1)} gone, {len(new)} new; first: {first}"
+    name, was, now = next(t for t in zip(names, sizes, found.sizes) if t[1] != t[2])
+    return f"{name.decode()} has {now} bytes, not {was}"

@@ -1,0 +1,193 @@
+"""Writing a store so that nothing grows in memory and a kill costs seconds: files only grow, and commits say how far.
+
+A commit first makes the growing files durable, then replaces `state.json`, which holds their lengths. What a killed
+build had written beyond its last commit is cut off when the next one goes on, so that both end with the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from hpcssl.core.atomic import digest_file, read_json, write_atomic
+from hpcssl.core.errors import StoreError
+from hpcssl.tiles.listing import Tiles
+from hpcssl.tiles.shards import pack_places
+from hpcssl.tiles.store import Store, index_files
+from hpcssl.tiles.tar import ShardWriter
+
+_ARRAYS = {"folders.npy": "<u8", "names.npy": "<u8", "sizes.npy": "<u4", "offsets.npy": "<u8"}
+_HEADER = 128  # bytes of the header of a .npy file; numpy leaves room in it for any length of the array
+_STATE = "state.json"
+_COUNTS = "counts.bin"
+
+
+class StoreWriter:
+    """The index of a store, and its shards if it is packed, slide after slide in a folder of their own.
+
+    Attributes
+    ----------
+    num_tiles : tiles added so far
+    num_bad, first_bad : files that are no tiles, and the first of them with what is wrong
+    """
+
+    def __init__(self, folder: Path, shards: ShardWriter | None, *, about: dict[str, Any]):
+        """`about` is what must be the same for a killed build to go on: root, options, the store that is extended."""
+        self._folder, self._shards, self._about = folder, shards, about
+        self._streams: dict[str, BinaryIO] = {}
+        self.num_bad, self.first_bad = 0, ""
+        self.num_tiles = 0
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that grow; all but the last are the index's."""
+        return [name for name in index_files(packed=self._shards is not None) if name != "slides.parquet"] + [_COUNTS]
+
+    def begin(self, base: Store | None) -> None:
+        """Begin in an empty folder, or with a copy of the index that is extended."""
+        self.close()
+        for name in self.files:
+            path = self._folder / name
+            if base is None:
+                path.write_bytes(bytes(_HEADER if name in _ARRAYS else 0))
+            elif name == _COUNTS:
+                base.slides["num_tiles"].to_numpy().astype("<u8").tofile(path)
+            else:
+                shutil.copyfile(base.index / name, path)
+        if self._shards is not None:
+            self._shards.begin()
+        self._open()
+        self.num_tiles = base.num_tiles if base else 0
+        self.commit()
+
+    def resume(self, folders: list[str]) -> int:
+        """Go on after the last commit; returns the number of slides done, 0 where there is nothing to go on from.
+
+        Parameters
+        ----------
+        folders : of all slides; those of the slides done must be the first of them
+        """
+        try:
+            state = read_json(self._folder / _STATE, StoreError("damaged"))
+        except (StoreError, FileNotFoundError, NotADirectoryError):
+            return 0
+        if state.get("about") != self._about:
+            return 0
+        for name, length in state["lengths"].items():
+            path = self._folder / name
+            if not path.is_file() or path.stat().st_size < length:
+                return 0
+            os.truncate(path, length)
+        done = self._folders()
+        if done != folders[: len(done)] or (self._shards and not self._shards.resume(state["shards"])):
+            return 0
+        self.num_bad, self.first_bad, self.num_tiles = state["num_bad"], state["first_bad"], state["num_tiles"]
+        self._open()
+        return len(done)
+
+    def add(self, folder: str, found: Tiles, places: list[tuple[int, int]]) -> None:
+        """Append a slide; `places` of its tiles in the shards are for a packed store."""
+        streams = self._streams
+        self._append_texts("folders", [folder.encode()])
+        self._append_texts("names", found.names)
+        streams["sizes.npy"].write(np.array(found.sizes, "<u4").tobytes())
+        streams[_COUNTS].write(np.array([len(found.names)], "<u8").tobytes())
+        if self._shards is not None:
+            streams["offsets.npy"].write(pack_places(places).astype("<u8").tobytes())
+        self.num_tiles += len(found.names)
+        if found.bad:
+            path, fault = found.bad[0]
+            self.first_bad = self.first_bad or f"{path} ({fault})"
+            self.num_bad += len(found.bad)
+
+    def commit(self) -> None:
+        """Make what was added durable: a build that is killed later goes on from here."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        state: dict[str, Any] = {"about": self._about, "num_bad": self.num_bad, "first_bad": self.first_bad}
+        state |= {"num_tiles": self.num_tiles, "lengths": {name: s.tell() for name, s in self._streams.items()}}
+        if self._shards is not None:
+            self._shards.sync()
+            state["shards"] = self._shards.state()
+        write_atomic(self._folder / _STATE, json.dumps(state) + "\n")
+
+    def finish(self) -> np.ndarray:
+        """End shards and arrays; returns the number of tiles of every slide, (slides,) int64."""
+        if self._shards is not None:
+            self._shards.close()
+        for name, dtype in _ARRAYS.items():
+            if name in self._streams:
+                stream = self._streams[name]
+                stream.flush()
+                length = (stream.tell() - _HEADER) // np.dtype(dtype).itemsize
+                stream.seek(0)
+                stream.write(array_header(dtype, length))
+        self.close()
+        return np.fromfile(self._folder / _COUNTS, "<u8").astype(np.int64)
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every file of the index, and make them durable; `finish` was called before."""
+        names = index_files(packed=self._shards is not None)
+        for name in names:
+            with (self._folder / name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        return {name: digest_file(self._folder / name) for name in names}
+
+    def forget(self) -> None:
+        """Remove what only a build that goes on needs."""
+        remove_temporary(self._folder)
+        (self._folder / _STATE).unlink(missing_ok=True)
+        (self._folder / _COUNTS).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close all files as they are."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams = {}
+        if self._shards is not None:
+            self._shards.abandon()
+
+    def _open(self) -> None:
+        for name in self.files:
+            stream = self._streams[name] = (self._folder / name).open("r+b")
+            stream.seek(0, os.SEEK_END)
+
+    def _append_texts(self, stem: str, texts: list[bytes]) -> None:
+        stream = self._streams[f"{stem}.bin"]
+        ends = stream.tell() + np.cumsum([len(text) for text in texts], dtype="<u8")
+        stream.write(b"".join(texts))
+        self._streams[f"{stem}.npy"].write(ends.tobytes())
+
+    def _folders(self) -> list[str]:
+        """Return the folders of the slides done."""
+        text = (self._folder / "folders.bin").read_bytes()
+        ends = np.fromfile(self._folder / "folders.npy", "<u8", offset=_HEADER).tolist()
+        return [text[start:end].decode() for start, end in zip([0, *ends], ends)]
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what kills in the middle of an atomic write left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def array_header(dtype: str, length: int) -> bytes:
+    """Return the header of a one-dimensional .npy file, as `numpy.save` writes it.
+
+    >>> saved = io.BytesIO()
+    >>> np.save(saved, np.zeros(3, "<u4"))
+    >>> saved.getvalue()[:-12] == array_header("<u4", 3)
+    True
+    """
+    stream = io.BytesIO()
+    about = {"descr": dtype, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(stream, about)
+    assert stream.tell() == _HEADER
+    return stream.getvalue()

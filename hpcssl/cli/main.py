@@ -14,7 +14,7 @@ from typing import NoReturn
 import hpcssl
 from hpcssl.core.errors import UserError, describe_os_error
 
-COMMANDS = ("demo", "doctor", "store", "schedule", "pretrain", "embed", "splits", "mccv", "report")
+COMMANDS = ("demo", "doctor", "store", "schedule", "plan", "pretrain", "embed", "splits", "mccv", "report")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

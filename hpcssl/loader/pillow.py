@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 
-from hpcssl.core.errors import StoreError
-from hpcssl.plan.draw import Q16, Plan, Views
+from hpcssl.core.errors import BadTileError
+from hpcssl.loader.stain import stain_jitter
+from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
 from hpcssl.plan.recipe import AugmentRecipe
 
-_ORDERS = tuple(itertools.permutations(range(4)))
 _SOLARIZE_FROM = 128
+_TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # counter-clockwise
 
 
 def decode(jpeg: bytes, *, name: str) -> Image.Image:
-    """Return an RGB image; StoreError naming the tile where the bytes cannot be decoded."""
+    """Return an RGB image; BadTileError naming the tile where the bytes cannot be decoded."""
     try:
         image = Image.open(io.BytesIO(jpeg))
         return image.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise StoreError(
+        raise BadTileError(
             f"{name}: cannot be decoded ({' '.join(str(error).split())}); replace it or rebuild the store"
         ) from None
 
@@ -38,20 +38,23 @@ def whole_tile(jpeg: bytes, px: int, *, name: str) -> NDArray[np.uint8]:
 def execute(
     jpeg: bytes, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
 ) -> None:
+    """Decode and augment an encoded tile; `name` is for the error."""
+    augment(decode(jpeg, name=name), recipe, plan, index, out)
+
+
+def augment(tile: Image.Image, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]]) -> None:
     """Compute every view of the plan's `index`-th tile.
 
     Parameters
     ----------
-    jpeg : the encoded tile
+    tile : what `decode` gives
     recipe : whose plan it is (view sizes)
     plan : drawn parameters
     index : which of the plan's positions
     out : for every kind of view an array (views, positions, px, px, 3), of which [:, index] is written
-    name : the tile's name, for the error
     """
-    tile = decode(jpeg, name=name)
     for kind, views, target in zip(recipe.kinds, plan.kinds, out, strict=True):
-        windows = views.windows(*tile.size)[index]
+        windows = views.windows(*tile.size, at=index)
         for v, (left, top, width, height) in enumerate(windows.tolist()):
             crop = tile.crop((left, top, left + width, top + height))
             crop = crop.resize((kind.view_px, kind.view_px), Image.Resampling.BICUBIC)
@@ -59,11 +62,18 @@ def execute(
 
 
 def _colour(image: Image.Image, views: Views, p: int, v: int) -> Image.Image:
-    """Flip and change the colours of one view, in DINO's order."""
+    """Flip, turn and change the colours of one view: stains first, then in DINO's order."""
     if views.flip[p, v]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if views.flip_vertical[p, v]:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    if views.turns[p, v]:
+        image = image.transpose(_TURNS[views.turns[p, v] - 1])
+    if views.stain[p, v]:
+        factors, shifts = (a[p, v].astype(np.float64) / Q16 for a in (views.stain_factors, views.stain_shifts))
+        image = Image.fromarray(stain_jitter(np.asarray(image), factors, shifts))
     if views.jitter[p, v]:
-        for operation in _ORDERS[views.order[p, v]]:
+        for operation in ORDERS[views.order[p, v]]:
             if operation == 0:
                 image = ImageEnhance.Brightness(image).enhance(int(views.brightness[p, v]) / Q16)
             elif operation == 1:

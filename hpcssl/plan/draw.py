@@ -1,6 +1,6 @@
 """From (seed, positions) to the parameters of every view: integers, the same bits on every machine.
 
-Legend: P positions, V views of one kind.
+Legend: P positions, V views of one kind, S stains (haematoxylin, eosin, DAB).
 Every array is a function of (seed, position, view, stream); a batch is drawn in one call, in any size, in any order.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -26,8 +27,9 @@ from hpcssl.plan.tables import (
     ratio_limit_table,
 )
 
-VERSION = 1
+VERSION = 2
 PURPOSE = "plan"
+ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 Q16 = 1 << 16  # factors, sigmas and hue shifts are stored in units of 1/65536
 
 
@@ -43,6 +45,10 @@ class Stream(enum.IntEnum):
     SOLARIZE = 6
     MASK = 7
     DROP_PATH = 8
+    FLIP_VERTICAL = 9
+    TURNS = 10
+    STAIN = 11
+    STAIN_SHIFT = 12
 
     @property
     def first_block(self) -> int:
@@ -52,7 +58,7 @@ class Stream(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Parameters of one kind of view, each array (P, V).
+    """Parameters of one kind of view, each array (P, V), those of the stains (P, V, S).
 
     Attributes
     ----------
@@ -60,7 +66,13 @@ class Views:
     place_x, place_y : uint32, the crop's corner within the slack, in units of 1/2^32
     flip, jitter, grey, blur, solarize : bool
     brightness, contrast, saturation, hue, sigma : int32, units of 1/65536; hue in turns, sigma in pixels
-    order : uint8, one of the 24 orders of (brightness, contrast, saturation, hue)
+    order : uint8, one of the 24 `ORDERS` of (brightness, contrast, saturation, hue)
+    flip_vertical : bool, after `flip`
+    turns : uint8, right-angle turns counter-clockwise, 0 to 3, after the flips
+    stain : bool, stain jitter, before the jitter of colours
+    stain_factors, stain_shifts : int32, units of 1/65536; shifts in natural optical density (see `loader.stain`)
+
+    What a recipe never does is not drawn, and its array says so: no flip, no turn, factors 1, shifts 0.
     """
 
     area: NDArray[np.int64]
@@ -78,16 +90,24 @@ class Views:
     blur: NDArray[np.bool_]
     sigma: NDArray[np.int32]
     solarize: NDArray[np.bool_]
+    flip_vertical: NDArray[np.bool_]
+    turns: NDArray[np.uint8]
+    stain: NDArray[np.bool_]
+    stain_factors: NDArray[np.int32]
+    stain_shifts: NDArray[np.int32]
 
-    def windows(self, tile_w: int, tile_h: int) -> NDArray[np.int64]:
-        """Return the crops of tiles of one size in whole pixels, (P, V, 4): left, top, width, height."""
+    def windows(self, tile_w: int, tile_h: int, at: int | slice = slice(None)) -> NDArray[np.int64]:
+        """Return the crops of tiles of one size in whole pixels, (P, V, 4): left, top, width, height.
+
+        With an index `at`, those of one position, (V, 4).
+        """
         # square roots are correctly rounded by IEEE 754, on every machine
-        side = np.sqrt((self.area * (tile_w * tile_h)).astype(np.float64) / ONE)
-        stretch = self.ratio_half.astype(np.float64) / ONE
+        side = np.sqrt((self.area[at] * (tile_w * tile_h)).astype(np.float64) / ONE)
+        stretch = self.ratio_half[at].astype(np.float64) / ONE
         width = np.clip(np.rint(side * stretch), 1, tile_w).astype(np.int64)
         height = np.clip(np.rint(side / stretch), 1, tile_h).astype(np.int64)
-        left = below(self.place_x, tile_w - width + 1)
-        top = below(self.place_y, tile_h - height + 1)
+        left = below(self.place_x[at], tile_w - width + 1)
+        top = below(self.place_y[at], tile_h - height + 1)
         return np.stack([left, top, width, height], axis=-1)
 
 
@@ -171,6 +191,8 @@ def _draw_views(
     limit = interpolate(ratio_limit_table(), area)
     log_ratio = (limit * (2 * _unit(crop[..., 1]) - ONE)) >> ONE_BITS
     place_in_table = ((log_ratio + LOG_RATIO_ONE) << (ONE_BITS - 1)) // LOG_RATIO_ONE
+    stain, stain_factors, stain_shifts = _draw_stain(recipe, kind, shape, words)
+    never = np.zeros(shape, bool)
     return Views(
         area=area,
         ratio_half=interpolate(half_exp_table(), np.clip(place_in_table, 0, ONE)),
@@ -187,7 +209,23 @@ def _draw_views(
         blur=_each(blur[..., 0], kind.blur, shape),
         sigma=_between(blur[..., 1], *recipe.blur_sigma),
         solarize=_each(words(Stream.SOLARIZE)[..., 0], kind.solarize, shape),
+        flip_vertical=happens(words(Stream.FLIP_VERTICAL)[..., 0], kind.flip_vertical) if kind.flip_vertical else never,
+        turns=below(words(Stream.TURNS)[..., 0], 4).astype(np.uint8) if kind.quarter_turns else never.astype(np.uint8),
+        stain=stain,
+        stain_factors=stain_factors,
+        stain_shifts=stain_shifts,
     )
+
+
+def _draw_stain(
+    recipe: AugmentRecipe, kind: ViewRecipe, shape: tuple[int, int], words: Callable[[Stream], NDArray[np.uint32]]
+) -> tuple[NDArray[np.bool_], NDArray[np.int32], NDArray[np.int32]]:
+    """Return where stains are jittered, (P, V), and their factors and shifts, (P, V, S)."""
+    if not kind.stain:
+        return np.zeros(shape, bool), np.full((*shape, 3), Q16, np.int32), np.zeros((*shape, 3), np.int32)
+    drawn, shift = words(Stream.STAIN), words(Stream.STAIN_SHIFT)
+    factors = _between(drawn[..., 1:], 1 - recipe.stain_alpha, 1 + recipe.stain_alpha)
+    return happens(drawn[..., 0], kind.stain), factors, _between(shift[..., :3], -recipe.stain_beta, recipe.stain_beta)
 
 
 def _unit(words: NDArray[np.uint32]) -> NDArray[np.int64]:

@@ -23,6 +23,9 @@ class ViewRecipe:
     grey : probability of greyscale
     blur : probability of a Gaussian blur, one for each view of this kind
     solarize : probability of solarisation, one for each view of this kind
+    flip_vertical : probability of a vertical flip; tissue has no upright, DINO's and MAE's photographs have
+    quarter_turns : whether views are turned by 0 to 3 right angles, each as likely
+    stain : probability of stain jitter (its strengths are the recipe's)
     """
 
     count: int
@@ -33,6 +36,9 @@ class ViewRecipe:
     grey: float = 0.0
     blur: tuple[float, ...] = ()
     solarize: tuple[float, ...] = ()
+    flip_vertical: float = 0.0
+    quarter_turns: bool = False
+    stain: float = 0.0
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.view_px < 1:
@@ -42,7 +48,8 @@ class ViewRecipe:
         for name in ("blur", "solarize"):
             if len(getattr(self, name)) not in (0, self.count):
                 raise ConfigError(f"views: {name} has {len(getattr(self, name))} probabilities for {self.count} views")
-        for p in (self.flip, self.jitter, self.grey, *self.blur, *self.solarize):
+        single = (self.flip, self.jitter, self.grey, self.flip_vertical, self.stain)
+        for p in (*single, *self.blur, *self.solarize):
             if not 0 <= p <= 1:
                 raise ConfigError(f"views: probability {p}; expected 0 to 1")
 
@@ -50,6 +57,12 @@ class ViewRecipe:
 @dataclass(frozen=True, kw_only=True)
 class AugmentRecipe:
     """Views of a planned tile and what they share; defaults are DINO's (Caron et al. 2021), which the paper kept.
+
+    The stain jitter is that of Tellez et al., "Whole-slide mitosis detection in H&E breast histology using PHH3 as a
+    reference to train distilled stain-invariant convolutional networks" (IEEE TMI 37(9), 2018, arXiv 1808.05896,
+    equations 5 to 7): every stain's amount s becomes s · factor + shift. Their strength for both is 0.05, which Tellez
+    et al., "Quantifying the effects of data augmentation and stain color normalization in convolutional neural networks
+    for computational pathology" (Medical Image Analysis 58, 2019, arXiv 1902.06543) call HED-light; HED-strong is 0.2.
 
     Attributes
     ----------
@@ -59,6 +72,8 @@ class AugmentRecipe:
     hue : shift uniform in [-value, value] turns
     blur_sigma : pixels, uniform between the two
     mask_ratio : share of the patches that MAE hides; 0 = no masks
+    stain_alpha : factors of haematoxylin, eosin and DAB are uniform in [1 - value, 1 + value]
+    stain_beta : shifts of the three are uniform in [-value, value], in units of natural optical density
     """
 
     global_views: ViewRecipe
@@ -69,9 +84,18 @@ class AugmentRecipe:
     hue: float = 0.1
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     mask_ratio: float = 0.0
+    stain_alpha: float = 0.05
+    stain_beta: float = 0.05
 
     def __post_init__(self) -> None:
-        bounds = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
+        bounds = {
+            "brightness": 1.0,
+            "contrast": 1.0,
+            "saturation": 1.0,
+            "hue": 0.5,
+            "stain_alpha": 1.0,
+            "stain_beta": 1.0,
+        }
         for name, most in bounds.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ConfigError(f"augment: {name} = {getattr(self, name)}; expected 0 to {most:g}")

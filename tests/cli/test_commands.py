@@ -16,7 +16,11 @@ from hpcssl.cli.main import COMMANDS, main
 
 pytestmark = pytest.mark.timeout(120)
 
-ACTIONS = [("store", "build"), ("store", "verify"), ("store", "stats"), ("schedule", "build"), ("schedule", "verify")]
+ACTIONS = [
+    *(("store", action) for action in ("build", "verify", "stats")),
+    *(("schedule", action) for action in ("build", "verify", "inspect", "diff", "export")),
+    *(("plan", action) for action in ("show", "draw")),
+]
 
 
 @pytest.fixture
@@ -434,7 +438,7 @@ def test_ctrl_c_exits_130_with_one_line(small, data, tmp_path):
     )
     process = subprocess.Popen(command, env=small.environment(), stderr=subprocess.PIPE, text=True)
     try:
-        small.wait_until(lambda: list(tmp_path.glob(".s.partial/*")), 60, "the build begins")
+        small.wait_until(lambda: list(tmp_path.glob("s/.pseudo_epoch_*.tmp")), 60, "the build begins")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:
@@ -443,4 +447,6 @@ def test_ctrl_c_exits_130_with_one_line(small, data, tmp_path):
     assert process.returncode == 130
     assert err.strip().splitlines()[-1] == "hpcssl: stopped; the same command goes on where it was"
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == [], "what was begun is gone"
+    left = {path.name for path in (tmp_path / "s").iterdir()}
+    assert "schedule.json" not in left, "nothing that looks finished"
+    assert not any(name.endswith(".tmp") for name in left), "what was begun is gone"

@@ -14,7 +14,8 @@ from torchvision.transforms import functional as tv
 
 from hpcssl.core.errors import StoreError
 from hpcssl.loader import pillow
-from hpcssl.plan.draw import Q16, draw_plan
+from hpcssl.loader.stain import stain_jitter
+from hpcssl.plan.draw import ORDERS, Q16, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 
 POSITIONS = 40
@@ -42,6 +43,13 @@ def _reference(tile: bytes, kind: ViewRecipe, views, index: int, v: int) -> np.n
     image = tv.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC)
     if views.flip[index, v]:
         image = tv.hflip(image)
+    if views.flip_vertical[index, v]:
+        image = tv.vflip(image)
+    if views.turns[index, v]:
+        image = tv.rotate(image, 90 * int(views.turns[index, v]))  # counter-clockwise, as torchvision means it
+    if views.stain[index, v]:
+        factors, shifts = views.stain_factors[index, v] / Q16, views.stain_shifts[index, v] / Q16
+        image = Image.fromarray(stain_jitter(np.asarray(image), factors, shifts))
     if views.jitter[index, v]:
         amounts = [int(a[index, v]) / Q16 for a in (views.brightness, views.contrast, views.saturation, views.hue)]
         change = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
@@ -76,6 +84,10 @@ def tiles(small) -> list[bytes]:
 ONE_OPERATION = {
     "crop": {},
     "flip": {"flip": 0.5},
+    "vertical flip": {"flip_vertical": 0.5},
+    "quarter turns": {"quarter_turns": True},
+    "flips and quarter turns": {"flip": 0.5, "flip_vertical": 0.5, "quarter_turns": True},
+    "stain": {"stain": 0.7},
     "jitter": {"jitter": 1.0},
     "grey": {"grey": 0.5},
     "blur": {"blur": (1.0, 0.5)},
@@ -106,6 +118,19 @@ def test_all_operations_in_dinos_order_are_torchvisions(tiles):
         local_views=ViewRecipe(count=3, view_px=16, scale=(0.05, 0.4), blur=(0.5,) * 3, **colour),
     )
     _compare(recipe, tiles)
+    tissue = {"flip_vertical": 0.5, "quarter_turns": True, "stain": 0.8}
+    _compare(replace(recipe, global_views=replace(recipe.global_views, **tissue), stain_alpha=0.2), tiles)
+
+
+def test_stains_change_before_colours(tiles, monkeypatch):
+    """Stains are of the scanned picture; after a change of hue they would be another's."""
+    recipe = _recipe(stain=1.0, jitter=1.0)
+    plan = draw_plan(recipe, 3, np.arange(1))
+    calls = []
+    monkeypatch.setattr(pillow, "stain_jitter", lambda rgb, *amounts: calls.append(rgb) or rgb)
+    _execute(recipe, plan, tiles[:1])
+    plain = _execute(_recipe(), draw_plan(_recipe(), 3, np.arange(1)), tiles[:1])[0]
+    np.testing.assert_array_equal(calls, plain[:, 0])
 
 
 def test_every_order_of_the_jitter_occurs_and_matters(tiles):
@@ -120,7 +145,7 @@ def test_every_order_of_the_jitter_occurs_and_matters(tiles):
 
 def test_the_comparison_notices_a_missing_clamp(tiles, monkeypatch):
     """Fusing brightness and contrast without the clamp between them is another image: the check is sharp enough."""
-    monkeypatch.setattr(pillow, "_ORDERS", (pillow._ORDERS[0],) * 24)
+    monkeypatch.setattr(pillow, "ORDERS", (ORDERS[0],) * 24)
     with pytest.raises(AssertionError, match="tile"):
         _compare(_recipe(jitter=1.0), tiles)
 

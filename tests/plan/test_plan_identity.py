@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def row(views: Views, p: int, v: int) -> str:
 
 # goldens: a change of any of these changes every run that is going on; raise plan.draw.VERSION with it
 
-DINO_GOLDEN = "e19a50140abb0f1e18b8cdbc20bdfe5b283bac0d3a063d07bfbdc1827e922766"
+DINO_GOLDEN = "9d4cf4eb14ee40d270253e71aa9f69addd4128bb5d89bd9bd150e08b8f268b8a"
+DINO_GOLDEN_1 = "e19a50140abb0f1e18b8cdbc20bdfe5b283bac0d3a063d07bfbdc1827e922766"
 # (position, view): window, what happens, brightness, contrast, saturation, hue, sigma in 1/65536, order
 DINO_ROWS = {
     (0, 0): "209x186+2+1 jitter blur 85069 78637 58001 2979 65669 18",
@@ -62,7 +64,13 @@ DINO_ROWS = {
     (4_294_967_296, 0): "173x152+45+40 jitter grey blur 67710 58536 78207 3927 75165 19",
     (4_294_967_297, 3): "117x110+34+62 flip jitter grey 77263 86745 66716 -1733 32225 0",
 }
-MAE_GOLDEN = "5881184418e602e2488a56d79e6496fb0c946623d6abb7429ac00b0ce427263c"
+MAE_GOLDEN = "4e452a20e54fb66e8f86739af3fb2148d81b5fec200b1f63bcd9cf1eb302f980"
+MAE_GOLDEN_1 = "5881184418e602e2488a56d79e6496fb0c946623d6abb7429ac00b0ce427263c"
+# what version 1 of the plan had, in its order
+VERSION_1_FIELDS = (
+    *("area", "ratio_half", "place_x", "place_y", "flip", "jitter", "brightness", "contrast", "saturation", "hue"),
+    *("order", "grey", "blur", "sigma", "solarize"),
+)
 MAE_ROWS = {
     0: "205x179+3+2 85069 78637 58001 2979 65669 18 visible 5 7 8 11 13 14 30 32",
     1: "205x211+8+6 flip 76361 49075 65100 4505 127965 6 visible 2 3 5 8 12 13 15 24",
@@ -95,6 +103,18 @@ def test_golden_mae_rows() -> None:
 def test_golden_digests_of_32_positions() -> None:
     assert dino(np.arange(32)).digest() == DINO_GOLDEN
     assert mae(np.arange(32)).digest() == MAE_GOLDEN
+
+
+def digest_1(plan: Plan) -> str:
+    """The digest as version 1 computed it, of what version 1 had."""
+    arrays = [plan.positions, *(getattr(kind, name) for kind in plan.kinds for name in VERSION_1_FIELDS)]
+    parts = [np.ascontiguousarray(a).tobytes() for a in arrays + ([] if plan.mask is None else [plan.mask])]
+    return hashlib.sha256(b"plan 1" + b"".join(parts)).hexdigest()
+
+
+def test_version_2_draws_what_version_1_drew() -> None:
+    assert digest_1(dino(np.arange(32))) == DINO_GOLDEN_1
+    assert digest_1(mae(np.arange(32))) == MAE_GOLDEN_1
 
 
 def test_golden_drop_path() -> None:
@@ -237,7 +257,7 @@ def test_the_digest_covers_every_array(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.add(replace(plan, mask=np.eye(4, dtype=bool)).digest())
     seen.add(replace(plan, mask=None).digest())
     seen.add(replace(plan, positions=plan.positions + 1).digest())
-    monkeypatch.setattr(draw_module, "VERSION", 2)
+    monkeypatch.setattr(draw_module, "VERSION", draw_module.VERSION + 1)
     seen.add(plan.digest())
     assert len(seen) == 1 + 2 * len(fields(Views)) + 4
 
@@ -246,7 +266,8 @@ def test_the_digest_covers_every_array(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 DIGESTS = """
-import sys
+import hashlib, sys
+from dataclasses import replace
 import numpy as np
 try:
     from numpy._core._multiarray_umath import __cpu_features__ as features
@@ -258,7 +279,9 @@ assert not [name for name in sys.argv[1:] if features[name]], "still on"
 at = np.concatenate([np.arange(4096), 3_000_000_000 + np.arange(64)])
 dino, mae = draw_plan(dino_augment(), 5, at), draw_plan(mae_augment(), 5, at, num_patches=196)
 windows = b"".join(k.windows(w, h).tobytes() for k in dino.kinds + mae.kinds for w, h in ((224, 224), (333, 77)))
-import hashlib
+turned = replace(dino_augment().global_views, flip_vertical=0.5, quarter_turns=True, stain=0.5)
+histology = draw_plan(replace(dino_augment(), global_views=turned, stain_alpha=0.2), 5, at)
+print(histology.digest())
 print(dino.digest(), mae.digest(), hashlib.sha256(windows).hexdigest())
 print(hashlib.sha256(draw_drop_path(5, at, [0, 3], [0.1] * 24).tobytes()).hexdigest())
 print(hashlib.sha256(np.exp(np.linspace(-9, 9, 100_000)).tobytes()).hexdigest())
@@ -286,11 +309,11 @@ def test_the_same_bits_on_a_processor_without_avx() -> None:
     if not features:
         pytest.skip("numpy uses nothing here beyond its baseline instruction set, so nothing can be switched off")
     with_all, without = digests_without([]), digests_without(features)
-    # the fifth is of np.exp, which does change its bits on most processors: why a plan may not use it
-    assert with_all[:4] == without[:4]
+    # the last is of np.exp, which does change its bits on most processors: why a plan may not use it
+    assert with_all[:-1] == without[:-1]
     wide = [name for name in features if "512" in name or name == "X86_V4"]
     if wide and wide != features:
-        assert with_all[:4] == digests_without(wide)[:4]
+        assert with_all[:-1] == digests_without(wide)[:-1]
 
 
 # recipes
@@ -308,6 +331,8 @@ def test_the_same_bits_on_a_processor_without_avx() -> None:
         {"jitter": -0.1},
         {"blur": (0.5,)},
         {"solarize": (0.5, 2.0)},
+        {"flip_vertical": 1.5},
+        {"stain": -0.1},
     ],
 )
 def test_a_view_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> None:
@@ -325,6 +350,8 @@ def test_a_view_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> No
         {"mask_ratio": 1.5},
         {"mask_ratio": -0.5},
         {"contrast": float("nan")},
+        {"stain_alpha": 1.1},
+        {"stain_beta": -0.1},
     ],
 )
 def test_an_augmentation_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> None:
@@ -342,6 +369,7 @@ def test_the_published_recipes() -> None:
     assert (recipe.local_views.blur, recipe.local_views.solarize) == ((0.5,) * 8, ())
     assert (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue) == (0.4, 0.4, 0.2, 0.1)
     assert (recipe.blur_sigma, recipe.mask_ratio) == ((0.1, 2.0), 0.0)
+    assert [(k.flip_vertical, k.quarter_turns, k.stain) for k in recipe.kinds] == [(0.0, False, 0.0)] * 2
     plain = ViewRecipe(count=1, view_px=224, scale=(0.2, 1.0), flip=0.5)
     assert mae_augment().kinds == (plain,)
     assert mae_augment().mask_ratio == 0.75

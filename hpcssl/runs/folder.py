@@ -4,6 +4,7 @@ config.yaml          resolved settings with derived values and data digests, wri
 provenance.json      versions, git, hardware
 metrics.jsonl        the training trace
 checkpoints/         step-000000320.safetensors …
+bad_tiles.csv        tiles that could not be used, and why; only if there were any
 restarts.jsonl       one line a start: when, where, from which step, with how many processes
 generations/         fencing: one empty file a start; the newest start owns the folder
 logs/                the launcher's logs
@@ -25,12 +26,14 @@ from hpcssl.core.errors import RunError
 from hpcssl.core.provenance import provenance
 
 CONFIG = "config.yaml"
+BAD_TILES = "bad_tiles.csv"
 # settings that may change when a run continues: where it stops, and how (not what) it computes
 FREE_SETTINGS = (
     "stop_after",
     "checkpoint",
     "loader.threads",
     "loader.prefetch_steps",
+    "loader.max_bad_tiles",
     "train.micro_batch",
     "train.threads",
     "train.deterministic",

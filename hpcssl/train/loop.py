@@ -15,7 +15,7 @@ from hpcssl.core.errors import RunError
 from hpcssl.loader.stream import Batch, TileStream
 from hpcssl.optim.parameters import clip_each
 from hpcssl.runs.checkpoint import load_latest, prune_checkpoints, save_checkpoint
-from hpcssl.runs.folder import Generation
+from hpcssl.runs.folder import BAD_TILES, Generation
 from hpcssl.runs.metrics import MetricsWriter
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
@@ -106,7 +106,7 @@ def train(
         state.from_checkpoint(*found)
     _check_same_step(state.step, collectives, device)
     say(f"begins at step {state.step} of {timeline.stop_step} with {collectives.world.size} processes")
-    stream = _stream(state, recipe, timeline, store, schedule, collectives)
+    stream = _stream(state, recipe, timeline, store, schedule, collectives, run)
     writer = _Writer(run, recipe, timeline, generation, state) if generation else None
     try:
         _run_steps(state, recipe, timeline, stream, collectives, device, writer, asked_to_stop)
@@ -219,6 +219,7 @@ def _stream(
     store: Store,
     schedule: Schedule,
     collectives: Collectives,
+    run: Path,
 ) -> TileStream:
     return TileStream(
         store=store,
@@ -231,6 +232,7 @@ def _stream(
         stop_step=timeline.stop_step,
         num_patches=state.objective.num_patches,
         config=recipe.loader,
+        bad_tiles=run / BAD_TILES,
     )
 
 

@@ -33,7 +33,8 @@ def advance(data):
 
         def work(rank: int) -> list[float]:
             collectives = Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank))
-            stream = iter(_stream(states[rank], recipe, timeline, data.store, data.schedule, collectives))
+            folder = data.store_path.parent
+            stream = iter(_stream(states[rank], recipe, timeline, data.store, data.schedule, collectives, folder))
             losses = []
             while states[rank].step < stop:
                 losses.append(train_step(states[rank], next(stream), recipe, timeline, collectives, CPU)["loss"])

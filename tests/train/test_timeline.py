@@ -179,7 +179,7 @@ def test_pseudo_epochs_end_at_their_last_whole_step(small, positions, batch):
         ("global_batch=zero", "global_batch"),
         ("global_batch=0", "global_batch"),
         ("objective=mae", "mask_ratio"),
-        ("loader.backend=pilow", "known: pillow"),
+        ("loader.backend=pilow", "known: auto, cpu, pillow"),
         ("loader.threads=0", "at least 1"),
         ("augment.global_views.scale=[0.5, 0.1]", "scale"),
     ],

@@ -1,0 +1,119 @@
+"""The fast backend of machines without DALI: one decode a tile, libraries for JPEG and resizing, compiled colour loops.
+
+libjpeg-turbo (through simplejpeg) decodes, PyTorch resizes with the antialiased bicubic of Pillow, `pixels` does the
+colours as Pillow does them. The result differs from the reference backend by rounding: a level here and there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from hpcssl.loader import pillow, pixels
+from hpcssl.loader.stain import stain_jitter
+from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
+from hpcssl.plan.recipe import AugmentRecipe
+
+_PASSES = 3  # box blurs that make Pillow's Gaussian one
+
+
+def decode(jpeg: bytes, *, name: str) -> NDArray[np.uint8]:
+    """Return (H, W, 3) uint8; BadTileError naming the tile where the bytes cannot be decoded."""
+    try:
+        image: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, "RGB")
+        return image
+    except ValueError:  # CMYK, or damaged: Pillow knows more kinds, and says what is wrong
+        return np.array(pillow.decode(jpeg, name=name))
+
+
+def execute(
+    jpeg: bytes, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
+) -> None:
+    """Decode and augment an encoded tile; `name` is for the error."""
+    augment(decode(jpeg, name=name), recipe, plan, index, out)
+
+
+def augment(
+    tile: NDArray[np.uint8], recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]]
+) -> None:
+    """Compute every view of the plan's `index`-th tile; as `hpcssl.loader.pillow.augment`."""
+    height, width = tile.shape[:2]
+    plain, mirrored = torch.from_numpy(tile), None
+    for kind, views, target in zip(recipe.kinds, plan.kinds, out, strict=True):
+        planes = None
+        for v, (left, top, w, h) in enumerate(views.windows(width, height, at=index).tolist()):
+            source, x = plain, left
+            if views.flip[index, v]:  # a mirrored crop is a crop of the mirrored tile
+                mirrored = plain.flip(1) if mirrored is None else mirrored
+                source, x = mirrored, width - left - w
+            view = _turned(_resized(source[top : top + h, x : x + w], kind.view_px), views, index, v)
+            if views.jitter[index, v] or views.grey[index, v] or views.blur[index, v] or views.solarize[index, v]:
+                planes = np.empty((3, kind.view_px**2), np.float32) if planes is None else planes
+                pixels.split(view, planes)
+                _colour(planes, views, index, v, kind.view_px)
+                pixels.join(planes, target[v, index])
+            else:
+                target[v, index] = view
+
+
+def _resized(crop: torch.Tensor, px: int) -> NDArray[np.uint8]:
+    """Return (px, px, 3) of an (h, w, 3) crop."""
+    crop = crop.contiguous()
+    if crop.shape[:2] != (px, px):  # the kernel is fastest on channels that lie together, and leaves them so
+        image = crop[None].permute(0, 3, 1, 2)
+        image = functional.interpolate(image, size=[px, px], mode="bicubic", antialias=True)
+        crop = image.permute(0, 2, 3, 1)[0]
+    array: NDArray[np.uint8] = crop.numpy()
+    return array
+
+
+def _turned(view: NDArray[np.uint8], views: Views, p: int, v: int) -> NDArray[np.uint8]:
+    """Flip top to bottom, turn counter-clockwise and jitter the stains of a (px, px, 3) view, where planned."""
+    if views.flip_vertical[p, v]:
+        view = view[::-1]
+    if views.turns[p, v]:
+        view = np.rot90(view, int(views.turns[p, v]))
+    if views.stain[p, v]:
+        factors, shifts = (a[p, v].astype(np.float64) / Q16 for a in (views.stain_factors, views.stain_shifts))
+        view = stain_jitter(view, factors, shifts)
+    return np.ascontiguousarray(view)
+
+
+def _colour(planes: NDArray[np.float32], views: Views, p: int, v: int, view_px: int) -> None:
+    """Change the colours of one view, in DINO's order."""
+    if views.jitter[p, v]:
+        for operation in ORDERS[views.order[p, v]]:
+            if operation == 0:
+                pixels.brightness(planes, int(views.brightness[p, v]) / Q16)
+            elif operation == 1:
+                pixels.contrast(planes, int(views.contrast[p, v]) / Q16)
+            elif operation == 2:
+                pixels.saturation(planes, int(views.saturation[p, v]) / Q16)
+            else:
+                pixels.hue(planes, int(int(views.hue[p, v]) / Q16 * 255))
+    if views.grey[p, v]:
+        pixels.grey(planes)
+    if views.blur[p, v]:
+        pixels.blur(planes, view_px, blur_kernel(int(views.sigma[p, v]) / Q16))
+    if views.solarize[p, v]:
+        pixels.solarize(planes)
+
+
+def blur_kernel(sigma: float) -> NDArray[np.float32]:
+    """Return Pillow's Gaussian of a radius, three box blurs with fractional ends, as one kernel.
+
+    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011).
+    """
+    length = math.sqrt(12 * sigma * sigma / _PASSES + 1)
+    whole = math.floor((length - 1) / 2)
+    end = (2 * whole + 1) * (whole * (whole + 1) - 3 * sigma * sigma / _PASSES)
+    end /= 6 * (sigma * sigma / _PASSES - (whole + 1) ** 2)
+    box = np.array([end, *[1.0] * (2 * whole + 1), end])
+    box /= box.sum()
+    return np.convolve(np.convolve(box, box), box).astype(np.float32)

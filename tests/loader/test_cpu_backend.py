@@ -1,0 +1,183 @@
+"""The fast CPU backend against the Pillow reference: same plan, the same pictures within stated limits."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from hpcssl.core.errors import StoreError
+from hpcssl.loader import cpu, pillow
+from hpcssl.plan.draw import Q16, Plan, draw_plan
+from hpcssl.plan.recipe import AugmentRecipe, dino_augment, mae_augment
+
+MOST_MEAN, MOST_RARE = 2.0, 16.0  # levels of 255: mean difference, 99.9th percentile
+
+
+@pytest.fixture(scope="module")
+def tiles(real_data: Path) -> list[bytes]:
+    """64 real tiles of all folders."""
+    files = sorted((real_data / "tiles").glob("*/*/*.jpg"))
+    return [file.read_bytes() for file in files[:: len(files) // 64][:64]]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[bytes]:
+    """Tiles that need no real data: smooth colours with noise, some not square."""
+    random = np.random.default_rng(0)
+    encoded = []
+    for size in ((64, 64), (64, 64), (80, 48), (33, 65)):
+        coarse = Image.fromarray(random.integers(60, 250, (6, 6, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        noise = random.integers(-9, 10, (*size[::-1], 3))
+        pixels = Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8))
+        stream = io.BytesIO()
+        pixels.save(stream, "JPEG", quality=90)
+        encoded.append(stream.getvalue())
+    return encoded
+
+
+def views_of(backend, recipe: AugmentRecipe, plan: Plan, tiles: list[bytes]) -> list[np.ndarray]:
+    out = [np.zeros((k.count, len(tiles), k.view_px, k.view_px, 3), np.uint8) for k in recipe.kinds]
+    for index, tile in enumerate(tiles):
+        backend.execute(tile, recipe, plan, index, out, name=f"tile {index}")
+    return out
+
+
+def check_close(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes], fast=cpu) -> None:
+    pairs = zip(views_of(pillow, recipe, plan, tiles), views_of(fast, recipe, plan, tiles), strict=True)
+    differences = np.concatenate([np.abs(a.astype(int) - b).ravel() for a, b in pairs])
+    assert differences.mean() <= MOST_MEAN
+    assert np.percentile(differences, 99.9) <= MOST_RARE
+
+
+def fixed(plan: Plan, **values: object) -> Plan:
+    """Return the plan with all colour operations off but those given, at these values for every view."""
+    off = {"jitter": False, "grey": False, "blur": False, "solarize": False, "hue": 0}
+    off |= dict.fromkeys(("brightness", "contrast", "saturation"), Q16)
+    kinds = [
+        replace(views, **{name: np.full_like(getattr(views, name), value) for name, value in {**off, **values}.items()})
+        for views in plan.kinds
+    ]
+    return replace(plan, kinds=tuple(kinds))
+
+
+OPERATIONS = {
+    "crop": [{}],
+    "flips and turns": [{"flip": True}, {"flip_vertical": True}, {"turns": 1}, {"turns": 3, "flip": True}],
+    "stain": [{"stain": True, "stain_factors": int(f * Q16), "stain_shifts": 300} for f in (0.8, 1.0, 1.2)],
+    "brightness": [{"jitter": True, "brightness": int(f * Q16)} for f in (0, 0.6, 1, 1.2, 1.4, 2)],
+    "contrast": [{"jitter": True, "contrast": int(f * Q16)} for f in (0, 0.6, 1, 1.2, 1.4, 2)],
+    "saturation": [{"jitter": True, "saturation": int(f * Q16)} for f in (0, 0.8, 1, 1.2, 2)],
+    "hue": [{"jitter": True, "hue": int(t * Q16)} for t in (-0.5, -0.1, -0.03, 0, 0.05, 0.1, 0.5)],
+    "grey": [{"grey": True}],
+    "blur": [{"blur": True, "sigma": int(s * Q16)} for s in (0.1, 0.5, 1, 1.4, 1.5, 2, 5)],
+    "solarise": [{"solarize": True}],
+    "every order": [
+        {"jitter": True, "order": order, "brightness": 80_000, "contrast": 50_000, "saturation": 75_000, "hue": 5_000}
+        for order in range(24)
+    ],
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_operation_is_the_reference_s(operation: str, tiles: list[bytes]) -> None:
+    recipe = dino_augment()
+    some = tiles[:8] if operation == "every order" else tiles[::4]
+    plan = draw_plan(recipe, 0, np.arange(len(some)))
+    for values in OPERATIONS[operation]:
+        check_close(recipe, fixed(plan, **values), some)
+
+
+@pytest.mark.parametrize("recipe", [dino_augment(), mae_augment()], ids=["dino", "mae"])
+def test_whole_recipes_are_the_reference_s(recipe: AugmentRecipe, tiles: list[bytes]) -> None:
+    check_close(recipe, draw_plan(recipe, 1, np.arange(64), num_patches=196), tiles)
+
+
+def test_without_real_tiles(drawn: list[bytes]) -> None:
+    recipe = dino_augment()
+    check_close(recipe, draw_plan(recipe, 2, np.arange(len(drawn))), drawn)
+
+
+def breakage(name: str, change: Callable[[Plan], Plan]):
+    """A backend that executes another plan."""
+
+    class Broken:
+        @staticmethod
+        def execute(jpeg, recipe, plan, index, out, *, name):
+            cpu.execute(jpeg, recipe, change(plan), index, out, name=name)
+
+    Broken.__name__ = name
+    return Broken
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: replace(plan, kinds=tuple(replace(v, flip=~v.flip) for v in plan.kinds)),
+        lambda plan: replace(plan, kinds=tuple(replace(v, hue=v.hue + 7000) for v in plan.kinds)),
+        lambda plan: replace(plan, kinds=tuple(replace(v, contrast=v.brightness) for v in plan.kinds)),
+        lambda plan: replace(plan, kinds=tuple(replace(v, place_x=v.place_y) for v in plan.kinds)),
+    ],
+    ids=["mirrored", "another hue", "another contrast", "another corner"],
+)
+def test_the_limits_catch_another_plan(change: Callable[[Plan], Plan], tiles: list[bytes]) -> None:
+    recipe = dino_augment()
+    plan = draw_plan(recipe, 0, np.arange(16))
+    with pytest.raises(AssertionError):
+        check_close(recipe, plan, tiles[:16], breakage("broken", change))
+
+
+def test_decoding_is_pillow_s_bit_for_bit(tiles: list[bytes], drawn: list[bytes]) -> None:
+    for jpeg in tiles + drawn:
+        found = cpu.decode(jpeg, name="x")
+        np.testing.assert_array_equal(found, np.asarray(pillow.decode(jpeg, name="x")))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_become_rgb(mode: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert(mode).save(
+        stream, "JPEG"
+    )
+    found = cpu.decode(stream.getvalue(), name="x").astype(int)
+    expected = np.asarray(pillow.decode(stream.getvalue(), name="x")).astype(int)
+    assert found.shape == (40, 40, 3)
+    assert np.abs(found - expected).mean() <= MOST_MEAN
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"text", lambda b: b[:300]], ids=["empty", "text", "cut"])
+def test_what_is_no_jpeg_names_the_tile(damage: Callable[[bytes], bytes], drawn: list[bytes]) -> None:
+    with pytest.raises(StoreError, match=r"lung/x\.jpg: cannot be decoded"):
+        cpu.decode(damage(drawn[0]), name="lung/x.jpg")
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.41, 1.42, 2.0, 3.0])
+def test_the_blur_is_pillow_s_gaussian(sigma: float) -> None:
+    spot = np.zeros((41, 41), np.uint8)
+    spot[20, 20] = 255
+    wide = np.asarray(Image.fromarray(spot).filter(ImageFilter.GaussianBlur(sigma))).astype(float)
+    kernel = cpu.blur_kernel(sigma).astype(float)
+    reach = len(kernel) // 2
+    found = np.zeros((41, 41))
+    found[20 - reach : 21 + reach, 20 - reach : 21 + reach] = 255 * np.outer(kernel, kernel)
+    assert kernel.sum() == pytest.approx(1, abs=1e-6)
+    assert np.abs(found - wide).max() <= 3, "Pillow rounds after each of its six passes"
+
+
+def test_threads_change_nothing(drawn: list[bytes]) -> None:
+    recipe = dino_augment()
+    plan = draw_plan(recipe, 5, np.arange(len(drawn)))
+    alone = views_of(cpu, recipe, plan, drawn)
+    out = [np.zeros_like(views) for views in alone]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: cpu.execute(drawn[i], recipe, plan, i, out, name="x"), range(len(drawn))))
+    for a, b in zip(alone, out, strict=True):
+        np.testing.assert_array_equal(a, b)

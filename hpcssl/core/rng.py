@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 U32 = np.uint32
 U64 = np.uint64
 _MASK32 = U64(0xFFFFFFFF)
-_ROUND_MULTIPLIERS = (U64(0xD2511F53), U64(0xCD9E8D57))
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUND_MULTIPLIERS = (U64(0xD2511F53), U64(0xCD9E8D57))
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 8
 SHORTEST_SIDE = 8  # over fewer places the network has too few permutations to draw from evenly
 
@@ -52,13 +52,13 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
     c0, c1, c2, c3 = (counter[..., i].astype(U64) for i in range(4))
     k0, k1 = key
     for _ in range(10):
-        p0 = _ROUND_MULTIPLIERS[0] * c0
-        p1 = _ROUND_MULTIPLIERS[1] * c2
+        p0 = ROUND_MULTIPLIERS[0] * c0
+        p1 = ROUND_MULTIPLIERS[1] * c2
         c0 = (p1 >> U64(32)) ^ c1 ^ U64(k0)
         c2 = (p0 >> U64(32)) ^ c3 ^ U64(k1)
         c1, c3 = p1 & _MASK32, p0 & _MASK32
-        k0 = (k0 + _KEY_STEPS[0]) & 0xFFFFFFFF
-        k1 = (k1 + _KEY_STEPS[1]) & 0xFFFFFFFF
+        k0 = (k0 + KEY_STEPS[0]) & 0xFFFFFFFF
+        k1 = (k1 + KEY_STEPS[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=-1).astype(U32)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hpcssl.core.atomic import atomic_file
+from hpcssl.core.atomic import atomic_file, remove_temporary
 from hpcssl.core.errors import RunError
 
 FORMAT = 1
@@ -96,8 +96,7 @@ def prune_checkpoints(run: Path, step: int, *, keep_last: int, keep_steps: Calla
     for old in steps[: max(0, len(steps) - keep_last)]:
         if not keep_steps(old):
             checkpoint_path(run, old).unlink(missing_ok=True)
-    for leftover in (run / "checkpoints").glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_temporary(run / "checkpoints")
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> str:

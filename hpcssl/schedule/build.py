@@ -7,24 +7,22 @@ synced and renamed, then its checksum is put beside it; so a build that was kill
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_file, digest_file, read_json, sync_dir, write_atomic
+from hpcssl.core.atomic import atomic_file, digest_file, read_json, remove_temporary, sync_dir, write_atomic
 from hpcssl.core.config import first_difference, to_mapping
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut, filter_columns
-from hpcssl.schedule.file import FORMAT, HEADER, HOLD_OUT, SLIDES, UNFINISHED, Schedule, header_text
+from hpcssl.schedule.file import FORMAT, HEADER, HOLD_OUT, SLIDES, UNFINISHED, Schedule, header_text, pseudo_epoch_file
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.tiles.slides import digest_slides
 
@@ -73,7 +71,7 @@ def build_schedule(
         _clear(out)
         on_progress(len(wanted) * spec.positions_per_pseudo_epoch)
         return []
-    num_bytes = len(npy_header(builder)) + spec.positions_per_pseudo_epoch * builder.dtype.itemsize
+    num_bytes = len(builder.file_header) + spec.positions_per_pseudo_epoch * builder.dtype.itemsize
     records = [record | {"bytes": num_bytes} for record in records]
     missing = [number for number in wanted if not _is_whole(out, records[number])]
     on_progress((len(wanted) - len(missing)) * spec.positions_per_pseudo_epoch)
@@ -142,7 +140,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> bool:
                 raise ScheduleError(f"{out}: holds {others[0]}, no schedule; choose another --out")
             write_atomic(out / name, json.dumps(identity))
         found = read_json(out / name, ScheduleError(f"{out / name}: damaged; remove {out} and build anew"))
-    differs = first_difference({key: found.get(key) for key in identity}, json.loads(json.dumps(identity)))
+    differs = first_difference({key: found.get(key) for key in identity}, identity)
     if differs:
         key, there, asked = differs
         state = "is a schedule" if name == HEADER else "holds parts of a schedule"
@@ -165,8 +163,21 @@ def _checksum(out: Path, file: str) -> Path:
 def _write_all(builder: Builder, out: Path, numbers: list[int], jobs: int, on_progress: Callable[[int], None]) -> None:
     """Write pseudo-epochs in `jobs` threads, and in one more that only waits for the disk."""
     computing, stop = threading.Semaphore(jobs), threading.Event()
+
+    def write(number: int) -> None:
+        path, digest = out / pseudo_epoch_file(number), hashlib.sha256()
+        # `computing` is given back before the file is synced: another thread computes meanwhile
+        with atomic_file(path) as temporary, computing, temporary.open("wb") as stream:
+            _put(stream, builder.file_header, digest)
+            for chunk in builder.chunks(number):
+                if stop.is_set():
+                    raise _Stopped
+                _put(stream, chunk.data.cast("B"), digest)
+                on_progress(len(chunk))
+        write_atomic(_checksum(out, path.name), f"{digest.hexdigest()}  {path.name}\n")
+
     with ThreadPoolExecutor(jobs + 1) as pool:
-        tasks = [pool.submit(_write, builder, out, number, computing, stop, on_progress) for number in numbers]
+        tasks = [pool.submit(write, number) for number in numbers]
         try:
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             failed = next((task for task in tasks if task in done and task.exception()), None)
@@ -177,53 +188,9 @@ def _write_all(builder: Builder, out: Path, numbers: list[int], jobs: int, on_pr
         failed.result()
 
 
-def _write(
-    builder: Builder,
-    out: Path,
-    number: int,
-    computing: threading.Semaphore,
-    stop: threading.Event,
-    on_progress: Callable[[int], None],
-) -> None:
-    path = out / builder.record(number)["file"]
-    digest = hashlib.sha256()
-    # `computing` is given back before the file is synced: another thread computes meanwhile
-    with atomic_file(path) as temporary, computing:
-        _write_chunks(builder, number, temporary, digest, stop, on_progress)
-    write_atomic(_checksum(out, path.name), f"{digest.hexdigest()}  {path.name}\n")
-
-
-def _write_chunks(
-    builder: Builder,
-    number: int,
-    path: Path,
-    digest: Any,
-    stop: threading.Event,
-    on_progress: Callable[[int], None],
-) -> None:
-    with path.open("wb", buffering=0) as stream:
-        _put(stream, npy_header(builder), digest)
-        for chunk in builder.chunks(number):
-            if stop.is_set():
-                raise _Stopped
-            _put(stream, chunk.data.cast("B"), digest)
-            on_progress(len(chunk))
-
-
-def _put(stream: io.FileIO, data: bytes | memoryview, digest: Any) -> None:
-    """Write all of it, in as many calls as that takes."""
+def _put(stream: BinaryIO, data: bytes | memoryview, digest: Any) -> None:
     digest.update(data)
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
-
-
-def npy_header(builder: Builder) -> bytes:
-    """Return the first bytes of a pseudo-epoch's file."""
-    stream = io.BytesIO()
-    shape = (builder.spec.positions_per_pseudo_epoch,)
-    np.lib.format.write_array_header_1_0(stream, {"descr": builder.dtype.str, "fortran_order": False, "shape": shape})
-    return stream.getvalue()
+    stream.write(data)
 
 
 def _finish(builder: Builder, out: Path, identity: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -250,6 +217,7 @@ def _finish(builder: Builder, out: Path, identity: dict[str, Any], records: list
 
 def _clear(out: Path) -> None:
     """Remove what only an unfinished build needs."""
-    for path in (out / UNFINISHED, *out.glob("*.sha256"), *out.glob(".*.tmp")):
+    for path in (out / UNFINISHED, *out.glob("*.sha256")):
         path.unlink(missing_ok=True)
+    remove_temporary(out)
     sync_dir(out)

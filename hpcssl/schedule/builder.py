@@ -17,10 +17,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from hpcssl.core.arrays import npy_header
 from hpcssl.core.errors import ScheduleError
 from hpcssl.core.rng import below, key_of, permute, uniforms
 from hpcssl.schedule.balance import power_weight, share_out, share_out_to_slides, slide_weights
 from hpcssl.schedule.eligible import HoldOut, check_weights, eligible_slides
+from hpcssl.schedule.file import pseudo_epoch_file
 from hpcssl.schedule.spec import ScheduleSpec
 
 _CHUNK = 1 << 20
@@ -53,6 +55,7 @@ class Builder:
     eligible : (num_slides,) bool, which slides may be drawn
     members : the eligible slides of every organ, organs in the order of their names
     dtype : of the tile numbers
+    file_header : first bytes of every pseudo-epoch's file
 
     Raises
     ------
@@ -67,6 +70,7 @@ class Builder:
         self.num_tiles = slides["num_tiles"].to_numpy(np.int64)
         self.first_tiles = np.cumsum(self.num_tiles) - self.num_tiles
         self.dtype = np.dtype("<u4" if int(self.num_tiles.sum()) < 2**32 else "<u8")
+        self.file_header = npy_header(self.dtype.str, spec.positions_per_pseudo_epoch)
         self.eligible = eligible_slides(spec, slides, self.hold_out)
         organs = slides["organ"].to_numpy(object)
         names, organ = np.unique(organs[self.eligible].astype(str), return_inverse=True)
@@ -162,7 +166,7 @@ class Builder:
         quotas = self.quotas[number]
         return {
             "number": number,
-            "file": f"pseudo_epoch_{number:04d}.npy",
+            "file": pseudo_epoch_file(number),
             "slides_used": len(quotas.slides),
             "organs": {
                 organ: {"wanted": quotas.wanted[organ], "achieved": quotas.achieved[organ]} for organ in quotas.achieved

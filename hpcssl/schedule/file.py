@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from hpcssl.core.arrays import map_array
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import ScheduleError
 
@@ -44,6 +45,15 @@ def header_text(header: Mapping[str, Any]) -> str:
             entries.append(f' "{key}": {json.dumps(value, ensure_ascii=False)}')
     body = "{\n" + ",\n".join(entries)
     return f'{body}{_CHECKSUM}"{digest_bytes(body.encode())}"\n}}\n'
+
+
+def pseudo_epoch_file(number: int) -> str:
+    """Return the file name of a pseudo-epoch; the one place that says it.
+
+    >>> pseudo_epoch_file(3)
+    'pseudo_epoch_0003.npy'
+    """
+    return f"pseudo_epoch_{number:04d}.npy"
 
 
 def anew(path: Path) -> str:
@@ -157,10 +167,9 @@ class Schedule:
     def _map(self, number: int) -> NDArray[np.unsignedinteger]:
         path = self.path / self.header["pseudo_epochs"][number]["file"]
         try:
-            mapped = np.load(path, mmap_mode="r")
-        except Exception as error:  # noqa: BLE001 - numpy parses a header with Python's own parser and its many errors
-            reason = " ".join(str(error).split())
-            raise ScheduleError(f"{path}: damaged ({reason}); {anew(self.path)}") from None
+            mapped = map_array(path)
+        except ValueError as error:
+            raise ScheduleError(f"{path}: damaged ({error}); {anew(self.path)}") from None
         wanted = (np.dtype(self.header["dtype"]).newbyteorder("<"), (self.positions_per_pseudo_epoch,))
         if (mapped.dtype, mapped.shape) != wanted:
             raise ScheduleError(

@@ -12,12 +12,12 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcssl.core.rng import ROUNDS, SHORTEST_SIDE
+from hpcssl.core.rng import KEY_STEPS, ROUND_MULTIPLIERS, ROUNDS, SHORTEST_SIDE
 
 _U32, _U64 = np.uint32, np.uint64
 _MASK32, _SHIFT32 = _U64(0xFFFFFFFF), _U64(32)
-_M0, _M1 = _U64(0xD2511F53), _U64(0xCD9E8D57)
-_W0, _W1 = _U64(0x9E3779B9), _U64(0xBB67AE85)
+_M0, _M1 = ROUND_MULTIPLIERS
+_W0, _W1 = _U64(KEY_STEPS[0]), _U64(KEY_STEPS[1])
 _BLOCK = 4096  # places at a time: they stay in the fastest cache while all rounds go over them
 
 
@@ -102,9 +102,7 @@ def _rounds(
         table = tables[r]
         for k in range(row.size):
             value = _U32(row[k] + table[column[k]])
-            row[k] = min(
-                value, _U32(value - num_rows)
-            )  # modulo: the difference wraps around where it would be negative
+            row[k] = min(value, _U32(value - num_rows))  # modulo: a negative difference wraps around to a large one
         table = tables[r + 1]
         for k in range(row.size):
             value = _U32(column[k] + table[row[k]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from hpcssl.core import config, resources
@@ -84,8 +83,3 @@ def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> ScheduleSpec:
     if spec.hold_out and not any(o.startswith("hold_out=") for o in overrides):
         return replace(spec, hold_out=str(path.parent / spec.hold_out))
     return spec
-
-
-def read_spec(values: Mapping[str, object], *, where: Path) -> ScheduleSpec:
-    """Build the spec that stands in a schedule's header."""
-    return config.build(ScheduleSpec, values, where=str(where))

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.config import first_difference
+from hpcssl.core.config import build, first_difference
 from hpcssl.core.errors import ScheduleError
-from hpcssl.schedule.build import npy_header, schedule_identity, slides_table
+from hpcssl.schedule.build import schedule_identity
 from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut
 from hpcssl.schedule.file import HEADER, HOLD_OUT, SLIDES, Schedule, anew
-from hpcssl.schedule.spec import read_spec
+from hpcssl.schedule.spec import ScheduleSpec
 
 _PIECE = 1 << 22
 
@@ -61,7 +61,7 @@ def builder_of(schedule: Schedule) -> Builder:
     for name, checksum in checksums.items():
         if checksum and digest_file(path / name) != checksum:
             raise ScheduleError(f"{path / name}: not what was written (checksum differs); {anew(path)}")
-    spec = read_spec(header["spec"], where=path / HEADER)
+    spec = build(ScheduleSpec, header["spec"], where=str(path / HEADER))
     return Builder(spec, schedule.slides(), HoldOut.read(path / HOLD_OUT) if spec.hold_out else None)
 
 
@@ -72,9 +72,8 @@ def _check_header(schedule: Schedule, builder: Builder) -> None:
     if differs:
         key, told, found = differs
         raise ScheduleError(f"{file}: tells {key} = {told!r}, but its spec and {SLIDES} make it {found!r}")
-    table = schedule.slides()
-    for column, values in slides_table(builder)[["first_tile", "eligible"]].items():
-        if (table[column] != values).any():
+    for column, values in (("first_tile", builder.first_tiles), ("eligible", builder.eligible)):
+        if (builder.slides[column] != values).any():
             raise ScheduleError(f"{schedule.path / SLIDES}: {column} is not what spec and slides make it")
     if len(header["pseudo_epochs"]) != builder.spec.num_pseudo_epochs:
         raise ScheduleError(
@@ -112,11 +111,11 @@ def _check_file(schedule: Schedule, builder: Builder, number: int, on_progress: 
     file, digest = schedule.path / record["file"], hashlib.sha256()
     wrong: int | None = None  # first place that holds another tile
     done = 0
-    with file.open("rb", buffering=0) as stream:
-        start = stream.read(len(npy_header(builder)))
+    with file.open("rb") as stream:
+        start = stream.read(len(builder.file_header))
         digest.update(start)
         for chunk in builder.chunks(number):
-            data = _read(stream, chunk.nbytes)
+            data = stream.read(chunk.nbytes)
             digest.update(data)
             if wrong is None and data != chunk.data.cast("B"):
                 found = np.frombuffer(data.ljust(chunk.nbytes, b"\0"), builder.dtype)
@@ -127,19 +126,11 @@ def _check_file(schedule: Schedule, builder: Builder, number: int, on_progress: 
     if digest.hexdigest() != record["sha256"]:
         where = "" if wrong is None else f", first at place {wrong}"
         raise ScheduleError(f"{file}: not what was written (checksum differs{where}); {anew(schedule.path)}")
-    if start != npy_header(builder) or rest or len(data) != chunk.nbytes:
+    if start != builder.file_header or rest or len(data) != chunk.nbytes:
         shape = f"{builder.spec.positions_per_pseudo_epoch} {builder.dtype.name}"
         raise ScheduleError(f"{file}: not an array of {shape} tile numbers")
     if wrong is not None:
         raise ScheduleError(f"{file}: {_broken_guarantee(file, builder, number)}; first at place {wrong}")
-
-
-def _read(stream, num_bytes: int) -> bytes:  # type: ignore[no-untyped-def]
-    """Read so many bytes, or what is left."""
-    data = stream.read(num_bytes)
-    while len(data) < num_bytes and (more := stream.read(num_bytes - len(data))):
-        data += more
-    return data
 
 
 def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:

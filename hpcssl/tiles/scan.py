@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import alone, sync_dir, write_atomic
+from hpcssl.core.atomic import alone, remove_temporary, sync_dir, write_atomic
 from hpcssl.core.errors import StoreError, UserError
 from hpcssl.tiles.extend import check_unchanged, extended
 from hpcssl.tiles.listing import Tiles, check_tiles, in_order, list_names, list_tiles, read_tiles, slides_below
 from hpcssl.tiles.shards import MOST_SHARD_BYTES
 from hpcssl.tiles.store import FORMAT, Store, identity, index_files
 from hpcssl.tiles.tar import ShardWriter
-from hpcssl.tiles.writer import StoreWriter, remove_temporary
+from hpcssl.tiles.writer import StoreWriter
 
 THREADS = 8
 _READ_TOGETHER = 32  # files that one thread reads for a shard before it hands them over

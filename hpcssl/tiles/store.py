@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hpcssl.core.arrays import map_array
 from hpcssl.core.atomic import digest_bytes, digest_file, read_json
 from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.tiles.shards import Shards, unpack_place
@@ -56,9 +57,9 @@ def identity(slides: pd.DataFrame, files: Mapping[str, str]) -> dict[str, str]:
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r")
-    except Exception as error:  # noqa: BLE001 - numpy parses a header with Python's own parser and its many errors
-        raise StoreError(f"{path}: damaged ({' '.join(str(error).split())}); build the store anew") from None
+        array = map_array(path)
+    except ValueError as error:
+        raise StoreError(f"{path}: damaged ({error}); build the store anew") from None
     if array.dtype != np.dtype(dtype) or array.ndim != 1:
         raise StoreError(f"{path}: damaged (holds {array.dtype} {array.shape}); build the store anew")
     return array

@@ -6,7 +6,6 @@ build had written beyond its last commit is cut off when the next one goes on, s
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,7 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hpcssl.core.atomic import digest_file, read_json, write_atomic
+from hpcssl.core.arrays import npy_header
+from hpcssl.core.atomic import digest_file, read_json, remove_temporary, write_atomic
 from hpcssl.core.errors import StoreError
 from hpcssl.tiles.listing import Tiles
 from hpcssl.tiles.shards import pack_places
@@ -128,7 +128,9 @@ class StoreWriter:
                 stream.flush()
                 length = (stream.tell() - _HEADER) // np.dtype(dtype).itemsize
                 stream.seek(0)
-                stream.write(array_header(dtype, length))
+                header = npy_header(dtype, length)
+                assert len(header) == _HEADER, len(header)
+                stream.write(header)
         self.close()
         return np.fromfile(self._folder / _COUNTS, "<u8").astype(np.int64)
 
@@ -170,24 +172,3 @@ class StoreWriter:
         text = (self._folder / "folders.bin").read_bytes()
         ends = np.fromfile(self._folder / "folders.npy", "<u8", offset=_HEADER).tolist()
         return [text[start:end].decode() for start, end in zip([0, *ends], ends)]
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what kills in the middle of an atomic write left in a folder."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def array_header(dtype: str, length: int) -> bytes:
-    """Return the header of a one-dimensional .npy file, as `numpy.save` writes it.
-
-    >>> saved = io.BytesIO()
-    >>> np.save(saved, np.zeros(3, "<u4"))
-    >>> saved.getvalue()[:-12] == array_header("<u4", 3)
-    True
-    """
-    stream = io.BytesIO()
-    about = {"descr": dtype, "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(stream, about)
-    assert stream.tell() == _HEADER
-    return stream.getvalue()

@@ -36,6 +36,7 @@ EXTRAS = {
     "numpy1": ["numpy>=1.26,<2", "pyarrow<22"],  # for a stack that is tied to numpy 1.26; later pyarrow needs numpy 2
     "wsi": ["openslide-python>=1.3", "openslide-bin>=4"],  # whole slides
     "dev": [
+        "nvidia-dali-cuda130>=1.50",  # its graph is tested on the CPU
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",

@@ -10,6 +10,7 @@ device. Prints one JSON object last: tiles/s and ratios, medians over the repeat
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -106,6 +107,19 @@ def of_backend(execute: Callable[..., None], recipe: AugmentRecipe, tiles: Seque
     return work
 
 
+def of_dali(recipe: AugmentRecipe, tiles: Sequence[bytes], device: torch.device, threads: int) -> Callable[[], None]:
+    """Return the work of DALI on all tiles as one batch, the drawing of the plan included."""
+    from hpcssl.loader import dali
+
+    executor = dali.Dali(recipe, batch=len(tiles), threads=threads, device=device)
+
+    def work() -> None:
+        plan = draw_plan(recipe, 0, np.arange(len(tiles)), num_patches=196)
+        executor.execute([dali.decode(jpeg, name="tile") for jpeg in tiles], plan)
+
+    return work
+
+
 def tiles_per_second(work: Callable[[], None], num: int) -> float:
     """Return the rate of some work on `num` tiles."""
     begun = time.perf_counter()
@@ -136,6 +150,9 @@ def measure(
         "mae_cpu": of_backend(cpu.execute, mae, tiles),
         "decode_only": lambda: [cpu.decode(jpeg, name="tile") for jpeg in tiles] and None,
     }
+    if importlib.util.find_spec("nvidia.dali"):
+        works["dino_dali_cpu"] = of_dali(dino, tiles, torch.device("cpu"), 1)
+        works["mae_dali_cpu"] = of_dali(mae, tiles, torch.device("cpu"), 1)
     rates: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
@@ -148,6 +165,7 @@ def measure(
             print("  ".join(f"{name} {values[-1]:.0f}/s" for name, values in rates.items()), file=sys.stderr)
     told: dict[str, object] = {f"{name}_tiles_per_s": round(statistics.median(v), 1) for name, v in rates.items()}
     pairs = [("dino_cpu", "dino_reference"), ("dino_pillow", "dino_reference"), ("mae_cpu", "mae_reference")]
+    pairs += [(f"{name}_dali_cpu", f"{name}_reference") for name in ("dino", "mae") if f"{name}_dali_cpu" in works]
     for name, over in [*pairs, *([("dino_pillow_simd", "dino_pillow")] if simd else [])]:
         ratios = [a / b for a, b in zip(rates[name], rates[over], strict=True)]
         label = "pillow_simd_vs_pillow" if "simd" in name else f"{name}_vs_reference"

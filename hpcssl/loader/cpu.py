@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from hpcssl.loader import pillow, pixels
-from hpcssl.loader.stain import stain_jitter
+from hpcssl.loader.stain import planned_jitter
 from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
 from hpcssl.plan.recipe import AugmentRecipe
 
@@ -46,20 +46,30 @@ def augment(
     height, width = tile.shape[:2]
     plain, mirrored = torch.from_numpy(tile), None
     for kind, views, target in zip(recipe.kinds, plan.kinds, out, strict=True):
-        planes = None
         for v, (left, top, w, h) in enumerate(views.windows(width, height, at=index).tolist()):
             source, x = plain, left
             if views.flip[index, v]:  # a mirrored crop is a crop of the mirrored tile
                 mirrored = plain.flip(1) if mirrored is None else mirrored
                 source, x = mirrored, width - left - w
-            view = _turned(_resized(source[top : top + h, x : x + w], kind.view_px), views, index, v)
-            if views.jitter[index, v] or views.grey[index, v] or views.blur[index, v] or views.solarize[index, v]:
-                planes = np.empty((3, kind.view_px**2), np.float32) if planes is None else planes
-                pixels.split(view, planes)
-                _colour(planes, views, index, v, kind.view_px)
-                pixels.join(planes, target[v, index])
-            else:
-                target[v, index] = view
+            view = _resized(source[top : top + h, x : x + w], kind.view_px)
+            if views.flip_vertical[index, v]:
+                view = view[::-1]
+            if views.turns[index, v]:
+                view = np.rot90(view, int(views.turns[index, v]))
+            change_colours(np.ascontiguousarray(view), views, index, v, target[v, index])
+
+
+def change_colours(view: NDArray[np.uint8], views: Views, index: int, v: int, out: NDArray[np.uint8]) -> None:
+    """Change stains and colours of one view as planned, from (px, px, 3) into another array, which may be the same."""
+    if views.stain[index, v]:
+        view = planned_jitter(view, views, index, v)
+    if views.jitter[index, v] or views.grey[index, v] or views.blur[index, v] or views.solarize[index, v]:
+        planes = np.empty((3, view.shape[0] * view.shape[1]), np.float32)
+        pixels.split(view, planes)
+        _colour(planes, views, index, v, view.shape[1])
+        pixels.join(planes, out)
+    elif view is not out:
+        out[:] = view
 
 
 def _resized(crop: torch.Tensor, px: int) -> NDArray[np.uint8]:
@@ -71,18 +81,6 @@ def _resized(crop: torch.Tensor, px: int) -> NDArray[np.uint8]:
         crop = image.permute(0, 2, 3, 1)[0]
     array: NDArray[np.uint8] = crop.numpy()
     return array
-
-
-def _turned(view: NDArray[np.uint8], views: Views, p: int, v: int) -> NDArray[np.uint8]:
-    """Flip top to bottom, turn counter-clockwise and jitter the stains of a (px, px, 3) view, where planned."""
-    if views.flip_vertical[p, v]:
-        view = view[::-1]
-    if views.turns[p, v]:
-        view = np.rot90(view, int(views.turns[p, v]))
-    if views.stain[p, v]:
-        factors, shifts = (a[p, v].astype(np.float64) / Q16 for a in (views.stain_factors, views.stain_shifts))
-        view = stain_jitter(view, factors, shifts)
-    return np.ascontiguousarray(view)
 
 
 def _colour(planes: NDArray[np.float32], views: Views, p: int, v: int, view_px: int) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 
 from hpcssl.core.errors import BadTileError
-from hpcssl.loader.stain import stain_jitter
+from hpcssl.loader.stain import planned_jitter
 from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
 from hpcssl.plan.recipe import AugmentRecipe
 
@@ -70,8 +70,7 @@ def _colour(image: Image.Image, views: Views, p: int, v: int) -> Image.Image:
     if views.turns[p, v]:
         image = image.transpose(_TURNS[views.turns[p, v] - 1])
     if views.stain[p, v]:
-        factors, shifts = (a[p, v].astype(np.float64) / Q16 for a in (views.stain_factors, views.stain_shifts))
-        image = Image.fromarray(stain_jitter(np.asarray(image), factors, shifts))
+        image = Image.fromarray(planned_jitter(np.asarray(image), views, p, v))
     if views.jitter[p, v]:
         for operation in ORDERS[views.order[p, v]]:
             if operation == 0:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hpcssl.plan.draw import Q16, Views
+
 RGB_FROM_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 HED_FROM_RGB = np.linalg.inv(RGB_FROM_HED)
 # a level of 0 counts as half a level: with a smaller one, a dark channel's density would outweigh the other two
@@ -37,12 +39,25 @@ def stain_jitter(rgb: NDArray[np.uint8], factors: ArrayLike, shifts: ArrayLike) 
     >>> stain_jitter(pink, [1, 1, 1], [0, 0, 0]).tolist(), stain_jitter(pink, [1, 1.2, 1], [0, 0, 0]).tolist()
     ([[[230, 160, 200]]], [[[229, 151, 199]]])
     """
-    # densities → amounts → jitter → densities is linear, so each new level is a product of powers of the three old ones
-    mixed = HED_FROM_RGB @ (np.asarray(factors, np.float64)[:, None] * RGB_FROM_HED)
-    shifted = np.asarray(shifts, np.float64) @ RGB_FROM_HED
-    powers = np.exp(-_DENSITY[:, None, None] * mixed)  # (256 levels, 3 old channels, 3 new channels)
+    mixing, shifted = stain_mixing(factors, shifts)
+    # each new level is a product of powers of the three old ones
+    powers = np.exp(-_DENSITY[:, None, None] * mixing)  # (256 levels, 3 old channels, 3 new channels)
     powers[:, 0] *= 255 * np.exp(-shifted)
     red, green, blue = powers.astype(np.float32).transpose(1, 0, 2)
     level = red[rgb[..., 0]] * green[rgb[..., 1]] * blue[rgb[..., 2]]
     result: NDArray[np.uint8] = np.rint(np.minimum(level, 255)).astype(np.uint8)
     return result
+
+
+def stain_mixing(factors: ArrayLike, shifts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what a jitter of stains does to optical densities: density → density @ (..., 3, 3) + (..., 3).
+
+    Densities → amounts → jitter → densities is linear. `factors` and `shifts` are (..., 3).
+    """
+    mixing = HED_FROM_RGB @ (np.asarray(factors, np.float64)[..., None] * RGB_FROM_HED)
+    return mixing, np.asarray(shifts, np.float64) @ RGB_FROM_HED
+
+
+def planned_jitter(rgb: NDArray[np.uint8], views: Views, p: int, v: int) -> NDArray[np.uint8]:
+    """Jitter the stains of a view as planned."""
+    return stain_jitter(rgb, views.stain_factors[p, v] / Q16, views.stain_shifts[p, v] / Q16)

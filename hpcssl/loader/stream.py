@@ -6,11 +6,11 @@ state of its own: what it gives for a step depends on the step alone.
 
 from __future__ import annotations
 
-import importlib
+import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,31 +21,42 @@ import torch
 
 from hpcssl.core.errors import BadTileError, ConfigError, StoreError
 from hpcssl.core.world import World
+from hpcssl.loader.execute import Decode, Finish, open_executor
 from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
-from hpcssl.plan.draw import draw_plan
+from hpcssl.plan.draw import Plan, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
 
-Times = tuple[float, float, float]  # seconds of reading, decoding and augmenting a tile
-BACKENDS = {"auto": "cpu", "cpu": "cpu", "pillow": "pillow"}
+BACKENDS = {"auto": "cpu", "cpu": "cpu", "pillow": "pillow", "dali": "dali"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """How tiles are read; none of it changes what is read.
 
+    The schedule says which tiles come next, so reading is ahead of decoding, and decoding ahead of training. Memory is
+    bound to 1 + prefetch_steps batches of uint8 views and the JPEG bytes of 1 + prefetch_steps + 2 · read_ahead_steps
+    batches, whatever the sizes of store and schedule.
+
     Attributes
     ----------
-    backend : what executes the plan: `cpu` (fast), `pillow` (the reference), or `auto`, the fastest that works here
+    backend : what executes the plan: `cpu` (fast), `pillow` (the reference), `dali` (on the GPU where there is one),
+        or `auto`, the fastest that was measured: `cpu`
     threads : decoding and augmenting, for every rank
-    prefetch_steps : steps prepared ahead; bounds the memory to (1 + prefetch_steps) batches of uint8 views
+    prefetch_steps : steps prepared ahead of training
+    reads_in_flight : tiles read at a time, for every rank; a parallel file system answers many at once, each late
+    read_ahead_steps : steps read together, while the same number before them is decoded
+    read_by_slide : read the tiles of these steps slide by slide, for disks that seek and for caches of whole slides
     max_bad_tiles : share of the store's tiles that may turn out unusable before the run stops; one always may
     """
 
     backend: str = "auto"
     threads: int = 1
     prefetch_steps: int = 2
+    reads_in_flight: int = 16
+    read_ahead_steps: int = 2
+    read_by_slide: bool = False
     max_bad_tiles: float = 0.001
 
     def __post_init__(self) -> None:
@@ -54,10 +65,9 @@ class LoaderConfig:
         object.__setattr__(self, "backend", BACKENDS[self.backend])  # what is recorded is what computes
         if not 0 <= self.max_bad_tiles <= 1:
             raise ConfigError(f"loader.max_bad_tiles = {self.max_bad_tiles}; expected a share, 0 to 1")
-        if self.threads < 1 or self.prefetch_steps < 1:
-            raise ConfigError(
-                f"loader: threads = {self.threads}, prefetch_steps = {self.prefetch_steps}; expected at least 1"
-            )
+        for name in ("threads", "prefetch_steps", "reads_in_flight", "read_ahead_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name} = {getattr(self, name)}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,7 @@ class Batch:
     ----------
     step : optimiser step
     positions : (B,) int64, global positions
-    views : one uint8 tensor for each kind of view, (views, B, px, px, 3)
+    views : one uint8 tensor for each kind of view, (views, B, px, px, 3); on the GPU if DALI made them there
     mask : (B, patches) bool tensor, True = hidden; None without masks
     """
 
@@ -85,7 +95,7 @@ class StreamStats:
     Attributes
     ----------
     tiles : given to the consumer so far
-    read_s, decode_s, augment_s : of the threads, summed
+    read_s, decode_s, augment_s : of the threads, summed; DALI's decoding is in augment_s
     read_wait_s : the consumer waited for tiles
     consumer_s : the stream waited for the consumer
     """
@@ -125,81 +135,109 @@ class TileStream:
         num_patches: int = 0,
         config: LoaderConfig | None = None,
         bad_tiles: Path | None = None,
+        device: torch.device | None = None,
     ):
         self._store, self._schedule, self._recipe = store, schedule, recipe
         self._seed, self._global_batch, self._world = seed, global_batch, world
         self._steps = range(start_step, stop_step)
         self._num_patches = num_patches
         self._config = config or LoaderConfig()
-        self._backend = importlib.import_module(f"hpcssl.loader.{self._config.backend}")
+        self._device = device or torch.device("cpu")
         self._bad = BadTiles(bad_tiles, most=max(1, int(self._config.max_bad_tiles * store.num_tiles)))
         self.stats = StreamStats()
 
     def __iter__(self) -> Iterator[Batch]:
-        with ThreadPoolExecutor(self._config.threads, thread_name_prefix="tiles") as pool:
-            ahead: deque[tuple[Batch, list[Future[Times]]]] = deque()
-            try:
-                for step in self._steps:
-                    ahead.append(self._begin(step, pool))
-                    if len(ahead) > self._config.prefetch_steps:
-                        yield from self._give(*ahead.popleft())
-                while ahead:
-                    yield from self._give(*ahead.popleft())
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _begin(self, step: int, pool: ThreadPoolExecutor) -> tuple[Batch, list[Future[Times]]]:
-        """Draw the plan of a step and hand its tiles to the threads."""
-        share = self._world.slice(step * self._global_batch, (step + 1) * self._global_batch)
-        tiles = self._schedule.tiles_at(share.start, share.stop)
-        positions = np.arange(share.start, share.stop)
-        plan = draw_plan(self._recipe, self._seed, positions, num_patches=self._num_patches)
-        views = tuple(
-            torch.empty((kind.count, len(share), kind.view_px, kind.view_px, 3), dtype=torch.uint8)
-            for kind in self._recipe.kinds
+        config = self._config
+        readers = ThreadPoolExecutor(config.reads_in_flight, thread_name_prefix="reads")
+        executor = open_executor(
+            config.backend,
+            self._recipe,
+            batch=len(self._world.slice(0, self._global_batch)),
+            threads=config.threads,
+            device=self._device,
         )
-        out = [v.numpy() for v in views]
+        ahead: deque[tuple[_Reads, Plan, Finish]] = deque()
+        try:
+            for reads in self._read_ahead(readers):
+                plan = draw_plan(self._recipe, self._seed, reads.positions, num_patches=self._num_patches)
+                ahead.append((reads, plan, executor.start(functools.partial(self._decoded, reads), plan)))
+                if len(ahead) > config.prefetch_steps:
+                    yield from self._give(*ahead.popleft())
+            while ahead:
+                yield from self._give(*ahead.popleft())
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)  # so that nothing waits for reads not yet begun
+            executor.close()
+            readers.shutdown()
 
-        def one(index: int) -> Times:
-            image, read_s, decode_s = self._image(int(positions[index]), int(tiles[index]))
-            begun = time.perf_counter()
-            self._backend.augment(image, self._recipe, plan, index, out)
-            return read_s, decode_s, time.perf_counter() - begun
+    def _read_ahead(self, readers: ThreadPoolExecutor) -> Iterator[_Reads]:
+        """Give the reads of every step, always with those of the next `read_ahead_steps` begun."""
+        begun: list[_Reads] = []
+        for first in self._steps[:: self._config.read_ahead_steps]:
+            following = self._read(range(first, min(first + self._config.read_ahead_steps, self._steps.stop)), readers)
+            yield from begun
+            begun = following
+        yield from begun
 
-        futures = [pool.submit(one, i) for i in range(len(share))]
-        mask = None if plan.mask is None else torch.from_numpy(plan.mask)
-        return Batch(step=step, positions=positions, views=views, mask=mask), futures
+    def _read(self, steps: range, readers: ThreadPoolExecutor) -> list[_Reads]:
+        """Begin to read the tiles of some steps."""
+        reads = []
+        for step in steps:
+            share = self._world.slice(step * self._global_batch, (step + 1) * self._global_batch)
+            reads.append(
+                _Reads(step, np.arange(share.start, share.stop), self._schedule.tiles_at(share.start, share.stop))
+            )
+        places = [(tile, r, i) for r in reads for i, tile in enumerate(r.tiles.tolist()) if tile not in self._bad]
+        if self._config.read_by_slide:
+            places.sort(key=lambda place: place[0])
+        readers.submit(self._store.expect, [tile for tile, _, _ in places])
+        for tile, r, index in places:
+            r.jpegs[index] = readers.submit(self._timed_read, int(r.positions[index]), tile)
+        return reads
 
-    def _image(self, position: int, tile: int) -> tuple[Any, float, float]:
+    def _timed_read(self, position: int, tile: int) -> tuple[bytes, float]:
+        begun = time.perf_counter()
+        return read_patiently(self._store, position, tile), time.perf_counter() - begun
+
+    def _decoded(self, reads: _Reads, index: int, decode: Decode) -> tuple[Any, float, float]:
         """Return the decoded tile of a position, or of its substitute, and the seconds of reading and of decoding."""
+        position, tile = int(reads.positions[index]), int(reads.tiles[index])
         read_s = decode_s = 0.0
         for candidate in itertools.chain([tile], substitutes(self._schedule, self._seed, position)):
             if candidate in self._bad:
                 continue
-            begun = time.perf_counter()
             try:
-                jpeg = read_patiently(self._store, position, candidate)
-                read_s += time.perf_counter() - begun
+                ahead = reads.jpegs[index].result() if candidate == tile else None
+                jpeg, seconds = ahead or self._timed_read(position, candidate)
+                read_s += seconds
                 begun = time.perf_counter()
-                return (
-                    self._backend.decode(jpeg, name=str(self._store.file_of(candidate))),
-                    read_s,
-                    (decode_s + time.perf_counter() - begun),
-                )
+                image = decode(jpeg, name=str(self._store.file_of(candidate)))
+                return image, read_s, decode_s + time.perf_counter() - begun
             except BadTileError as error:
                 self._bad.add(candidate, position, str(self._store.file_of(candidate)), str(error))
         raise StoreError(f"position {position}: neither its tile {tile} nor any of its substitutes can be used")
 
-    def _give(self, batch: Batch, futures: Sequence[Future[Times]]) -> Iterator[Batch]:
+    def _give(self, reads: _Reads, plan: Plan, finish: Finish) -> Iterator[Batch]:
         """Wait for a step's tiles and give them; the first error of a thread ends the stream."""
         begun = time.perf_counter()
-        for future in futures:
-            read_s, decode_s, augment_s = future.result()
-            self.stats.read_s += read_s
-            self.stats.decode_s += decode_s
-            self.stats.augment_s += augment_s
+        views, (read_s, decode_s, augment_s) = finish()
+        self.stats.read_s += read_s
+        self.stats.decode_s += decode_s
+        self.stats.augment_s += augment_s
+        for view in views:
+            if view.is_cuda:  # made on another stream, whose memory must not be taken back while this one uses it
+                view.record_stream(torch.cuda.current_stream(view.device))
         now = time.perf_counter()
         self.stats.read_wait_s += now - begun
-        self.stats.tiles += len(futures)
-        yield batch
+        self.stats.tiles += len(reads.positions)
+        mask = None if plan.mask is None else torch.from_numpy(plan.mask)
+        yield Batch(step=reads.step, positions=reads.positions, views=views, mask=mask)
         self.stats.consumer_s += time.perf_counter() - now
+
+
+class _Reads:
+    """A step's share of tiles, being read."""
+
+    def __init__(self, step: int, positions: np.ndarray, tiles: np.ndarray):
+        self.step, self.positions, self.tiles = step, positions, tiles
+        self.jpegs: dict[int, Future[tuple[bytes, float]]] = {}

@@ -96,11 +96,12 @@ class Views:
     stain_factors: NDArray[np.int32]
     stain_shifts: NDArray[np.int32]
 
-    def windows(self, tile_w: int, tile_h: int, at: int | slice = slice(None)) -> NDArray[np.int64]:
-        """Return the crops of tiles of one size in whole pixels, (P, V, 4): left, top, width, height.
+    def windows(self, tile_w: ArrayLike, tile_h: ArrayLike, at: int | slice = slice(None)) -> NDArray[np.int64]:
+        """Return the crops of tiles in whole pixels, (P, V, 4): left, top, width, height.
 
-        With an index `at`, those of one position, (V, 4).
+        The tiles are of one size, or of one each, (P, 1). With an index `at`, those of one position, (V, 4).
         """
+        tile_w, tile_h = np.asarray(tile_w, np.int64), np.asarray(tile_h, np.int64)
         # square roots are correctly rounded by IEEE 754, on every machine
         side = np.sqrt((self.area[at] * (tile_w * tile_h)).astype(np.float64) / ONE)
         stretch = self.ratio_half[at].astype(np.float64) / ONE

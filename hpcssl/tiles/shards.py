@@ -97,6 +97,13 @@ class Shards:
             )
         return data
 
+    def expect(self, place: int, size: int) -> None:
+        """Have the system read ahead what `read` will ask for; where it cannot, nothing happens."""
+        if hasattr(os, "posix_fadvise"):
+            number, offset = unpack_place(place)
+            held = self._descriptor(number)
+            os.posix_fadvise(held.fd, offset, size, os.POSIX_FADV_WILLNEED)
+
     def _descriptor(self, number: int) -> _Descriptor:
         with self._lock:
             found = self._open.get(number)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,12 @@ class Store:
             return os.read(fd, os.fstat(fd).st_size)
         finally:
             os.close(fd)
+
+    def expect(self, tiles: Iterable[int]) -> None:
+        """Say that these tiles will be fetched soon; a packed store has the system read them ahead, all at once."""
+        if self.shards is not None:
+            for tile in tiles:
+                self.shards.expect(int(self._offsets[tile]), int(self.sizes[tile]))
 
     def verify(
         self, on_progress: Callable[[int], None] = lambda n: None, *, deep: bool = False, threads: int = 8

@@ -37,6 +37,9 @@ class Faulty:
         whole = self._store.fetch(position, tile)
         return whole[:200] if tile in self.rubbish else whole
 
+    def expect(self, tiles) -> None:
+        self._store.expect(tiles)
+
     def file_of(self, tile: int) -> Path:
         return self._store.file_of(tile)
 
@@ -74,9 +77,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("backend", ["pillow", "cpu"])
+@pytest.mark.parametrize("backend", ["pillow", "cpu", "dali"])
 @pytest.mark.parametrize("fault", ["rubbish", "missing"])
 def test_a_bad_tile_is_replaced_recorded_and_the_rest_untouched(stream, data, tmp_path, backend, fault) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     tiles = data.schedule.tiles_at(0, data.schedule.num_positions)
     bad = int(tiles[5])
     whole = pixels(stream(data.store, backend=backend))

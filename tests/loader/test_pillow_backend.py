@@ -127,7 +127,7 @@ def test_stains_change_before_colours(tiles, monkeypatch):
     recipe = _recipe(stain=1.0, jitter=1.0)
     plan = draw_plan(recipe, 3, np.arange(1))
     calls = []
-    monkeypatch.setattr(pillow, "stain_jitter", lambda rgb, *amounts: calls.append(rgb) or rgb)
+    monkeypatch.setattr(pillow, "planned_jitter", lambda rgb, *at: calls.append(rgb) or rgb)
     _execute(recipe, plan, tiles[:1])
     plain = _execute(_recipe(), draw_plan(_recipe(), 3, np.arange(1)), tiles[:1])[0]
     np.testing.assert_array_equal(calls, plain[:, 0])

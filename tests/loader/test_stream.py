@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from dataclasses import replace
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import hpcssl.loader.stream
 from hpcssl.core.errors import ConfigError, ScheduleError
 from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch, LoaderConfig, TileStream
+from hpcssl.plan.draw import draw_plan
 
 MAE_PATCHES = 16
 
@@ -61,7 +64,6 @@ def test_batches_hold_the_steps_positions_views_and_masks(small, stream):
 def test_pixels_are_those_of_the_scheduled_tiles_also_across_pseudo_epochs(small, stream, data):
     """Step 3 stands on both sides of the boundary at 40."""
     from hpcssl.loader import pillow
-    from hpcssl.plan.draw import draw_plan
 
     recipe, schedule, store = small.dino_recipe().augment, data.schedule, data.store
     batch = next(iter(stream(start=3, backend="pillow")))
@@ -75,14 +77,18 @@ def test_pixels_are_those_of_the_scheduled_tiles_also_across_pseudo_epochs(small
         np.testing.assert_array_equal(views.numpy(), wanted)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 @pytest.mark.parametrize("objective", ["dino", "mae"])
-def test_neither_start_nor_prefetch_nor_threads_change_a_step(stream, objective):
-    plain = list(stream(objective=objective, stop=7))
+def test_neither_start_nor_prefetch_nor_threads_change_a_step(stream, objective, backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    stream = functools.partial(stream, objective=objective, stop=7, backend=backend)
+    plain = list(stream())
     for start in range(7):
-        resumed = stream(objective=objective, start=start, stop=7)
+        resumed = stream(start=start)
         assert all(_same(a, b) for a, b in zip(plain[start:], resumed, strict=True)), start
-    for threads, prefetch in ((1, 1), (4, 1), (3, 5)):
-        other = stream(objective=objective, stop=7, threads=threads, prefetch_steps=prefetch)
+    for threads, prefetch, in_flight in ((1, 1, 1), (4, 1, 16), (3, 5, 2)):
+        other = stream(threads=threads, prefetch_steps=prefetch, reads_in_flight=in_flight, read_ahead_steps=prefetch)
         assert all(_same(a, b) for a, b in zip(plain, other, strict=True)), (threads, prefetch)
 
 
@@ -139,12 +145,15 @@ class _Slow:
         time.sleep(self._wait_s)
         return self._store.fetch(position, tile)
 
+    def expect(self, tiles) -> None:
+        self._store.expect(tiles)
+
     def file_of(self, tile: int):
         return self._store.file_of(tile)
 
 
 def _tile_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("tiles") and t.is_alive()]
+    return [t for t in threading.enumerate() if t.name.startswith(("tiles", "reads", "dali")) and t.is_alive()]
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -173,17 +182,48 @@ def test_an_exception_in_the_loop_leaves_no_threads(stream):
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 def test_no_more_batches_are_begun_than_promised(small, stream, monkeypatch, prefetch):
     begun = []
-    begin = TileStream._begin
 
-    def counted(self, step, pool):
-        begun.append(step)
-        return begin(self, step, pool)
+    def counted(recipe, seed, positions, **settings):
+        begun.append(int(positions[0]) // small.GLOBAL_BATCH)
+        return draw_plan(recipe, seed, positions, **settings)
 
-    monkeypatch.setattr(TileStream, "_begin", counted)
+    monkeypatch.setattr(hpcssl.loader.stream, "draw_plan", counted)
     for taken, batch in enumerate(stream(prefetch_steps=prefetch), start=1):
         assert batch.step == taken - 1
         # the batch that is yielded is among the (1 + prefetch) whose memory is held
-        assert len(begun) == min(taken + prefetch, small.STEPS)
+        assert begun == list(range(min(taken + prefetch, small.STEPS)))
+
+
+@pytest.mark.parametrize("read_ahead", [1, 2, 3])
+def test_no_more_is_read_ahead_than_promised(small, stream, data, read_ahead):
+    store = _Slow(data.store)
+    for taken, _ in enumerate(stream(store=store, prefetch_steps=1, read_ahead_steps=read_ahead), start=1):
+        time.sleep(0.02)
+        held = 1 + 1 + 2 * read_ahead  # batches of bytes: the one given, the one decoded, and two windows
+        assert len(store.fetched) <= 12 * (taken - 1 + held)
+    assert len(store.fetched) == 12 * small.STEPS, "each once"
+
+
+def test_tiles_are_read_slide_by_slide_where_asked(stream, data):
+    """One reader shows the order; the batches are the same."""
+    orders = {}
+    batches = {}
+    for by_slide in (False, True):
+        store = _Slow(data.store)
+        settings = {"reads_in_flight": 1, "read_ahead_steps": 2, "read_by_slide": by_slide}
+        batches[by_slide] = list(stream(store=store, stop=4, **settings))
+        orders[by_slide] = [int(data.schedule.tiles_at(p, p + 1)[0]) for p in store.fetched]
+    assert all(_same(a, b) for a, b in zip(batches[False], batches[True], strict=True))
+    assert orders[False] == data.schedule.tiles_at(0, 48).tolist()
+    assert orders[True] == sorted(orders[False][:24]) + sorted(orders[False][24:])
+
+
+def test_the_store_is_told_what_comes(stream, data):
+    told = []
+    store = _Slow(data.store)
+    store.expect = lambda tiles: told.extend(tiles)
+    list(stream(store=store, stop=4))
+    assert sorted(told) == sorted(data.schedule.tiles_at(0, 48).tolist())
 
 
 def test_the_stream_works_ahead(small, stream, data):
@@ -206,7 +246,9 @@ def test_the_stream_works_ahead(small, stream, data):
     [
         ({"threads": 0}, "threads = 0"),
         ({"prefetch_steps": 0}, "prefetch"),
-        ({"backend": "dali2"}, "known: auto, cpu, pillow"),
+        ({"reads_in_flight": 0}, "reads_in_flight = 0"),
+        ({"read_ahead_steps": 0}, "read_ahead_steps = 0"),
+        ({"backend": "dali2"}, "known: auto, cpu, pillow, dali"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(setting, told):

@@ -321,3 +321,20 @@ def test_real_tiles_are_the_same_in_shards(real_data: Path, tmp_path: Path) -> N
         ours.update(store.fetch(tile, tile))
         theirs.update((real_data / "tiles" / str(store.file_of(tile)).split(":")[1]).read_bytes())
     assert ours.digest() == theirs.digest()
+
+
+def test_what_is_expected_is_read_ahead_and_a_missing_shard_told(
+    packed: Store, loose: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: advised.append(rest))
+    packed.expect([3, 0])
+    assert [size for _, size, _ in advised] == [int(packed.sizes[3]), int(packed.sizes[0])]
+    assert {advice for *_, advice in advised} == {os.POSIX_FADV_WILLNEED}
+    assert advised[1][0] == unpack_place(int(np.load(packed.index / "offsets.npy")[0]))[1]
+    loose.expect([3, 0])  # every tile is a file of its own: there is nothing to say
+    assert len(advised) == 2
+    again = Store.open(packed.path)
+    shards_of(packed)[0].unlink()
+    with pytest.raises(StoreError, match="the shard is missing"):
+        again.expect([0])

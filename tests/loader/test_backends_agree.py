@@ -1,7 +1,8 @@
-"""The fast CPU backend against the Pillow reference: same plan, the same pictures within stated limits."""
+"""Every backend against the Pillow reference: same plan, the same pictures within stated limits."""
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from hpcssl.core.errors import StoreError
 from hpcssl.loader import cpu, pillow
+from hpcssl.loader.colour import change_colours, colours_of
 from hpcssl.plan.draw import Q16, Plan, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, dino_augment, mae_augment
+from hpcssl.plan.tables import ONE
 
 MOST_MEAN, MOST_RARE = 2.0, 16.0  # levels of 255: mean difference, 99.9th percentile
 
@@ -51,22 +55,53 @@ def views_of(backend, recipe: AugmentRecipe, plan: Plan, tiles: list[bytes]) -> 
     return out
 
 
-def check_close(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes], fast=cpu) -> None:
-    pairs = zip(views_of(pillow, recipe, plan, tiles), views_of(fast, recipe, plan, tiles), strict=True)
+def by_cpu(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes]) -> list[np.ndarray]:
+    return views_of(cpu, recipe, plan, tiles)
+
+
+def by_dali(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes], device="cpu", threads=1) -> list[np.ndarray]:
+    """The graph as a GPU runs it, on the CPU."""
+    dali = pytest.importorskip("hpcssl.loader.dali", reason="DALI is not installed")
+    executor = dali.Dali(recipe, batch=len(tiles), threads=threads, device=torch.device(device))
+    found = executor.execute([dali.decode(tile, name="x") for tile in tiles], plan)
+    return [views.cpu().numpy() for views in found]
+
+
+def by_device_colours(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes]) -> list[np.ndarray]:
+    """Pillow's crops, and on them the colours as a GPU changes them."""
+    never = {"stain": False, "jitter": False, "grey": False, "blur": False, "solarize": False}
+    found = views_of(pillow, recipe, changed(plan, **never), tiles)
+    for kind, views, crops in zip(recipe.kinds, plan.kinds, found, strict=True):
+        for v, crop in enumerate(crops):
+            colours = colours_of(recipe, kind, views, v, torch.device("cpu"))
+            crops[v] = change_colours(torch.from_numpy(crop), colours).numpy()
+    return found
+
+
+BACKENDS = {"cpu": by_cpu, "dali": by_dali, "device colours": by_device_colours}
+
+
+def check_close(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes], fast=by_cpu) -> None:
+    pairs = zip(views_of(pillow, recipe, plan, tiles), fast(recipe, plan, tiles), strict=True)
     differences = np.concatenate([np.abs(a.astype(int) - b).ravel() for a, b in pairs])
     assert differences.mean() <= MOST_MEAN
     assert np.percentile(differences, 99.9) <= MOST_RARE
+
+
+def changed(plan: Plan, **values: object) -> Plan:
+    """Return the plan with some parameters at these values for every view."""
+    kinds = [
+        replace(views, **{name: np.full_like(getattr(views, name), value) for name, value in values.items()})
+        for views in plan.kinds
+    ]
+    return replace(plan, kinds=tuple(kinds))
 
 
 def fixed(plan: Plan, **values: object) -> Plan:
     """Return the plan with all colour operations off but those given, at these values for every view."""
     off = {"jitter": False, "grey": False, "blur": False, "solarize": False, "hue": 0}
     off |= dict.fromkeys(("brightness", "contrast", "saturation"), Q16)
-    kinds = [
-        replace(views, **{name: np.full_like(getattr(views, name), value) for name, value in {**off, **values}.items()})
-        for views in plan.kinds
-    ]
-    return replace(plan, kinds=tuple(kinds))
+    return changed(plan, **{**off, **values})
 
 
 OPERATIONS = {
@@ -87,35 +122,54 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_operation_is_the_reference_s(operation: str, tiles: list[bytes]) -> None:
-    recipe = dino_augment()
-    some = tiles[:8] if operation == "every order" else tiles[::4]
+def test_each_operation_is_the_reference_s(operation: str, backend: str, tiles: list[bytes]) -> None:
+    recipe = histology(dino_augment(), blur_sigma=(0.1, 5.0))
+    some = tiles[::16] if operation == "every order" else tiles[::8]
     plan = draw_plan(recipe, 0, np.arange(len(some)))
     for values in OPERATIONS[operation]:
-        check_close(recipe, fixed(plan, **values), some)
+        check_close(recipe, fixed(plan, **values), some, BACKENDS[backend])
 
 
-@pytest.mark.parametrize("recipe", [dino_augment(), mae_augment()], ids=["dino", "mae"])
-def test_whole_recipes_are_the_reference_s(recipe: AugmentRecipe, tiles: list[bytes]) -> None:
-    check_close(recipe, draw_plan(recipe, 1, np.arange(64), num_patches=196), tiles)
+def histology(recipe: AugmentRecipe, **values: object) -> AugmentRecipe:
+    """Return a recipe whose views may also be turned, and their stains jittered; every one may be blurred."""
+    extra = {"flip_vertical": 0.5, "quarter_turns": True, "stain": 0.8}
+    kinds = {
+        name: replace(kind, **extra, blur=(0.5,) * kind.count, solarize=(0.5,) * kind.count)
+        for name, kind in (("global_views", recipe.global_views), ("local_views", recipe.local_views))
+        if kind
+    }
+    return replace(recipe, **kinds, **values)
 
 
-def test_without_real_tiles(drawn: list[bytes]) -> None:
-    recipe = dino_augment()
-    check_close(recipe, draw_plan(recipe, 2, np.arange(len(drawn))), drawn)
+RECIPES = {
+    "dino": dino_augment(),
+    "mae": mae_augment(),
+    "dino, turned and stained": histology(dino_augment(), stain_alpha=0.2),
+}
 
 
-def breakage(name: str, change: Callable[[Plan], Plan]):
-    """A backend that executes another plan."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_whole_recipes_are_the_reference_s(recipe: str, backend: str, tiles: list[bytes]) -> None:
+    plan = draw_plan(RECIPES[recipe], 1, np.arange(64), num_patches=196)
+    check_close(RECIPES[recipe], plan, tiles, BACKENDS[backend])
 
-    class Broken:
-        @staticmethod
-        def execute(jpeg, recipe, plan, index, out, *, name):
-            cpu.execute(jpeg, recipe, change(plan), index, out, name=name)
 
-    Broken.__name__ = name
-    return Broken
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_real_tiles(backend: str, drawn: list[bytes]) -> None:
+    recipe = histology(dino_augment())
+    check_close(recipe, draw_plan(recipe, 2, np.arange(len(drawn))), drawn, BACKENDS[backend])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dali_on_a_gpu_is_the_reference(recipe: str, tiles: list[bytes]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    plan = draw_plan(RECIPES[recipe], 1, np.arange(64), num_patches=196)
+    check_close(RECIPES[recipe], plan, tiles, functools.partial(by_dali, device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -128,11 +182,21 @@ def breakage(name: str, change: Callable[[Plan], Plan]):
     ],
     ids=["mirrored", "another hue", "another contrast", "another corner"],
 )
-def test_the_limits_catch_another_plan(change: Callable[[Plan], Plan], tiles: list[bytes]) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_the_limits_catch_another_plan(change: Callable[[Plan], Plan], backend: str, tiles: list[bytes]) -> None:
     recipe = dino_augment()
     plan = draw_plan(recipe, 0, np.arange(16))
     with pytest.raises(AssertionError):
-        check_close(recipe, plan, tiles[:16], breakage("broken", change))
+        check_close(recipe, plan, tiles[:16], lambda r, p, t: BACKENDS[backend](r, change(p), t))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_recipe_without_colours_changes_none(backend: str, tiles: list[bytes]) -> None:
+    """What is not asked for is not done: not even a rounding."""
+    recipe = replace(mae_augment(), global_views=replace(mae_augment().global_views, scale=(1.0, 1.0)))
+    plan = changed(draw_plan(recipe, 0, np.arange(8), num_patches=196), area=ONE, ratio_half=ONE, flip=False)
+    for wanted, found in zip(views_of(pillow, recipe, plan, tiles[:8]), BACKENDS[backend](recipe, plan, tiles[:8])):
+        np.testing.assert_array_equal(wanted, found)
 
 
 def test_decoding_is_pillow_s_bit_for_bit(tiles: list[bytes], drawn: list[bytes]) -> None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
+
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<|][a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]+),\), \} *\n",
+    re.DOTALL,
+)
+_MOST_HEADER = 256
 
 
 def npy_header(dtype: str, length: int) -> bytes:
@@ -23,9 +30,13 @@ def npy_header(dtype: str, length: int) -> bytes:
 
 
 def map_array(path: Path) -> np.ndarray:
-    """Map the array of a .npy file; ValueError with the reason, in one line, where the file holds none."""
-    try:
-        mapped: np.ndarray = np.load(path, mmap_mode="r")
-    except Exception as error:  # noqa: BLE001 - numpy parses a header with Python's own parser and its many errors
-        raise ValueError(" ".join(str(error).split())) from None
-    return mapped
+    """Map the one-dimensional array of a .npy file; ValueError with the reason where the file holds none.
+
+    numpy's own reading of the header goes through Python's parser, which fails in Python 3.11 when several threads use
+    it at once ("AST constructor recursion depth mismatch").
+    """
+    with path.open("rb") as stream:
+        found = _HEADER.match(stream.read(_MOST_HEADER))
+    if not found:
+        raise ValueError("not the header of a one-dimensional array")
+    return np.memmap(path, np.dtype(found[1].decode()), "r", offset=found.end(), shape=(int(found[2]),))

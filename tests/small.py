@@ -147,11 +147,10 @@ RECIPES: dict[str, Callable[..., Any]] = {"dino": dino_recipe, "mae": mae_recipe
 
 def make_run(run: Path, data: Data, recipe: Any) -> Path:
     """Prepare a run folder as `hpcssl pretrain` does."""
-    from hpcssl.core.config import to_mapping
     from hpcssl.runs.folder import prepare_run
     from hpcssl.train.config import Timeline
 
-    prepare_run(run, to_mapping(recipe), data=data.identity, derived=Timeline(recipe, data.schedule).derived())
+    prepare_run(run, recipe, data=data.identity, derived=Timeline(recipe, data.schedule).derived())
     return run
 
 

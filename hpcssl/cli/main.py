@@ -14,7 +14,20 @@ from typing import NoReturn
 import hpcssl
 from hpcssl.core.errors import UserError, describe_os_error
 
-COMMANDS = ("demo", "doctor", "store", "schedule", "plan", "pretrain", "embed", "splits", "mccv", "report")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "store",
+    "schedule",
+    "plan",
+    "pretrain",
+    "export",
+    "embed",
+    "splits",
+    "mccv",
+    "knn",
+    "report",
+)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -82,7 +95,8 @@ def _add_command(subparsers: argparse._SubParsersAction, name: str, module: Modu
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.set_defaults(run=module.run)
+    if hasattr(module, "run"):  # else its actions have
+        command.set_defaults(run=module.run)
     module.add_arguments(command)
 
 

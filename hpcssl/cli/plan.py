@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcssl.cli.actions import Actions
+
 if TYPE_CHECKING:
     from hpcssl.plan.draw import Plan
     from hpcssl.train.config import PretrainConfig
@@ -21,23 +23,24 @@ _MOST_TILE_PX = 65_535  # a JPEG has no more
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    show = _action(actions, "show", "print the drawn parameters, one line a view, and the plan's digest", EXAMPLE)
+    actions = Actions(parser)
+    show = actions.add(
+        "show", "print the drawn parameters, one line a view, and the plan's digest", example=EXAMPLE, run=_show
+    )
+    _add_plan(show)
     show.add_argument(
         "--tile-px", type=_tile_px, default=224, metavar="N", help="side of the tiles in pixels (%(default)s)"
     )
-    show.set_defaults(run=_show)
-    draw = _action(actions, "draw", "draw a contact sheet: every tile and the views made of it", _DRAW_EXAMPLE)
+    draw = actions.add(
+        "draw", "draw a contact sheet: every tile and the views made of it", example=_DRAW_EXAMPLE, run=_draw
+    )
+    _add_plan(draw)
     draw.add_argument("--store", type=Path, required=True, help="tile store")
     draw.add_argument("--schedule", type=Path, required=True, metavar="SCHED", help="schedule built for that store")
     draw.add_argument("--out", type=Path, required=True, metavar="SHEET.png", help="picture to write")
-    draw.set_defaults(run=_draw)
 
 
-def _action(actions: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
-    )
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions", type=range_of, required=True, metavar="A:B", help="global positions from A to below B"
     )
@@ -48,7 +51,6 @@ def _action(actions: argparse._SubParsersAction, name: str, text: str, example: 
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
     )
-    return parser
 
 
 def range_of(text: str) -> range:
@@ -67,11 +69,6 @@ def _tile_px(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_TILE_PX:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1 to {_MOST_TILE_PX}")
     return int(text)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Never called: the parser demands an action."""
-    raise AssertionError(args)
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -79,8 +79,10 @@ def pretrain(
     cluster: str,
 ) -> str:
     """Check everything that can be checked before a job waits in a queue, then launch; returns how it ended."""
+    from dataclasses import replace
+
     from hpcssl.cli.progress import progress
-    from hpcssl.core.config import to_mapping
+    from hpcssl.core.atomic import digest_file
     from hpcssl.core.world import check_divides
     from hpcssl.jobs.cluster import check_cluster
     from hpcssl.jobs.launch import launch
@@ -93,11 +95,13 @@ def pretrain(
 
     check_cluster(cluster, resources)
     recipe = load_recipe(recipe_name, overrides)
+    if recipe.initial_weights:  # a job may start in another folder
+        recipe = replace(recipe, initial_weights=str(Path(recipe.initial_weights).resolve()))
     opened_store, opened_schedule = Store.open(store), Schedule.open(schedule)
     check_matches(opened_schedule, opened_store.slides, store=store)
     timeline = Timeline(recipe, opened_schedule)
     timeline.values(0)
-    check_recipe(recipe)
+    told = check_recipe(recipe)
     check_divides(resources.nodes * resources.processes_per_node, recipe.global_batch)
     data = {
         "store": str(store.resolve()),
@@ -105,7 +109,10 @@ def pretrain(
         "schedule": str(schedule.resolve()),
         "schedule_digest": opened_schedule.digest,
     }
-    prepare_run(out, to_mapping(recipe), data=data, derived=timeline.derived())
+    if recipe.initial_weights:
+        data["initial_weights_digest"] = digest_file(Path(recipe.initial_weights))
+        print(told)
+    prepare_run(out, recipe, data=data, derived=timeline.derived())
     if cluster == "slurm":
         return launch(out, resources, cluster, on_step=lambda step: None)  # type: ignore[arg-type]
     record = last_record(out)

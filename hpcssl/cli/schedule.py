@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcssl.cli.actions import Actions
+
 if TYPE_CHECKING:
     from hpcssl.schedule.inspect import Inspection
 
@@ -19,29 +21,34 @@ _DIFFERENT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    actions = Actions(parser)
     _add_build(actions)
-    verify = _action(actions, "verify", "check every guarantee and checksum", "hpcssl schedule verify SCHED")
+    verify = actions.add(
+        "verify", "check every guarantee and checksum", example="hpcssl schedule verify SCHED", run=_verify
+    )
     verify.add_argument("schedule", type=Path, metavar="SCHED")
     _add_jobs(verify)
-    verify.set_defaults(run=_verify)
-    inspect = _action(
-        actions, "inspect", "organ shares, repeats, passes, coverage", "hpcssl schedule inspect SCHED --out FIGURES"
+    inspect = actions.add(
+        "inspect",
+        "organ shares, repeats, passes, coverage",
+        example="hpcssl schedule inspect SCHED --out FIGURES",
+        run=_inspect,
     )
     inspect.add_argument("schedule", type=Path, metavar="SCHED")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and their tables")
-    inspect.set_defaults(run=_inspect)
-    diff = _action(
-        actions, "diff", "are two schedules the same, and where they part (exit 1)", "hpcssl schedule diff SCHED OTHER"
+    diff = actions.add(
+        "diff",
+        "are two schedules the same, and where they part (exit 1)",
+        example="hpcssl schedule diff SCHED OTHER",
+        run=_diff,
     )
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
-    diff.set_defaults(run=_diff)
-    export = _action(
-        actions,
+    export = actions.add(
         "export",
         "write the order as CSV files, one a pseudo-epoch",
-        "hpcssl schedule export --csv SCHED --store STORE --out CSV",
+        example="hpcssl schedule export --csv SCHED --store STORE --out CSV",
+        run=_export,
     )
     export.add_argument("schedule", type=Path, metavar="SCHED")
     export.add_argument("--csv", action="store_true", required=True, help="as slide_schedule_<number>.csv")
@@ -50,11 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: SCHED-csv)")
     _add_only(export)
-    export.set_defaults(run=_export)
 
 
-def _add_build(actions: argparse._SubParsersAction) -> None:
-    build = _action(actions, "build", "write a schedule, or what is missing of it", EXAMPLE)
+def _add_build(actions: Actions) -> None:
+    build = actions.add("build", "write a schedule, or what is missing of it", example=EXAMPLE, run=_build)
     source = build.add_mutually_exclusive_group(required=True)
     source.add_argument("--store", type=Path, help="tile store to draw from")
     source.add_argument("--slides", type=Path, metavar="TABLE", help="slide table to draw from")
@@ -63,14 +69,6 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
     build.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the spec")
     _add_only(build)
     _add_jobs(build)
-    build.set_defaults(run=_build)
-
-
-def _action(actions: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
-    )
-    return parser
 
 
 def _add_only(parser: argparse.ArgumentParser) -> None:
@@ -111,11 +109,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1")
     return int(text)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Never called: the parser demands an action."""
-    raise AssertionError(args)
 
 
 def _build(args: argparse.Namespace) -> int:

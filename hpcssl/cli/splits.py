@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", default="patient_id", metavar="COLUMN", help="slides alike here stay on one side (%(default)s)"
     )
+    parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     parser.add_argument("--features", type=Path, metavar="FEATURES", help="check: all slides have features here")
 
@@ -50,10 +51,10 @@ def _draw(args: argparse.Namespace) -> int:
         if args.organ not in organs:
             raise SplitError(f"{args.slides}: no slide of organ {args.organ}; it has {', '.join(organs)}")
         frame = frame[frame["organ"] == args.organ]
-    table = make_splits(frame, args.target, args.num, args.train, args.group, args.seed)
+    table = make_splits(frame, args.target, args.num, args.train, args.group, args.seed, args.kind)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, table.to_csv(index=False))
-    print(f"{args.out}: {_described(table)}")
+    print(f"{args.out}: {_described(table, args.kind)}")
     if len(table) < len(frame):
         print(f"{len(frame) - len(table)} slides have no {args.target} and were left out")
     if args.group not in frame.columns:
@@ -68,20 +69,24 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.file is None:
         raise ConfigError("splits check: no FILE named; example: hpcssl splits check breast.csv")
-    table = read_splits(args.file, args.group)
+    table = read_splits(args.file, args.group, args.kind)
     if args.features is not None:
         where = f"{args.file} with {args.features}"
-        without_missing(table, FeatureSet.open(args.features).slides, where=where, allow_missing=False)
+        without_missing(table, FeatureSet.open(args.features).slides, where=where, allow_missing=False, kind=args.kind)
     groups = f"no {args.group} on both sides" if args.group in table.columns else f"no column {args.group} to check"
-    print(f"{args.file}: {_described(table)}; {groups}")
+    print(f"{args.file}: {_described(table, args.kind)}; {groups}")
     return 0
 
 
-def _described(table) -> str:  # type: ignore[no-untyped-def]  # pandas is imported only when the command runs
-    from hpcssl.mccv.splits import TRAIN, split_columns
+def _described(table, kind: str | None) -> str:  # type: ignore[no-untyped-def]  # pandas is imported only when the command runs
+    from hpcssl.mccv.splits import CLASSES, TRAIN, split_columns, target_kind
 
     columns = split_columns(table)
     sizes = [int((table[column] == TRAIN).sum()) for column in columns]
-    per_class = ", ".join(f"{name} {count}" for name, count in table["target"].value_counts().sort_index().items())
+    if target_kind(table["target"], kind, where="target") == CLASSES:
+        told = ", ".join(f"{name} {count}" for name, count in table["target"].value_counts().sort_index().items())
+    else:
+        values = table["target"].astype(float)
+        told = f"values {values.min():g} to {values.max():g}"
     train = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-    return f"{len(columns)} splits of {len(table)} slides ({per_class}), {train} in train"
+    return f"{len(columns)} splits of {len(table)} slides ({told}), {train} in train"

@@ -6,15 +6,17 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from hpcssl.cli.actions import Actions
+
 SUMMARY = "build, verify and describe a tile store"
 EXAMPLE = "hpcssl store build TILES --out STORE --slides slides.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    build = actions.add_parser(
-        "build", help="index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", epilog=f"example: {EXAMPLE}"
+    actions = Actions(parser)
+    build = actions.add(
+        "build", "index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", example=EXAMPLE, run=_build
     )
     build.add_argument("tiles", type=Path, metavar="TILES", help="root of the tiles")
     build.add_argument(
@@ -45,26 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-check", action="store_true", help="take names and sizes alone; do not look at both ends of every JPEG"
     )
     build.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
-    build.set_defaults(run=_build)
-    verify = actions.add_parser(
-        "verify", help="check the index and that every tile is as it was", epilog="example: hpcssl store verify STORE"
+    verify = actions.add(
+        "verify",
+        "check the index and that every tile is as it was",
+        example="hpcssl store verify STORE",
+        run=_verify,
     )
     verify.add_argument("store", type=Path, metavar="STORE")
     verify.add_argument("--deep", action="store_true", help="decode every JPEG, too")
     verify.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
-    verify.set_defaults(run=_verify)
-    stats = actions.add_parser(
+    stats = actions.add(
         "stats",
-        help="slides, tiles and bytes per organ, sizes of the files",
-        epilog="example: hpcssl store stats STORE",
+        "slides, tiles and bytes per organ, sizes of the files",
+        example="hpcssl store stats STORE",
+        run=_stats,
     )
     stats.add_argument("store", type=Path, metavar="STORE")
-    stats.set_defaults(run=_stats)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Never called: the parser demands an action."""
-    raise AssertionError(args)
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
-from hpcssl.models.encoder import Encoder, EncoderConfig, build_encoder
+from hpcssl.models.encoder import Encoder, EncoderConfig, build_encoder, normalised
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 from hpcssl.runs.folder import read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """An encoder that turns tiles into features, on the CPU and in evaluation mode."""
+
+    module: nn.Module
+    """What is moved to a device."""
+    features: Callable[[Tensor], Tensor]
+    """uint8 tiles [B, px, px, 3] on the module's device → features [B, D]."""
+    dim: int
+    image_px: int
+    """Side of the tiles that it is made for."""
+    multiple_px: int = 1
+    """A tile's side must be a multiple of it."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What features.json tells of it, beyond name and size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +51,6 @@ class Source:
     @classmethod
     def parse(cls, text: str) -> Source:
         """Read `RUN` (its newest checkpoint) or `RUN@STEP`; RunError where there is no such checkpoint."""
-        if text.startswith("timm:"):
-            raise RunError(f"{text}: encoders without a run are not supported yet; expected RUN or RUN@STEP")
         match = re.fullmatch(r"(.+)@(\d+)", text)
         run = Path(match[1] if match else text)
         read_config(run)
@@ -48,6 +66,23 @@ class Source:
     def name(self) -> str:
         """Name of the encoder in feature folders and results."""
         return self.run.resolve().name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint in feature folders and results."""
+        return str(self.step)
+
+    def load(self) -> Embedder:
+        """Return the encoder."""
+        encoder, state = load_encoder(self)
+        return Embedder(
+            module=encoder,
+            features=lambda pixels: encoder(normalised(pixels)),
+            dim=encoder.embed_dim,
+            image_px=encoder.config.image_px,
+            multiple_px=encoder.patch_px,
+            about={"samples_seen": state["samples_seen"]},
+        )
 
 
 def load_encoder(source: Source) -> tuple[Encoder, dict]:

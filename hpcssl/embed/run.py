@@ -13,11 +13,11 @@ import torch
 from hpcssl.core.atomic import read_json
 from hpcssl.core.config import first_difference
 from hpcssl.core.errors import ConfigError, FeatureError
-from hpcssl.embed.encoder import Source, best_device, load_encoder
+from hpcssl.embed.baseline import Baseline
+from hpcssl.embed.encoder import Embedder, Source, best_device
 from hpcssl.features.files import SUFFIX, write_slide
 from hpcssl.features.folder import INDEX_NAME, write_index
 from hpcssl.loader.pillow import whole_tile
-from hpcssl.models.encoder import Encoder, normalised
 from hpcssl.tiles.store import Store
 
 _BATCH = 128  # tiles of one slide in a forward pass; batches never mix slides, so a slide's features depend on it alone
@@ -26,7 +26,7 @@ _TILES_AHEAD = 1024  # decoded before their slide's turn: bounds the memory to t
 
 def embed_store(
     store: Store,
-    source: Source,
+    source: Source | Baseline,
     out: Path,
     *,
     threads: int,
@@ -48,22 +48,22 @@ def embed_store(
     """
     if threads < 1:
         raise ConfigError(f"threads = {threads}; expected at least 1")
-    encoder, state = load_encoder(source)
-    px = encoder.config.image_px if tile_px is None else tile_px
-    if px < 1 or px % encoder.patch_px:
-        raise ConfigError(f"tiles of {px} px; expected a multiple of the encoder's patch of {encoder.patch_px} px")
+    encoder = source.load()
+    px = encoder.image_px if tile_px is None else tile_px
+    if px < 1 or px % encoder.multiple_px:
+        raise ConfigError(f"tiles of {px} px; expected a multiple of the encoder's patch of {encoder.multiple_px} px")
     about = {
         "encoder": source.name,
-        "checkpoint": str(source.step),
-        "dim": encoder.embed_dim,
-        "samples_seen": state["samples_seen"],
+        "checkpoint": source.checkpoint,
+        "dim": encoder.dim,
+        **encoder.about,
         "tile_px": px,
         "store_digest": store.digest,
     }
     _prepare(out, about)
     torch.set_num_threads(threads)
     device = best_device()
-    encoder.to(device)
+    encoder.module.to(device)
     slides = store.slides
     todo = [i for i, slide_id in enumerate(slides["slide_id"]) if not (out / f"{slide_id}{SUFFIX}").exists()]
     on_progress(len(slides) - len(todo))
@@ -121,5 +121,5 @@ def _read_ahead(store: Store, slides: list[int], px: int, threads: int) -> Itera
 
 
 @torch.inference_mode()
-def _embed(encoder: Encoder, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    return encoder(normalised(torch.from_numpy(pixels).to(device))).float().cpu().numpy()
+def _embed(encoder: Embedder, pixels: np.ndarray, device: torch.device) -> np.ndarray:
+    return encoder.features(torch.from_numpy(pixels).to(device)).float().cpu().numpy()

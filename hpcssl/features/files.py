@@ -1,20 +1,25 @@
-"""One slide's features in HDF5, in the layout that CLAM and TRIDENT write: `features` (N × D), `coords` (N × 2).
+"""One slide's features: HDF5 in the layout that CLAM and TRIDENT write, and so do we (`features` N × D, `coords`
+N × 2); a tensor saved by PyTorch; or an array saved by numpy.
 
 Shapes: N tiles, D feature size.
 """
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hpcssl.core.atomic import atomic_file
 from hpcssl.core.errors import FeatureError
 
 SUFFIX = ".h5"
+TENSOR, ARRAY = ".pt", ".npy"
+SUFFIXES = (SUFFIX, TENSOR, ARRAY)
 
 
 def write_slide(path: Path, features_ND: NDArray[np.floating], coords_N2: NDArray[np.integer]) -> None:
@@ -40,13 +45,17 @@ def write_slide(path: Path, features_ND: NDArray[np.floating], coords_N2: NDArra
 def read_slide(path: Path, dim: int | None = None) -> NDArray[np.float32]:
     """Return one slide's features, float32 (N, D); a leading axis of one, which some published sets have, is dropped.
 
+    A tensor's file is read without unpickling code.
+
     Raises
     ------
     FeatureError
         For a missing, truncated or foreign file, no tiles, another feature size than `dim`, or a value that is not
         finite.
     """
-    features = np.asarray(_read(path, "features"))
+    if not path.is_file():
+        raise FeatureError(f"{path}: no such feature file; embed this slide first")
+    features = {SUFFIX: _read_hdf5, TENSOR: _read_tensor, ARRAY: _read_array}[path.suffix](path)
     if features.ndim == 3 and features.shape[0] == 1:
         features = features[0]
     _check(path, features)
@@ -59,20 +68,43 @@ def read_slide(path: Path, dim: int | None = None) -> NDArray[np.float32]:
 
 def read_coords(path: Path) -> NDArray[np.int64]:
     """Return the level-0 pixel coordinates of one slide's tiles, int64 (N, 2); FeatureError as for `read_slide`."""
-    return np.asarray(_read(path, "coords")).reshape(-1, 2).astype(np.int64)
-
-
-def _read(path: Path, name: str) -> NDArray:
+    if path.suffix != SUFFIX:
+        raise FeatureError(f"{path}: holds no coordinates; expected an HDF5 file ({SUFFIX}) with coords")
     if not path.is_file():
         raise FeatureError(f"{path}: no such feature file; embed this slide first")
+    return _read_hdf5(path, "coords").reshape(-1, 2).astype(np.int64)
+
+
+def _read_hdf5(path: Path, name: str = "features") -> NDArray:
     try:
         with h5py.File(path, "r") as file:
             if name not in file:
                 raise FeatureError(f"{path}: no dataset {name}; it has {', '.join(file) or 'none'}")
-            return file[name][()]
+            return np.asarray(file[name][()])
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise FeatureError(f"{path}: truncated or not HDF5 ({reason}); delete it and embed this slide again") from None
+        raise _damaged(path, "HDF5", error) from None
+
+
+def _read_tensor(path: Path) -> NDArray:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise _damaged(path, "a tensor", error) from None
+    if not isinstance(found, torch.Tensor):
+        raise FeatureError(f"{path}: holds {type(found).__name__}; expected a tensor, tiles × size")
+    return (found.float() if found.dtype == torch.bfloat16 else found).detach().numpy()
+
+
+def _read_array(path: Path) -> NDArray:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, "a numpy array", error) from None
+
+
+def _damaged(path: Path, kind: str, error: Exception) -> FeatureError:
+    reason = " ".join(str(error).split())[:200]
+    return FeatureError(f"{path}: truncated or not {kind} ({reason}); delete it and embed this slide again")
 
 
 def _check(path: Path, features: NDArray) -> None:

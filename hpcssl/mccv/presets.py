@@ -1,8 +1,9 @@
-"""Named ways to train the gated-attention head."""
+"""Named ways to train a head, and the heads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from hpcssl.core.config import nearest
 from hpcssl.core.errors import ConfigError
@@ -23,12 +24,16 @@ class MccvPreset:
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
     """Cosine from `weight_decay`, by step; none on biases."""
-    hidden: tuple[int, int] = (512, 512)
+    head: str = "gma"
+    """The head's name in the results."""
+    hidden: tuple[int, ...] = (512, 512)
     attention: int = 384
+    pooling: Literal["attention", "mean", "max"] = "attention"
     dropout: float = 0.25
-    """After both hidden layers and both attention branches; rounded to 1/256."""
+    """After the hidden layers and both attention branches; rounded to 1/256."""
 
 
+HEAD_SETTINGS = ("head", "hidden", "attention", "pooling", "dropout")
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -38,6 +43,14 @@ PRESETS = {
             name="mccv-demo", epochs=10, warmup_epochs=2, lr=1e-3, hidden=(64, 64), attention=32
         ),  # small enough for a laptop's CPU
     )
+}
+# what differs from the preset's own gated attention; all are trained as the preset says
+HEADS: dict[str, dict[str, Any]] = {
+    "gma": {},
+    "mean": {"pooling": "mean"},
+    "max": {"pooling": "max"},
+    # Ilse et al. (ICML 2018), gated: one hidden layer of 500 there, branches of 128, no dropout
+    "abmil": {"hidden": (512,), "attention": 128, "dropout": 0.0},
 }
 
 

@@ -1,7 +1,7 @@
 """The benchmark: every feature set on every task, in parts that a restart does not compute again.
 
 RESULTS/parts/<task>__<encoder>__<checkpoint>.csv holds one part and the .json beside it what it was made with;
-RESULTS/results.csv holds all.
+RESULTS/results.csv holds all. Another head than gated attention is part of the encoder's name there: `uni, mean`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from hpcssl.core.atomic import atomic_file, digest_bytes, write_atomic
-from hpcssl.core.config import first_difference, to_mapping
+from hpcssl.core.config import first_difference, nearest, to_mapping
 from hpcssl.core.errors import ConfigError
 from hpcssl.features.folder import FeatureSet
-from hpcssl.mccv.bags import Bags
+from hpcssl.mccv.bags import MEMORY_GIB, Bags
 from hpcssl.mccv.fit import Run, fit
-from hpcssl.mccv.presets import MccvPreset
-from hpcssl.mccv.splits import TRAIN, read_splits, split_columns, split_number, without_missing
+from hpcssl.mccv.presets import HEAD_SETTINGS, HEADS, MccvPreset
+from hpcssl.mccv.splits import CLASSES, TRAIN, read_splits, split_columns, split_number, target_kind, without_missing
 
 COLUMNS = ("task", "encoder", "checkpoint", "split", "replica", "epoch", "metric", "value")
 _KEY = list(COLUMNS[:-1])
@@ -36,9 +37,16 @@ class Part:
     """One task with one feature set: what is to be fitted, and with what."""
 
     task: str
+    encoder: str
+    """Its name in the results."""
     features: FeatureSet
+    preset: MccvPreset
     table: pd.DataFrame
     """Checked splits of the slides that have features."""
+    kind: str
+    """Of the target: classes or values."""
+    left_out: tuple[str, ...]
+    """Slides without features, and slides with features that the splits do not name."""
     runs: tuple[tuple[int, int], ...]
     """(split, replica), both from 1."""
     name: str
@@ -52,12 +60,15 @@ def plan_parts(
     splits: Sequence[Path],
     preset: MccvPreset,
     *,
+    heads: Sequence[str] = ("gma",),
     replicas: int = 2,
     only: tuple[int, int] | None = None,
     allow_missing: bool = False,
+    allow_extra: bool = True,
+    kind: str | None = None,
     seed: int = 0,
 ) -> list[Part]:
-    """Check all inputs without reading features, and return the parts in order of task and feature set.
+    """Check all inputs without reading features, and return the parts in order of task, feature set and head.
 
     Raises
     ------
@@ -66,19 +77,30 @@ def plan_parts(
     """
     if replicas < 1:
         raise ConfigError(f"{replicas} replicas: expected at least 1")
+    presets = [_with_head(preset, head) for head in dict.fromkeys(heads)]
     sets = [FeatureSet.open(folder) for folder in features]
     parts: dict[str, Part] = {}
     for path in splits:
-        table = read_splits(path)
+        table = read_splits(path, kind=kind)
         for found in sets:
-            part = _part(path, table, found, preset, replicas, only, allow_missing, seed)
-            if part.name in parts:
-                raise ConfigError(
-                    f"{found.folder}: task {part.task} with encoder {found.encoder!r}, checkpoint {found.checkpoint!r}"
-                    " is given twice; rename the splits file, or change the encoder's name in features.json"
-                )
-            parts[part.name] = part
+            where = f"{path} with {found.folder}"
+            allowed = {"allow_missing": allow_missing, "allow_extra": allow_extra}
+            kept = without_missing(table, found.slides, where=where, kind=kind, **allowed)
+            for one in presets:
+                part = _part(path, kept, table, found, one, replicas, only, kind, seed)
+                if part.name in parts:
+                    raise ConfigError(
+                        f"{found.folder}: task {part.task} with encoder {found.encoder!r}, checkpoint"
+                        f" {found.checkpoint!r} is given twice; rename the splits file, or change the encoder's name in"
+                        " features.json"
+                    )
+                parts[part.name] = part
     return list(parts.values())
+
+
+def task_name(splits: Path) -> str:
+    """Return the task of a split file: its name, or its folder's where every task's file is called slide_data.csv."""
+    return splits.resolve().parent.name if splits.name == "slide_data.csv" else splits.stem
 
 
 def run_parts(
@@ -88,11 +110,14 @@ def run_parts(
     *,
     seed: int = 0,
     threads: int = 1,
+    memory_gib: float = MEMORY_GIB,
+    device: str = "cpu",
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
     """Fit the parts that are not yet in `out` and return the whole results table, which is also written to results.csv.
 
-    `on_progress` counts epochs of runs: `epochs · len(part.runs)` for every part, also for one that was there.
+    Features beyond `memory_gib` stand in a scratch file in `out` while they are used. `on_progress` counts epochs of
+    runs: `epochs · len(part.runs)` for every part, also for one that was there.
 
     Raises
     ------
@@ -102,15 +127,21 @@ def run_parts(
     folder = out / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder, preset, seed)
-    done = {part.name: _is_done(folder, part) for part in parts}
+    done = {part.name: part_done(folder, part.name, part.record) for part in parts}
     for part in parts:
         if done[part.name]:
-            on_progress(preset.epochs * len(part.runs))
+            on_progress(part.preset.epochs * len(part.runs))
             continue
-        table = _fit_part(part, preset, seed, threads, on_progress)
-        write_atomic(folder / f"{part.name}.json", json.dumps(part.record, indent=2) + "\n")
-        _write_table(folder / f"{part.name}.csv", table)
-    return _collect(folder, out / "results.csv")
+        bags = Bags.load(part.features, part.table["slide"].tolist(), memory_gib=memory_gib, scratch=out, device=device)
+        table = _fit_part(part, bags, seed, threads, on_progress)
+        write_part(folder, part.name, part.record, table)
+    return collect(out)
+
+
+def write_part(folder: Path, name: str, record: dict[str, Any], table: pd.DataFrame) -> None:
+    """Write a part's table with the record of what it was made with beside it, which comes first."""
+    write_atomic(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    _write_table(folder / f"{name}.csv", table)
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -129,19 +160,27 @@ def file_name(text: str) -> str:
     return safe if len(safe) <= _LONGEST_NAME else f"{safe[:_LONGEST_NAME]}-{digest_bytes(text.encode())[:8]}"
 
 
+def _with_head(preset: MccvPreset, head: str) -> MccvPreset:
+    if head not in HEADS:
+        raise ConfigError(f"head {head}: no such head; {nearest(head, list(HEADS))}")
+    return replace(preset, head=head, **HEADS[head])
+
+
 def _part(
     path: Path,
+    kept: pd.DataFrame,
     table: pd.DataFrame,
     features: FeatureSet,
     preset: MccvPreset,
     replicas: int,
     only: tuple[int, int] | None,
-    allow_missing: bool,
+    kind: str | None,
     seed: int,
 ) -> Part:
-    kept = without_missing(table, features.slides, where=f"{path} with {features.folder}", allow_missing=allow_missing)
+    task = task_name(path)
+    encoder = features.encoder if preset.head == "gma" else f"{features.encoder}, {preset.head}"
     runs = tuple((split_number(c), replica) for c in split_columns(kept) for replica in range(1, replicas + 1))
-    name = "__".join(file_name(text) for text in (path.stem, features.encoder, features.checkpoint))
+    name = "__".join(file_name(text) for text in (task, encoder, features.checkpoint))
     if only is not None:
         if only not in runs:
             raise ConfigError(
@@ -149,50 +188,79 @@ def _part(
             )
         runs = (only,)
         name += f"{_ONLY}{only[0]}_replica={only[1]}"
+    kind = target_kind(kept["target"], kind, where=str(path))
     record = {
-        "task": path.stem,
-        "encoder": features.encoder,
+        "task": task,
+        "encoder": encoder,
         "checkpoint": features.checkpoint,
         "preset": to_mapping(preset),
         "seed": seed,
         "replicas": replicas,
         "only": only and list(only),
+        "target": kind,
         "slides": len(kept),
         "splits_digest": digest_bytes(kept.to_csv(index=False).encode()),
         "features_digest": features.digest(),
     }
-    return Part(task=path.stem, features=features, table=kept, runs=runs, name=name, record=record)
+    return Part(
+        task=task,
+        encoder=encoder,
+        features=features,
+        preset=preset,
+        table=kept,
+        kind=kind,
+        left_out=tuple(sorted(set(table["slide"]).symmetric_difference(features.slides))),
+        runs=runs,
+        name=name,
+        record=record,
+    )
 
 
-def _fit_part(
-    part: Part, preset: MccvPreset, seed: int, threads: int, on_progress: Callable[[int], None]
-) -> pd.DataFrame:
-    bags = Bags.load(part.features, part.table["slide"].tolist())
-    classes = sorted(part.table["target"].unique())
-    labels_S = part.table["target"].map(classes.index).to_numpy(np.int64)
+def targets_of(table: pd.DataFrame, kind: str) -> NDArray[np.int64] | NDArray[np.float64]:
+    """Return the targets of a split table: class numbers, classes in the order of their names, or values."""
+    if kind == CLASSES:
+        return np.unique(table["target"].to_numpy(str), return_inverse=True)[1].astype(np.int64)
+    return table["target"].to_numpy(np.float64)
+
+
+def sides_of(table: pd.DataFrame, split: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of a split table that train, and those that validate."""
+    in_train = (table[f"mccv{split}"] == TRAIN).to_numpy()
+    return np.flatnonzero(in_train), np.flatnonzero(~in_train)
+
+
+def _fit_part(part: Part, bags: Bags, seed: int, threads: int, on_progress: Callable[[int], None]) -> pd.DataFrame:
     runs = []
     for split, replica in part.runs:
-        in_train = (part.table[f"mccv{split}"] == TRAIN).to_numpy()
-        train, val = np.flatnonzero(in_train), np.flatnonzero(~in_train)
+        train, val = sides_of(part.table, split)
         runs.append(Run(split=split, replica=replica, train=train, val=val))
-    table = fit(bags, labels_S, runs, preset, seed=seed, threads=threads, on_progress=on_progress)
-    about = {"task": part.task, "encoder": part.features.encoder, "checkpoint": part.features.checkpoint}
+    targets_S = targets_of(part.table, part.kind)
+    table = fit(bags, targets_S, runs, part.preset, seed=seed, threads=threads, on_progress=on_progress)
+    about = {"task": part.task, "encoder": part.encoder, "checkpoint": part.features.checkpoint}
     return table.assign(**about)[list(COLUMNS)]
 
 
 def _check_folder(folder: Path, preset: MccvPreset, seed: int) -> None:
-    """Refuse a folder of results made with another preset or seed: results.csv would mix them."""
+    """Refuse a folder of results made with another training or seed: results.csv would mix them."""
+    wanted = {"preset": _training(to_mapping(preset)), "seed": seed}
     for path in sorted(folder.glob("*.csv")):
         record = _read_record(path)
-        wanted = {"preset": to_mapping(preset), "seed": seed}
-        _refuse_difference(path, {key: record.get(key) for key in wanted}, wanted)
+        if "preset" in record:  # k-NN has none
+            found = {"preset": _training(record["preset"]), "seed": record.get("seed")}
+            _refuse_difference(path, found, wanted)
 
 
-def _is_done(folder: Path, part: Part) -> bool:
-    path = folder / f"{part.name}.csv"
+def _training(preset: dict[str, Any]) -> dict[str, Any]:
+    """Return a preset without its head."""
+    return {key: value for key, value in preset.items() if key not in HEAD_SETTINGS}
+
+
+def part_done(folder: Path, name: str, record: dict[str, Any]) -> bool:
+    """Return whether a part is there; ConfigError if it was made with something else."""
+    path = folder / f"{name}.csv"
     if not path.exists():
         return False
-    _refuse_difference(path, _read_record(path), part.record)
+    _refuse_difference(path, _read_record(path), record)
     return True
 
 
@@ -220,10 +288,10 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, float_format="%.7g")
 
 
-def _collect(folder: Path, path: Path) -> pd.DataFrame:
-    """Join all parts; a run that a part of its own and a full part both hold stands in the table once."""
-    files = sorted(folder.glob("*.csv"), key=lambda file: (_ONLY in file.name, file.name))
+def collect(out: Path) -> pd.DataFrame:
+    """Join all parts in results.csv; a run that a part of its own and a full part both hold stands there once."""
+    files = sorted((out / "parts").glob("*.csv"), key=lambda file: (_ONLY in file.name, file.name))
     table = pd.concat([read_results(file) for file in files], ignore_index=True)
     table = table.drop_duplicates(_KEY, keep="first").sort_values(_KEY, ignore_index=True)
-    _write_table(path, table)
+    _write_table(out / "results.csv", table)
     return table

@@ -17,6 +17,9 @@ from hpcssl.tiles.slides import group_keys
 
 PATIENT = "patient_id"
 TRAIN, VAL = "train", "val"
+CLASSES, VALUES = "classes", "values"  # kinds of target: what to tell apart, what to predict
+_FEWEST_VALUES = 11  # different whole numbers from which on a target counts as values, unless told
+_BINS = 5  # of a target's values, from which a split draws alike
 _TRIES = 200  # draws among which the nearest is taken where groups hold several classes
 
 
@@ -27,12 +30,14 @@ def make_splits(
     train: float = 0.8,
     group: str = PATIENT,
     seed: int = 0,
+    kind: str | None = None,
 ) -> pd.DataFrame:
     """Draw `num` splits of a slide table, stratified by the column `target`, no group on both sides.
 
     Of a class with n slides ⌊n · train + 1/2⌋ train (at least 1, at most n - 1), or as near to it as whole groups
-    allow. Slides with a blank target are left out. A blank group, or a table without `patient_id`, makes each slide
-    its own group. A draw is a function of (seed, split, group), not of the table's order.
+    allow. A target of values (`kind`, see `target_kind`) is stratified by fifths of the groups' means. Slides with a
+    blank target are left out. A blank group, or a table without `patient_id`, makes each slide its own group. A draw is
+    a function of (seed, split, group), not of the table's order.
 
     Raises
     ------
@@ -50,8 +55,11 @@ def make_splits(
         groups = "slide " + labelled["slide_id"]
     else:
         groups = group_keys(labelled, group)
-    counts = pd.crosstab(groups, labelled[target])
-    _check_possible(counts, target)
+    kind = target_kind(labelled[target], kind, where=f"column {target}")
+    strata = labelled[target] if kind == CLASSES else _fifths(labelled[target].astype(float), groups, target)
+    counts = pd.crosstab(groups, strata)
+    if kind == CLASSES:
+        _check_possible(counts, target)
     wanted = [_wanted(int(total), train) for total in counts.sum()]
     table = labelled[["slide_id", target]].set_axis(["slide", "target"], axis=1)
     if group in labelled.columns:
@@ -62,7 +70,30 @@ def make_splits(
     return table
 
 
-def read_splits(path: Path, group: str = PATIENT) -> pd.DataFrame:
+def target_kind(targets: pd.Series, given: str | None = None, *, where: str) -> str:
+    """Return CLASSES or VALUES: as given, else values where all are numbers and they are fractions or more than ten.
+
+    Raises
+    ------
+    SplitError
+        If values are asked for and one is no number.
+
+    >>> target_kind(pd.Series(["0", "1"]), where="x"), target_kind(pd.Series(["0.5", "1"]), where="x")
+    ('classes', 'values')
+    """
+    if given not in (None, CLASSES, VALUES):
+        raise SplitError(f"{where}: kind of target {given}; expected {CLASSES} or {VALUES}")
+    if given == CLASSES:
+        return CLASSES
+    numbers = pd.to_numeric(targets, errors="coerce").astype(float)
+    bad = ~np.isfinite(numbers)
+    if given == VALUES and bad.any():
+        raise SplitError(f"{where}: the target {targets[bad].iloc[0]!r} is no number; expected values to predict")
+    several = (numbers % 1 != 0).any() or numbers.nunique() >= _FEWEST_VALUES
+    return VALUES if given == VALUES or (not bad.any() and several) else CLASSES
+
+
+def read_splits(path: Path, group: str = PATIENT, kind: str | None = None) -> pd.DataFrame:
     """Read and check a split file, all cells as text; SplitError says what is wrong and where."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -70,11 +101,11 @@ def read_splits(path: Path, group: str = PATIENT) -> pd.DataFrame:
         raise SplitError(f"{path}: no such split file; make one with `hpcssl splits`") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise SplitError(f"{path}: not a split file ({' '.join(str(error).split())})") from None
-    return check_splits(frame, where=str(path), group=group)
+    return check_splits(frame, where=str(path), group=group, kind=kind)
 
 
-def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT) -> pd.DataFrame:
-    """Check a split table and return it ordered by slide.
+def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind: str | None = None) -> pd.DataFrame:
+    """Check a split table and return it ordered by slide; of values, each side needs two different ones.
 
     Raises
     ------
@@ -96,6 +127,7 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT) -> pd
     blank = frame["slide"][frame["target"] == ""]
     if len(blank):
         raise SplitError(f"{where}: slide {blank.iloc[0]} has no target ({len(blank)} such rows); leave such rows out")
+    kind = target_kind(frame["target"], kind, where=where)
     for column in columns:
         unknown = ~frame[column].isin([TRAIN, VAL])
         if unknown.any():
@@ -104,7 +136,7 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT) -> pd
                 f"{where}: {column} of slide {row['slide']} is {row[column]!r}; expected train or val"
                 f" ({unknown.sum()} such cells)"
             )
-        _check_classes(frame, column, where)
+        _check_sides(frame, column, where, kind)
         if group in frame.columns:
             sides = frame[frame[group] != ""].groupby(group)[column].nunique()
             leaking = sides[sides > 1]
@@ -127,28 +159,60 @@ def split_number(column: str) -> int:
     return int(column[len("mccv") :])
 
 
-def without_missing(frame: pd.DataFrame, known: Sequence[str], *, where: str, allow_missing: bool) -> pd.DataFrame:
+def without_missing(
+    frame: pd.DataFrame,
+    known: Sequence[str],
+    *,
+    where: str,
+    allow_missing: bool,
+    allow_extra: bool = True,
+    kind: str | None = None,
+) -> pd.DataFrame:
     """Return the rows whose slides have features.
 
     Raises
     ------
     SplitError
-        For slides without features, unless `allow_missing`; and if a side of a split then lacks a class.
+        Listing slides without features, unless `allow_missing`, or features without a row, unless `allow_extra`; and if
+        a side of a split then lacks a class.
     """
+    kind = target_kind(frame["target"], kind, where=where)
     present = frame["slide"].isin(set(known))
-    missing = frame["slide"][~present]
-    if len(missing) and not allow_missing:
+    missing, extra = frame["slide"][~present].tolist(), sorted(set(known) - set(frame["slide"]))
+    if missing and not allow_missing:
         raise SplitError(
-            f"{where}: slide {missing.iloc[0]} has no features ({len(missing)} of {len(frame)} slides); "
-            "embed them, or leave them out with --allow-missing"
+            f"{where}: slide{'s' * (len(missing) > 1)} {listed(missing)} without features"
+            f" ({len(missing)} of {len(frame)} slides); embed them, or leave them out with --allow-missing"
+        )
+    if extra and not allow_extra:
+        raise SplitError(
+            f"{where}: features of {listed(extra)} without a row in the splits ({len(extra)} of {len(known)} slides);"
+            " add them, or leave them out with --allow-missing"
         )
     kept = frame[present].reset_index(drop=True)
     for column in split_columns(kept):
-        _check_classes(kept, column, where, all_classes=sorted(frame["target"].unique()))
+        _check_sides(kept, column, where, kind, all_classes=sorted(frame["target"].unique()))
     return kept
 
 
-def _check_classes(frame: pd.DataFrame, column: str, where: str, all_classes: Sequence[str] | None = None) -> None:
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names, and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _check_sides(
+    frame: pd.DataFrame, column: str, where: str, kind: str, all_classes: Sequence[str] | None = None
+) -> None:
+    if kind == VALUES:
+        for side in (TRAIN, VAL):
+            if frame["target"][frame[column] == side].astype(float).nunique() < 2:
+                raise SplitError(f"{where}: {column} has fewer than two different targets in {side}")
+        return
     classes = sorted(frame["target"].unique() if all_classes is None else all_classes)
     if len(classes) < 2:
         raise SplitError(f"{where}: every slide has the target {classes[0]}; expected at least two classes")
@@ -158,6 +222,16 @@ def _check_classes(frame: pd.DataFrame, column: str, where: str, all_classes: Se
             raise SplitError(
                 f"{where}: {column} has no slide of class {lacking[0]} in {side}; every class must be on both sides"
             )
+
+
+def _fifths(values: pd.Series, groups: pd.Series, target: str) -> pd.Series:
+    """Return for every slide in which part of the groups it is, by the groups' mean values."""
+    means = values.groupby(groups).mean().sort_values(kind="stable")
+    parts = min(_BINS, len(means) // 2)
+    if parts < 1:
+        raise SplitError(f"column {target} has values in one group only; two groups are needed for train and val")
+    place = pd.Series(np.arange(len(means)) * parts // len(means), index=means.index)
+    return groups.map(place).rename(target)
 
 
 def _check_possible(counts: pd.DataFrame, target: str) -> None:

@@ -1,49 +1,54 @@
-"""Gated attention over the tiles of a slide, for many independently trained heads at once.
+"""Heads over the tiles of a slide, for several independently trained heads at once, with their gradients by hand.
 
-Attention-based multiple-instance learning of Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning"
-(ICML 2018), with two hidden layers before the attention, as the pathology benchmark of Campanella et al. 2023 uses it.
+Hidden layers of every tile, then one vector a slide (gated attention, mean or maximum over the tiles), then a linear
+layer. Gated attention is that of Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning" (ICML 2018),
+equation 9; with two hidden layers before it, it is the head of Campanella et al. 2023. Autograd would keep every
+intermediate of every tile; written out, a chunk of tiles passes all layers while it is in the processor's cache.
 
-Shapes: R heads (each has its own weights and sees its own slide), N tiles (padded), D feature size, K classes,
-P parameters of one head, U dropout units of one tile.
+Shapes: R heads (each has its own weights and sees its own slide), N tiles (padded), D feature size, H units of a hidden
+layer, A units of an attention branch, K outputs, P parameters of one head, U dropout units of one tile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 DROPOUT_STEPS = 256  # a dropout mask spends one byte a unit
+_CHUNK = 512  # tiles that pass all layers together on a CPU: their activations stay in its cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSizes:
-    """Sizes of one gated-attention head."""
+    """Sizes of one head."""
 
     dim: int
     """Feature size of a tile."""
     classes: int
-    hidden: tuple[int, int] = (512, 512)
-    """Units of the two hidden layers; the paper's."""
+    """Outputs of the last layer."""
+    hidden: tuple[int, ...] = (512, 512)
+    """Units of the hidden layers, at least one layer; the paper's."""
     attention: int = 384
     """Units of each of the two attention branches; the paper's."""
+    pooling: Literal["attention", "mean", "max"] = "attention"
+    """How the tiles become one vector; without attention there are no branches."""
     dropout: float = 0.25
-    """After both hidden layers and both branches; rounded to 1/256."""
+    """After the hidden layers and both branches; rounded to 1/256."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name to (in, out): all weights, then all biases (in = 1). The two branches are one matrix, tanh's first."""
-        first, second = self.hidden
-        layers = {
-            "first": (self.dim, first),
-            "second": (first, second),
-            "branches": (second, 2 * self.attention),
-            "score": (self.attention, 1),
-            "classifier": (second, self.classes),
-        }
+        widths = [self.dim, *self.hidden]
+        layers = {f"hidden{i}": (widths[i], widths[i + 1]) for i in range(len(self.hidden))}
+        if self.pooling == "attention":
+            layers |= {"branches": (widths[-1], 2 * self.attention), "score": (self.attention, 1)}
+        layers["classifier"] = (widths[-1], self.classes)
         return {**layers, **{f"{name}_bias": (1, out) for name, (_, out) in layers.items()}}
 
     @property
@@ -58,11 +63,17 @@ class HeadSizes:
 
     @property
     def dropout_units(self) -> int:
-        """Units of one tile that dropout may switch off, U."""
-        return sum(self.hidden) + 2 * self.attention
+        """Units of one tile that dropout may switch off, U: the hidden ones, then those of the gated product."""
+        return sum(self.hidden) + (self.attention if self.pooling == "attention" else 0)
+
+    @property
+    def dropped(self) -> tuple[int, int]:
+        """Bytes of 256 that switch off a hidden unit, and one of the gated product (where both branches drop out)."""
+        one = round(self.dropout * DROPOUT_STEPS)
+        return one, round((1 - (1 - one / DROPOUT_STEPS) ** 2) * DROPOUT_STEPS)
 
 
-def initial_weights(sizes: HeadSizes, seeds: Sequence[int]) -> torch.Tensor:
+def initial_weights(sizes: HeadSizes, seeds: Sequence[int]) -> Tensor:
     """Return flat parameters [R, P]: Xavier-normal weights, zero biases; row r depends on seeds[r] alone."""
     flat_RP = torch.zeros(len(seeds), sizes.num_parameters)
     for row_P, seed in zip(flat_RP, seeds, strict=True):
@@ -76,7 +87,7 @@ def initial_weights(sizes: HeadSizes, seeds: Sequence[int]) -> torch.Tensor:
     return flat_RP
 
 
-def unpack(flat_RP: torch.Tensor, sizes: HeadSizes) -> dict[str, torch.Tensor]:
+def unpack(flat_RP: Tensor, sizes: HeadSizes) -> dict[str, Tensor]:
     """Return views [R, in, out] into flat parameters, by name."""
     views, start = {}, 0
     for name, (rows, columns) in sizes.shapes.items():
@@ -85,68 +96,194 @@ def unpack(flat_RP: torch.Tensor, sizes: HeadSizes) -> dict[str, torch.Tensor]:
     return views
 
 
-def dropout_scales(
-    sizes: HeadSizes, keys: Sequence[int], steps: Sequence[int], counts: Sequence[int], num_tiles: int
-) -> torch.Tensor:
-    """Return dropout factors [R, N, U], 0 or 1 / keep, a function of each head's key and step, the tile and the unit.
+def dropout_mask(sizes: HeadSizes, key: int, step: int, num_tiles: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return one head's dropout mask, uint8 [N, U], 1 where a unit stays: a function of key, step, tile and unit.
 
-    Neither the other heads nor the padding from counts[r] to num_tiles changes a head's mask (padding is 0).
+    The two branches of the attention meet in one product, so one byte decides for both. GPUs draw from a generator of
+    their own, which is another function of the same arguments.
     """
-    units = sizes.dropout_units
-    threshold = round(sizes.dropout * DROPOUT_STEPS)
-    bytes_RNU = np.zeros((len(keys), num_tiles, units), np.uint8)
-    philox = np.random.Philox(0)
-    generator = np.random.Generator(philox)
-    state = philox.state
-    for bytes_NU, key, step, count in zip(bytes_RNU, keys, steps, counts, strict=True):
-        state["state"]["key"][:] = key, 0
-        state["state"]["counter"][:] = 0, step, 0, 0
-        state["buffer_pos"] = 4  # nothing buffered
-        philox.state = state
-        words = generator.integers(2**64 - 1, size=-(-count * units // 8), dtype=np.uint64, endpoint=True)
-        bytes_NU[:count] = words.view(np.uint8)[: count * units].reshape(count, units)
-    kept = torch.from_numpy(bytes_RNU) >= threshold
-    return kept.float().mul_(DROPOUT_STEPS / (DROPOUT_STEPS - threshold))
+    shape = num_tiles, sizes.dropout_units
+    first, hidden = sizes.dropped, sum(sizes.hidden)
+    if torch.device(device).type != "cpu":
+        generator = torch.Generator(device).manual_seed((key ^ (step * 0x9E3779B97F4A7C15)) & (2**63 - 1))
+        bytes_NU = torch.empty(shape, dtype=torch.uint8, device=device).random_(0, DROPOUT_STEPS, generator=generator)
+        limits_U = torch.tensor(first, device=device).repeat_interleave(
+            torch.tensor([hidden, shape[1] - hidden], device=device)
+        )
+        return (bytes_NU >= limits_U).to(torch.uint8)
+    philox = np.random.Philox(key=[key, 0], counter=[0, step, 0, 0])
+    size = math.prod(shape)
+    drawn = philox.random_raw(-(-size // 8)).view(np.uint8)[:size].reshape(shape)
+    mask_NU = np.empty(shape, bool)
+    np.greater_equal(drawn[:, :hidden], first[0], out=mask_NU[:, :hidden])
+    np.greater_equal(drawn[:, hidden:], first[1], out=mask_NU[:, hidden:])
+    return torch.from_numpy(mask_NU.view(np.uint8))
 
 
-def gated_attention(
-    weights: dict[str, torch.Tensor],
-    x_RND: torch.Tensor,
-    valid_RN: torch.Tensor,
-    dropout_RNU: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classify one padded bag per head.
+class Heads:
+    """R heads with their gradients, and the buffers that both passes reuse from slide to slide.
 
-    Parameters
-    ----------
-    weights : as from `unpack`
-    x_RND : features; what stands in the padding is ignored, but must be finite
-    valid_RN : True where there is a tile; at least one in every bag
-    dropout_RNU : from `dropout_scales`; None at evaluation
-
-    Returns
-    -------
-    logits [R, K] and attention [R, N], which sums to one over a bag's tiles and is zero on the padding.
+    `forward`, then `backward`, fills `gradient_RP`; `flat_RP` may be changed in place between slides. Buffers take
+    about 4 · (hidden + 2 attention) bytes a tile of the largest bag so far, for each head.
     """
-    attention = weights["score"].shape[1]
-    hidden = [weights[name].shape[2] for name in ("first", "second")]
-    drop = dropout_RNU.split([*hidden, 2 * attention], dim=2) if dropout_RNU is not None else None
-    h_RNH = _linear(weights, "first", x_RND).relu()
-    if drop is not None:
-        h_RNH = h_RNH * drop[0]
-    h_RNH = _linear(weights, "second", h_RNH).relu()
-    if drop is not None:
-        h_RNH = h_RNH * drop[1]
-    both_RNA = _linear(weights, "branches", h_RNH)
-    content_RNA, gate_RNA = both_RNA[..., :attention].tanh(), both_RNA[..., attention:].sigmoid()
-    gated_RNA = content_RNA * gate_RNA
-    if drop is not None:
-        gated_RNA = gated_RNA * (drop[2][..., :attention] * drop[2][..., attention:])
-    scores_RN = _linear(weights, "score", gated_RNA).squeeze(2)
-    attn_RN = scores_RN.masked_fill(~valid_RN, -torch.inf).softmax(dim=1)
-    pooled_R1H = torch.bmm(attn_RN[:, None], h_RNH)
-    return _linear(weights, "classifier", pooled_R1H).squeeze(1), attn_RN
+
+    def __init__(self, flat_RP: Tensor, sizes: HeadSizes):
+        self.flat_RP, self.sizes = flat_RP, sizes
+        self.gradient_RP = torch.zeros_like(flat_RP)
+        self.weights, self.gradients = unpack(flat_RP, sizes), unpack(self.gradient_RP, sizes)
+        self._buffers: dict[str, Tensor] = {}
+
+    def forward(
+        self, x_RND: Tensor, valid_RN: Tensor | None = None, mask_RNU: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Classify one bag per head.
+
+        Parameters
+        ----------
+        x_RND : features; what stands in the padding is ignored, but must be finite
+        valid_RN : True where there is a tile, at least one in every bag; None: everywhere
+        mask_RNU : from `dropout_mask`; None at evaluation
+
+        Returns
+        -------
+        logits [R, K] and each tile's part in the slide's vector [R, N], which sums to one over a bag and is zero on the
+        padding (with maximum pooling: the part of the units whose maximum it is).
+        """
+        sizes, w = self.sizes, self.weights
+        self._x_RND, self._valid_RN = x_RND, valid_RN
+        num_tiles = x_RND.shape[1]
+        drop_1, drop_2 = sizes.dropped if mask_RNU is not None else (0, 0)
+        self._scale, self._scale_2 = (DROPOUT_STEPS / (DROPOUT_STEPS - drop) for drop in (drop_1, drop_2))
+        self._hidden = [self._buffer(f"hidden{i}", num_tiles, units) for i, units in enumerate(sizes.hidden)]
+        for part in self._parts(num_tiles):
+            h, start = x_RND[:, part], 0
+            for i, whole in enumerate(self._hidden):
+                out, bias = whole[:, part], w[f"hidden{i}_bias"]
+                torch.baddbmm(bias, h, w[f"hidden{i}"], beta=self._scale, alpha=self._scale, out=out).relu_()
+                if mask_RNU is not None:
+                    out.mul_(mask_RNU[:, part, start : start + sizes.hidden[i]])
+                h, start = out, start + sizes.hidden[i]
+            if sizes.pooling == "attention":
+                self._score(part, h, None if mask_RNU is None else mask_RNU[:, part, start:], num_tiles)
+        self._pool(num_tiles)
+        logits_RK = torch.baddbmm(w["classifier_bias"], self._pooled_R1H, w["classifier"]).squeeze(1)
+        return logits_RK, self._part_RN
+
+    def backward(self, dlogits_RK: Tensor) -> None:
+        """Fill `gradient_RP`, given the gradient of a loss with respect to the logits of the last `forward`."""
+        sizes, w, g = self.sizes, self.weights, self.gradients
+        last = len(sizes.hidden) - 1
+        d_R1K = dlogits_RK[:, None]
+        g["classifier"].baddbmm_(self._pooled_R1H.mT, d_R1K, beta=0)
+        g["classifier_bias"].copy_(d_R1K)
+        d_pooled_R1H = torch.bmm(d_R1K, w["classifier"].mT)
+        if sizes.pooling == "attention":
+            gain_RN = torch.bmm(self._hidden[last], d_pooled_R1H.mT).squeeze(2)
+            mean_R1 = (self._part_RN * gain_RN).sum(dim=1, keepdim=True)
+            self._dscore_RN1 = (self._part_RN * (gain_RN - mean_R1)).unsqueeze(
+                2
+            )  # the score's bias cancels: gradient 0
+        for part in self._parts(self._x_RND.shape[1]):
+            more = float(part.start > 0)  # 0 overwrites the gradients of the slide before
+            dh = self._d_pooling(part, d_pooled_R1H)
+            if sizes.pooling == "attention":
+                dboth = self._d_branches(part, more)
+                dh.baddbmm_(dboth, w["branches"].mT, beta=self._scale, alpha=self._scale)
+            elif self._scale != 1:
+                dh.mul_(self._scale)
+            for i in range(last, -1, -1):
+                # a unit that is zero was cut off or dropped out
+                torch.ops.aten.threshold_backward.grad_input(dh, self._hidden[i][:, part], 0, grad_input=dh)
+                before = self._hidden[i - 1][:, part] if i else self._x_RND[:, part]
+                g[f"hidden{i}"].baddbmm_(before.mT, dh, beta=more)
+                _add_rows(g[f"hidden{i}_bias"], dh, more)
+                if i:
+                    below = self._chunk(f"dhidden{i - 1}", part, sizes.hidden[i - 1])
+                    dh = torch.baddbmm(below, dh, w[f"hidden{i}"].mT, beta=0, alpha=self._scale, out=below)
+
+    def _score(self, part: slice, h: Tensor, mask: Tensor | None, num_tiles: int) -> None:
+        """Compute the branches and the scores of a chunk; what dropped out is zero in the sigmoid branch."""
+        width, w = self.sizes.attention, self.weights
+        both = self._buffer("both", num_tiles, 2 * width)[:, part]
+        torch.baddbmm(w["branches_bias"], h, w["branches"], out=both)
+        content, gate = both[..., :width], both[..., width:]
+        content.mul_(2)  # tanh(x) = 2 sigmoid(2 x) - 1; PyTorch's own tanh takes five times as long
+        both.sigmoid_()
+        content.mul_(2).sub_(1)
+        if mask is not None:
+            gate.mul_(mask)
+        gated = torch.mul(content, gate, out=self._chunk("gated", part, width))
+        scores = self._buffer("scores", num_tiles, 1)[:, part]
+        torch.baddbmm(w["score_bias"], gated, w["score"], alpha=self._scale_2, out=scores)
+
+    def _pool(self, num_tiles: int) -> None:
+        h_RNH, valid_RN = self._hidden[-1], self._valid_RN
+        if self.sizes.pooling == "max":
+            seen = h_RNH if valid_RN is None else h_RNH.masked_fill(~valid_RN[..., None], -1.0)
+            best = seen.max(dim=1, keepdim=True)
+            self._pooled_R1H, self._best_R1H = best.values, best.indices
+            share = torch.full_like(best.values[:, 0], 1 / h_RNH.shape[2])
+            self._part_RN = torch.zeros_like(h_RNH[..., 0]).scatter_add_(1, best.indices[:, 0], share)
+            return
+        if self.sizes.pooling == "attention":
+            scores_RN = self._buffer("scores", num_tiles, 1).squeeze(2)
+        else:
+            scores_RN = torch.zeros_like(h_RNH[..., 0])
+        if valid_RN is not None:
+            scores_RN = scores_RN.masked_fill(~valid_RN, -torch.inf)
+        self._part_RN = scores_RN.softmax(dim=1)
+        self._pooled_R1H = torch.bmm(self._part_RN[:, None], h_RNH)
+
+    def _d_pooling(self, part: slice, d_pooled_R1H: Tensor) -> Tensor:
+        """Return the gradient that a chunk's last hidden layer gets by the slide's vector."""
+        dh = self._chunk(f"dhidden{len(self.sizes.hidden) - 1}", part, self.sizes.hidden[-1])
+        if self.sizes.pooling == "max":
+            tiles = torch.arange(part.start, part.start + dh.shape[1], device=dh.device)
+            return torch.mul(self._best_R1H == tiles[None, :, None], d_pooled_R1H, out=dh)
+        return torch.mul(self._part_RN[:, part, None], d_pooled_R1H, out=dh)
+
+    def _d_branches(self, part: slice, more: float) -> Tensor:
+        """Add a chunk to the gradients of branches and score, and return the gradient before their nonlinearities."""
+        width, w, g = self.sizes.attention, self.weights, self.gradients
+        both = self._buffer("both", self._x_RND.shape[1], 2 * width)[:, part]
+        content, gate = both[..., :width], both[..., width:]
+        dscore = self._dscore_RN1[:, part]
+        gated = torch.mul(content, gate, out=self._chunk("gated", part, width))
+        g["score"].baddbmm_(gated.mT, dscore, beta=more, alpha=self._scale_2)
+        dboth = self._chunk("dboth", part, 2 * width)
+        torch.addcmul(gate, gated, content, value=-1, out=dboth[..., :width])
+        torch.addcmul(gated, gated, gate, value=-1, out=dboth[..., width:])
+        dgated = torch.mul(dscore, w["score"].mT * self._scale_2, out=gated)
+        dboth[..., :width].mul_(dgated)
+        dboth[..., width:].mul_(dgated)
+        g["branches"].baddbmm_(self._hidden[-1][:, part].mT, dboth, beta=more)
+        _add_rows(g["branches_bias"], dboth, more)
+        return dboth
+
+    def _parts(self, num_tiles: int) -> Iterator[slice]:
+        """Yield the chunks of a bag; a GPU takes all at once."""
+        size = _CHUNK if self.flat_RP.device.type == "cpu" else num_tiles
+        for start in range(0, num_tiles, size):
+            yield slice(start, start + size)
+
+    def _chunk(self, name: str, part: slice, width: int) -> Tensor:
+        """Return a buffer [R, n, width] for the tiles of one chunk."""
+        size = min(part.stop, self._x_RND.shape[1]) - part.start
+        return self._buffer(name, size, width)
+
+    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
+        """Return a buffer [R, rows, width]; its memory is kept, for fresh pages would cost a third of the time."""
+        heads = len(self.flat_RP)
+        held = self._buffers.get(name)
+        if held is None or held.numel() < heads * rows * width:
+            held = self._buffers[name] = self.flat_RP.new_empty(heads * rows * width)
+        return held[: heads * rows * width].view(heads, rows, width)
 
 
-def _linear(weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    return torch.baddbmm(weights[f"{name}_bias"], x, weights[name])
+def _add_rows(bias_R1U: Tensor, d_RNU: Tensor, more: float) -> None:
+    """Put the sum over the tiles into a bias's gradient, or add it there."""
+    total = d_RNU.sum(dim=1, keepdim=True)
+    if more:
+        bias_R1U.add_(total)
+    else:
+        bias_R1U.copy_(total)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from hpcssl.core.config import nearest
 from hpcssl.core.errors import ConfigError
+from hpcssl.models.blocks import Execution, choose_attention, run_blocks
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the papers normalise
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the papers normalise
+_PLAIN = Execution()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,15 @@ class Encoder(nn.Module):
     """A timm vision transformer run by an explicit forward; nothing in it is random.
 
     `vit` is timm's own module: the state dict without the prefix `vit.` loads into `timm.create_model` of the same
-    configuration. `config` is the configuration with every None replaced by timm's value.
+    configuration. `config` is the configuration with every None replaced by timm's value, `execution` how the blocks
+    are computed.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, execution: Execution = _PLAIN) -> None:
         super().__init__()
         self.vit = _create(config)
+        self.execution = execution
+        choose_attention(self.vit.blocks, execution)
         self.config = replace(
             config,
             patch_px=self.vit.patch_embed.patch_size[0],
@@ -117,16 +122,10 @@ class Encoder(nn.Module):
 
     def blocks(self, x_BND: Tensor, residual_scale_BL: Tensor | None = None) -> Tensor:
         """Run the blocks and the last norm."""
-        for i, block in enumerate(self.vit.blocks):
-            for j, branch in enumerate((_attention, _mlp)):
-                y_BND = branch(block, x_BND)
-                if residual_scale_BL is not None:
-                    y_BND = y_BND * residual_scale_BL[:, 2 * i + j, None, None].to(y_BND.dtype)
-                x_BND = x_BND + y_BND
-        return self.vit.norm(x_BND)
+        return self.vit.norm(run_blocks(self.vit.blocks, x_BND, self.execution, residual_scale_BL))
 
 
-def build_encoder(config: EncoderConfig) -> Encoder:
+def build_encoder(config: EncoderConfig, execution: Execution = _PLAIN) -> Encoder:
     """Return an encoder with fresh weights, drawn from torch's default generator (which the caller seeds).
 
     Raises
@@ -134,13 +133,13 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     ConfigError
         If timm has no such model, it is not a plain vision transformer with a class token, or sizes do not fit.
     """
-    return Encoder(config)
+    return Encoder(config, execution)
 
 
 def normalised(pixels: Tensor) -> Tensor:
     """Return uint8 images (B, px, px, 3) as float32 (B, 3, px, px), less ImageNet's mean, over its deviation."""
-    mean = torch.tensor(_MEAN, device=pixels.device) * 255
-    std = torch.tensor(_STD, device=pixels.device) * 255
+    mean = torch.tensor(MEAN, device=pixels.device) * 255
+    std = torch.tensor(STD, device=pixels.device) * 255
     return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -182,14 +181,6 @@ def _bicubic_weights(native: int, side: int, like: Tensor) -> Tensor:
     impulses = torch.eye(native, dtype=like.dtype, device=like.device).reshape(1, native, native, 1)
     response = F.interpolate(impulses, scale_factor=((side + 0.1) / native, 1.0), mode="bicubic")
     return response[0, :, :, 0].T
-
-
-def _attention(block: Any, x_BND: Tensor) -> Tensor:
-    return block.ls1(block.attn(block.norm1(x_BND)))
-
-
-def _mlp(block: Any, x_BND: Tensor) -> Tensor:
-    return block.ls2(block.mlp(block.norm2(x_BND)))
 
 
 def _create(config: EncoderConfig) -> Any:

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hpcssl.core.errors import ConfigError
+from hpcssl.models.blocks import choose_attention, run_blocks
 from hpcssl.models.encoder import Encoder
 
 
@@ -42,6 +43,8 @@ class MaeDecoderConfig:
 class MaskedAutoencoder(nn.Module):
     """Encoder and decoder; both position embeddings are fixed sine-cosine ones, the encoder's overwritten.
 
+    The decoder's blocks are computed as the encoder's `execution` says.
+
     All weights are drawn anew from torch's default generator: linear layers and the patch embedding Xavier-uniform,
     the class and the mask token normal with deviation 0.02.
 
@@ -64,6 +67,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_blocks = nn.Sequential(
             *[Block(width, decoder.num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(decoder.depth)]
         )
+        choose_attention(self.decoder_blocks, encoder.execution)
         self.decoder_norm = LayerNorm(width)  # timm's, with its epsilon of 1e-6, as in the encoder
         self.decoder_pred = nn.Linear(width, 3 * encoder.patch_px**2)
         self.register_buffer("decoder_position", sincos_position(width, encoder.grid_size), persistent=False)
@@ -88,7 +92,8 @@ class MaskedAutoencoder(nn.Module):
         mask_tokens_BNE = self.mask_token.to(y_BNE.dtype).expand(len(y_BNE), mask_BN.shape[1] - num_visible, -1)
         patches_BNE = _take(torch.cat([y_BNE[:, 1:], mask_tokens_BNE], dim=1), order_BN.argsort(dim=1))
         y_BNE = torch.cat([y_BNE[:, :1], patches_BNE], dim=1) + self.decoder_position
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(y_BNE)))[:, 1:]
+        y_BNE = run_blocks(self.decoder_blocks, y_BNE, self.encoder.execution)
+        return self.decoder_pred(self.decoder_norm(y_BNE))[:, 1:]
 
     def _initialise(self) -> None:
         vit = self.encoder.vit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -33,14 +34,10 @@ def _repeats(found: Inspection) -> Part:
         axes = figure.subplots()
         axes.bar(table["draws"], table["tiles"], width=0.8, color=PALETTE[0])
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(_count))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(bottom=0.5)
         axes.set_xlim(table["draws"].min() - 1, table["draws"].max() + 1)
-        axes.set_xlabel("draws of a tile over the whole schedule")
-        axes.set_ylabel("tiles")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="x", visible=False)
+        _label_counts(axes, "draws of a tile over the whole schedule", "tiles")
 
     most = table.iloc[-1]
     return Part(
@@ -65,11 +62,7 @@ def _passes(found: Inspection) -> Part:
             colour, edge = PALETTE[number % len(PALETTE)], "white"
             axes.bar(rows.index, rows, bottom=bottom[rows.index], color=colour, edgecolor=edge, linewidth=0.5)
             bottom[rows.index] += rows
-        axes.set_xlabel("pass (a colour is a pseudo-epoch of it)")
-        axes.set_ylabel("slides")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(_count))
-        axes.grid(axis="x", visible=False)
+        _label_counts(axes, "pass (a colour is a pseudo-epoch of it)", "slides")
 
     whole = table.groupby("pass")["slides"].sum()
     return Part(
@@ -115,6 +108,15 @@ def _coverage(found: Inspection) -> Part:
         png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
         table=table,
     )
+
+
+def _label_counts(axes: Axes, of_x: str, of_y: str) -> None:
+    """Label bars that stand over whole numbers and count something."""
+    axes.set_xlabel(of_x)
+    axes.set_ylabel(of_y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(_count))
+    axes.grid(axis="x", visible=False)
 
 
 def _count(value: float, _place: int | None = None) -> str:

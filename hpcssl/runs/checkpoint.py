@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hpcssl.core.atomic import atomic_file, remove_temporary
+from hpcssl.core.atomic import atomic_file
 from hpcssl.core.errors import RunError
 
 FORMAT = 1
@@ -31,12 +31,35 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for f in (run / "checkpoints").glob("step-*.safetensors") if (m := _NAME.match(f.name)))
 
 
-def save_checkpoint(run: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of a step: named tensors and a state of plain values; atomic, synced, with its digest."""
+def save_checkpoint(
+    run: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    before_rename: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write the checkpoint of a step: named tensors and a state of plain values; atomic, synced, with its digest.
+
+    `before_rename` is called when the file is whole and synced; what it raises keeps the file from its name.
+    """
+    path = checkpoint_path(run, step)
+    write_state(path, step, tensors, state, before_rename=before_rename)
+    return path
+
+
+def write_state(
+    path: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    before_rename: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a file of the format of checkpoints anywhere; `load_checkpoint` reads it."""
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     content = {"format": FORMAT, "step": step, "state": dict(state)}
     header = json.dumps({**content, "digest": _digest(whole, content)})
-    path = checkpoint_path(run, step)
     with atomic_file(path) as temporary:
         try:
             save_file(whole, temporary, metadata={"hpcssl": header})
@@ -45,7 +68,9 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, torch.Tensor], s
             if number:  # a full disk, say: an error of the system like any other
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
             raise
-    return path
+        with temporary.open("rb") as stream:  # here, not after the last look: on a slow disk it takes a while
+            os.fsync(stream.fileno())
+        before_rename()
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -89,14 +114,12 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> tuple[dict[str,
 def prune_checkpoints(run: Path, step: int, *, keep_last: int, keep_steps: Callable[[int], bool]) -> None:
     """Remove checkpoints up to `step` but for the last `keep_last` and those whose step is to be kept.
 
-    Later ones are not counted: a run that has not come there yet found them damaged. Files that killed writers left
-    are removed.
+    Later ones are not counted: a run that has not come there yet found them damaged.
     """
     steps = [s for s in checkpoint_steps(run) if s <= step]
     for old in steps[: max(0, len(steps) - keep_last)]:
         if not keep_steps(old):
             checkpoint_path(run, old).unlink(missing_ok=True)
-    remove_temporary(run / "checkpoints")
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> str:

@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.atomic import write_atomic
-from hpcssl.core.config import dump_yaml, first_difference, read_yaml
+from hpcssl.core.config import build, dump_yaml, first_difference, read_yaml, to_mapping
 from hpcssl.core.errors import RunError
 from hpcssl.core.provenance import provenance
 
 CONFIG = "config.yaml"
 BAD_TILES = "bad_tiles.csv"
+NOT_SETTINGS = ("data", "derived")
 # settings that may change when a run continues: where it stops, and how (not what) it computes
 FREE_SETTINGS = (
     "stop_after",
+    "initial_weights",  # where they lie; what they are is a digest among the data
     "checkpoint",
     "loader.threads",
     "loader.prefetch_steps",
@@ -37,15 +39,23 @@ FREE_SETTINGS = (
     "train.micro_batch",
     "train.threads",
     "train.deterministic",
+    "train.compile",
+    "train.checkpoint_activations",
+    "train.max_skipped_steps",
+    "train.watch_every_steps",
+    "train.hang_s",
 )
 
 
-def prepare_run(run: Path, config: Mapping[str, Any], *, data: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+def prepare_run(run: Path, config: Any, *, data: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
     """Make a run folder, or check that an existing one is this run and take over its free settings.
+
+    A setting that the run's config.yaml lacks, because it is younger than the run, counts there as its default: a new
+    setting's default is what was done before there was the setting.
 
     Parameters
     ----------
-    config : resolved settings
+    config : resolved settings, a dataclass
     data : where store and schedule are, and their digests (`store`, `store_digest`, `schedule`, `schedule_digest`)
     derived : values computed from both, for the reader
 
@@ -57,9 +67,12 @@ def prepare_run(run: Path, config: Mapping[str, Any], *, data: Mapping[str, Any]
     # hidden names are what a killed start left before there was a config.yaml
     if run.exists() and not (run / CONFIG).exists() and any(not e.name.startswith(".") for e in run.iterdir()):
         raise RunError(f"{run}: not empty and no run (no {CONFIG}); choose another --out")
-    wanted = {**config, "data": dict(data), "derived": dict(derived)}
+    wanted = {**to_mapping(config), "data": dict(data), "derived": dict(derived)}
     if (run / CONFIG).exists():
-        _check_same(run, read_yaml(run / CONFIG), wanted)
+        old = read_yaml(run / CONFIG)
+        settings = {key: value for key, value in old.items() if key not in NOT_SETTINGS}
+        complete = to_mapping(build(type(config), settings, where=str(run / CONFIG)))
+        _check_same(run, {**old, **complete}, wanted)
     run.mkdir(parents=True, exist_ok=True)
     write_atomic(run / CONFIG, dump_yaml(wanted))
     for folder in ("checkpoints", "generations", "logs"):
@@ -78,10 +91,10 @@ def _check_same(run: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> No
     """Refuse another setting or other data; where they lie may change, what they are may not."""
 
     def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if k not in ("derived", "data")}
+        kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if k not in NOT_SETTINGS}
         for setting in FREE_SETTINGS:
             group, _, key = setting.rpartition(".")
-            (kept[group] if group else kept).pop(key, None)
+            (kept.get(group, {}) if group else kept).pop(key, None)
         return kept | {k: v for k, v in values["data"].items() if k.endswith("_digest")}
 
     difference = first_difference(fixed(old), fixed(new))

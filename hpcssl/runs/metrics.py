@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ class MetricsWriter:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one step's record; it is in the file when this returns."""
-        self._stream.write(json.dumps(record) + "\n")
+        """Append one step's record; it is in the file when this returns. A number that is not finite becomes null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
 
     def sync(self) -> None:

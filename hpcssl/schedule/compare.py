@@ -8,6 +8,7 @@ import numpy as np
 
 from hpcssl.core.config import first_difference
 from hpcssl.schedule.file import Schedule
+from hpcssl.tiles.slides import slide_of
 
 _PIECE = 1 << 22
 
@@ -78,5 +79,5 @@ def _first_position(a: Schedule, b: Schedule) -> int | None:
 def _tile_text(schedule: Schedule, position: int) -> str:
     tile = int(schedule.tiles_at(position, position + 1)[0])
     slides = schedule.slides()
-    row = slides.iloc[int(np.searchsorted(slides["first_tile"], tile, side="right")) - 1]
+    row = slides.iloc[int(slide_of(tile, slides["first_tile"]))]
     return f"tile {tile} (slide {row['slide_id']}, {row['organ']})"

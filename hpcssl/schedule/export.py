@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hpcssl.core.atomic import atomic_file
 from hpcssl.schedule.file import Schedule
+from hpcssl.tiles.slides import slide_of
 
 _PIECE = 1 << 17
 
@@ -48,6 +49,6 @@ def export_csv(
                 if paths_of:
                     writer.writerows(zip(paths_of(tiles)))
                 else:
-                    slide = np.searchsorted(first_tiles, tiles, side="right") - 1
+                    slide = slide_of(tiles, first_tiles)
                     writer.writerows(zip(slide_ids[slide].tolist(), (tiles - first_tiles[slide]).tolist()))
                 on_progress(len(tiles))

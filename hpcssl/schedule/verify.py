@@ -22,6 +22,7 @@ from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut
 from hpcssl.schedule.file import HEADER, HOLD_OUT, SLIDES, Schedule, anew
 from hpcssl.schedule.spec import ScheduleSpec
+from hpcssl.tiles.slides import slide_of
 
 _PIECE = 1 << 22
 
@@ -157,12 +158,11 @@ def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
     drawn.sort()
     differs = np.flatnonzero(tiles != drawn)
     if len(differs):
-        slide = np.searchsorted(builder.first_tiles, drawn[differs[0]], side="right") - 1
-        name = builder.slides["slide_id"].iloc[int(slide)]
+        slide = int(slide_of(drawn[differs[0]], builder.first_tiles))
+        name = builder.slides["slide_id"].iloc[slide]
         return f"the draws of slide {name} do not go through its tiles in turn (guarantee 3)"
     return "not the keyed order of its draws (guarantee 4)"
 
 
 def _count_by_slide(tiles: NDArray[np.unsignedinteger], builder: Builder) -> NDArray[np.int64]:
-    slide = np.searchsorted(builder.first_tiles, tiles.astype(np.int64), side="right") - 1
-    return np.bincount(slide, minlength=len(builder.slides))
+    return np.bincount(slide_of(tiles.astype(np.int64), builder.first_tiles), minlength=len(builder.slides))

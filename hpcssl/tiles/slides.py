@@ -6,7 +6,9 @@ import hashlib
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 
 from hpcssl.core.errors import SlideError
 
@@ -105,6 +107,11 @@ def group_keys(frame: pd.DataFrame, column: str) -> pd.Series:
         raise SlideError(f"the slide table has no column {column}; it has {', '.join(frame.columns)}")
     own = "slide " + frame["slide_id"]
     return (column + " " + frame[column]).where(frame[column].str.strip() != "", own)
+
+
+def slide_of(tiles: ArrayLike, first_tiles: ArrayLike) -> NDArray[np.intp]:
+    """Return the number of the slide of every global tile number; `first_tiles` are those of the slides, in order."""
+    return np.searchsorted(first_tiles, tiles, side="right") - 1
 
 
 def digest_slides(frame: pd.DataFrame) -> str:

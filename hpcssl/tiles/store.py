@@ -32,7 +32,7 @@ from hpcssl.core.arrays import map_array
 from hpcssl.core.atomic import digest_bytes, digest_file, read_json
 from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.tiles.shards import Shards, unpack_place
-from hpcssl.tiles.slides import digest_slides
+from hpcssl.tiles.slides import digest_slides, slide_of
 from hpcssl.tiles.verify import check_files, check_pixels
 
 FORMAT = 1
@@ -181,7 +181,7 @@ class Store:
 
     def _name_in(self, tile: int) -> str:
         """Return `<organ>/<slide_id>/<name>` of a tile."""
-        slide = int(np.searchsorted(self.first_tiles, tile, side="right")) - 1
+        slide = int(slide_of(tile, self.first_tiles))
         return f"{self._folders[slide]}/{self._names[tile]}"
 
     def _prefix(self, tile: int) -> str:
@@ -196,7 +196,7 @@ class Store:
 
     def files_of(self, tiles: np.ndarray) -> list[str]:
         """Return the files of many tiles, as text; of a packed store as `shard.tar:member`."""
-        slides = np.searchsorted(self.first_tiles, tiles, side="right") - 1
+        slides = slide_of(tiles, self.first_tiles)
         folders = {int(slide): self._folders[int(slide)] for slide in np.unique(slides)}
         names, pairs = self._names, zip(slides.tolist(), tiles.tolist())
         if self.shards is None:

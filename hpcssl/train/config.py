@@ -57,6 +57,9 @@ class DinoConfig:
     ----------
     head : sizes of the projection head
     student_temperature, teacher_temperature : of the softmax
+    warmup_teacher_temperature : the teacher's in the first pseudo-epoch, if there is a warm-up
+    teacher_temperature_warmup_pseudo_epochs : how many rise to `teacher_temperature`, evenly; constant within each, as
+        published. 0 = no warm-up, the default; the published "boosted" runs rise to 0.07 in 30
     center_momentum : of the running mean of the teacher's logits
     momentum : of the teacher at step 0; rises to 1 by a cosine
     freeze_last_layer_pseudo_epochs : how long the head's last layer gets no gradient
@@ -65,21 +68,22 @@ class DinoConfig:
     head: DinoHeadConfig = field(default_factory=DinoHeadConfig)
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
+    warmup_teacher_temperature: float = 0.04
+    teacher_temperature_warmup_pseudo_epochs: int = 0
     center_momentum: float = 0.9
     momentum: float = 0.996
     freeze_last_layer_pseudo_epochs: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("student_temperature", "teacher_temperature"):
+        for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected above 0")
         for name in ("center_momentum", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected 0 to 1")
-        if not self.freeze_last_layer_pseudo_epochs >= 0:
-            raise ConfigError(
-                f"dino.freeze_last_layer_pseudo_epochs = {self.freeze_last_layer_pseudo_epochs}; expected 0 or more"
-            )
+        for name in ("freeze_last_layer_pseudo_epochs", "teacher_temperature_warmup_pseudo_epochs"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +96,31 @@ class TrainConfig:
     micro_batch : most tiles of a rank in one forward pass; None = the rank's whole share
     threads : CPU threads of a rank; None = the node's cores shared by its ranks
     deterministic : only deterministic kernels on GPUs, so that weights repeat bitwise
+    compile : torch.compile of the transformer blocks; auto: on GPUs, where a compiler works
+    checkpoint_activations : keep less for the backward pass and compute each block twice: less memory, more time.
+        Off, also for ViT-L: train.micro_batch saves memory, too, and computes nothing twice
+    max_skipped_steps : of the whole run, how many steps may be passed over because their loss or a gradient is not
+        finite: the step counts on, the weights stay. fp16's overflows, which lower the loss scale, do not count
+    watch_every_steps : how often features of the same few hundred tiles are looked at for collapse; 0 = never
+    hang_s : seconds that ranks wait for one that hangs before they end the run; in the first step, ten minutes
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     micro_batch: int | None = None
     threads: int | None = None
     deterministic: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    checkpoint_activations: bool = False
+    max_skipped_steps: int = 20
+    watch_every_steps: int = 500
+    hang_s: float = 45.0
 
     def __post_init__(self) -> None:
+        for name in ("max_skipped_steps", "watch_every_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} = {getattr(self, name)}; expected at least 0")
+        if not self.hang_s > 0:
+            raise ConfigError(f"train.hang_s = {self.hang_s}; expected above 0")
         for name in ("micro_batch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -135,6 +156,7 @@ class PretrainConfig:
     global_batch : tiles of one optimiser step over all ranks; constant for a run
     schedule_pseudo_epochs : length of every schedule of values; None = the tile schedule's
     stop_after : pseudo-epochs to train; None = all; free to change
+    initial_weights : file that the encoder starts from, of timm or of an official DINO or MAE checkpoint; None = fresh
     """
 
     objective: Literal["dino", "mae"]
@@ -145,6 +167,7 @@ class PretrainConfig:
     seed: int = 0
     schedule_pseudo_epochs: int | None = None
     stop_after: float | None = None
+    initial_weights: str | None = None
     dino: DinoConfig = field(default_factory=DinoConfig)
     decoder: MaeDecoderConfig = field(default_factory=MaeDecoderConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -178,6 +201,7 @@ class StepValues:
     lr: float
     weight_decay: float
     momentum: float
+    teacher_temperature: float
     last_layer_frozen: bool
 
 
@@ -220,8 +244,17 @@ class Timeline:
             lr=cosine(step, base=self.peak_lr, final=optim.final_lr, total_steps=total, warmup_steps=self.warmup_steps),
             weight_decay=cosine(step, base=optim.weight_decay, final=optim.final_weight_decay, total_steps=total),
             momentum=cosine(step, base=self._recipe.dino.momentum, final=1.0, total_steps=total),
+            teacher_temperature=self._teacher_temperature(step),
             last_layer_frozen=step < self.frozen_steps,
         )
+
+    def _teacher_temperature(self, step: int) -> float:
+        dino, number = self._recipe.dino, step * self._recipe.global_batch // self._positions
+        warm = dino.teacher_temperature_warmup_pseudo_epochs
+        if number >= warm:
+            return dino.teacher_temperature
+        rise = dino.teacher_temperature - dino.warmup_teacher_temperature
+        return dino.warmup_teacher_temperature + rise * number / max(warm - 1, 1)
 
     def derived(self) -> Mapping[str, Any]:
         """Return the derived values for the run folder's reader."""

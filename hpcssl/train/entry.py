@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from hpcssl.core.config import build
+from hpcssl.core.errors import RunError
 from hpcssl.core.world import World, check_divides
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.folder import Generation, read_config, record_start
@@ -39,7 +43,8 @@ def pretrain(
     local_rank, ranks_per_node, cores : place on the node, for choosing its GPU and its share of the cores
     generation, asked_to_stop, say : see `hpcssl.train.loop.train`
     """
-    collectives = Collectives(world=world, all_reduce_sum=all_reduce_sum)
+    patience = _Patience(all_reduce_sum, world)
+    collectives = Collectives(world=world, all_reduce_sum=patience.all_reduce_sum, limit_waiting=patience.limit)
     settings = read_config(run)
     data = settings.pop("data")
     settings.pop("derived")
@@ -65,6 +70,31 @@ def pretrain(
         asked_to_stop=asked_to_stop,
         say=say,
     )
+
+
+class _Patience:
+    """A sum over ranks that ends with one line where another rank hangs."""
+
+    def __init__(self, all_reduce_sum: Callable[[torch.Tensor], None], world: World):
+        self._sum, self._world, self._seconds = all_reduce_sum, world, math.inf
+
+    def limit(self, seconds: float) -> None:
+        """Wait no longer than this for other ranks from now on."""
+        self._seconds = seconds
+        if dist.is_initialized():
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        """Sum over the ranks, in place."""
+        try:
+            self._sum(tensor)
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower() or math.isinf(self._seconds):
+                raise
+            raise RunError(
+                f"rank {self._world.rank}: another process has not answered for {self._seconds:g} s (train.hang_s): it"
+                " or its node hangs; what was saved stays, the same command goes on from there"
+            ) from error
 
 
 def _device(local_rank: int) -> torch.device:

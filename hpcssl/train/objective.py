@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from hpcssl.core.errors import ConfigError
 from hpcssl.core.rng import key_of
-from hpcssl.models.encoder import build_encoder, drop_path_rates, normalised, residual_scale
+from hpcssl.models.encoder import Encoder, build_encoder, drop_path_rates, normalised, residual_scale
 from hpcssl.models.heads import DinoHead
 from hpcssl.models.mae import MaskedAutoencoder
+from hpcssl.models.weights import read_initial_weights
 from hpcssl.objectives.dino import dino_loss, teacher_entropy, update_center
 from hpcssl.objectives.mae import mae_loss
 from hpcssl.optim.parameters import update_average
 from hpcssl.plan.draw import draw_drop_path
 from hpcssl.train.config import PretrainConfig, StepValues
+from hpcssl.train.execution import resolve_execution
 from hpcssl.train.reduce import Collectives
 
 
@@ -35,7 +38,7 @@ class Objective(ABC):
     num_patches: int
 
     @abstractmethod
-    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
+    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None, values: StepValues) -> Tensor:
         """Return the mean loss of some tiles; views are uint8 (V, B, px, px, 3) for each kind."""
 
     def before_update(self, values: StepValues) -> None:  # noqa: B027 - nothing to do is the default
@@ -45,6 +48,9 @@ class Objective(ABC):
         """Follow an update of the weights; `count` tiles were in this rank's share. Returns what is worth logging."""
         return {}
 
+    def forget(self) -> None:  # noqa: B027 - nothing to do is the default
+        """Drop what the losses of a step gathered that is not followed by an update."""
+
 
 def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
     """Build the objective with weights that depend on the seed alone, the same on every rank and device."""
@@ -53,13 +59,32 @@ def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
         return Dino(recipe, device) if recipe.objective == "dino" else Mae(recipe, device)
 
 
-def check_recipe(recipe: PretrainConfig) -> None:
-    """Build the model without memory, so that a recipe that cannot train is refused before a job waits in a queue.
+def load_initial_weights(objective: Objective, path: Path) -> str:
+    """Let every encoder of a fresh objective start from a file, and return what is to be said of it.
 
     Raises
     ------
     ConfigError
-        For an encoder that cannot be built, or views that it cannot take.
+        See `hpcssl.models.weights.read_initial_weights`.
+    """
+    encoders = [module for module in objective.module.modules() if isinstance(module, Encoder)]
+    weights, told = read_initial_weights(path, encoders[0])
+    for encoder in encoders:
+        encoder.vit.load_state_dict(weights)
+    return told
+
+
+def check_recipe(recipe: PretrainConfig) -> str:
+    """Build the model without memory, so that a recipe that cannot train is refused before a job waits in a queue.
+
+    Returns
+    -------
+    What is to be said of the initial weights; empty without.
+
+    Raises
+    ------
+    ConfigError
+        For an encoder that cannot be built, views that it cannot take, or initial weights that do not fit.
     """
     with torch.device("meta"):
         encoder = build_encoder(recipe.encoder)
@@ -75,6 +100,7 @@ def check_recipe(recipe: PretrainConfig) -> None:
         raise ConfigError(
             f"recipe: MAE's view of {view_px} px; expected encoder.image_px = {recipe.encoder.image_px} px"
         )
+    return read_initial_weights(Path(recipe.initial_weights), encoder)[1] if recipe.initial_weights else ""
 
 
 class Dino(Objective):
@@ -85,7 +111,7 @@ class Dino(Objective):
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
         self._recipe, self._config = recipe, recipe.dino
-        encoder = build_encoder(recipe.encoder)
+        encoder = build_encoder(recipe.encoder, resolve_execution(recipe.train, device))
         student = nn.ModuleDict({"encoder": encoder, "head": DinoHead(encoder.embed_dim, recipe.dino.head)})
         teacher = copy.deepcopy(student).requires_grad_(False)
         self.module: nn.Module = nn.ModuleDict({"student": student, "teacher": teacher}).to(device)
@@ -100,26 +126,26 @@ class Dino(Objective):
     def _center(self) -> Tensor:
         return self.module.get_buffer("center")
 
-    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
+    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None, values: StepValues) -> Tensor:
         """Return the mean cross-entropy of the tiles and add the teacher's logits to the step's sum."""
         with torch.no_grad():
-            teacher = self._logits(self._teacher, views[0], scale=None)
-        students, first_view = [], 0
+            teacher = _logits(self._teacher, [_features(self._teacher, views[0])])
+        features, first_view = [], 0
         for kind in views:
             keep = draw_drop_path(self._recipe.seed, positions, range(first_view, first_view + len(kind)), self._rates)
             scale = residual_scale(torch.from_numpy(keep.transpose(1, 0, 2).reshape(-1, len(self._rates))), self._rates)
-            students.append(self._logits(self._student, kind, scale.to(kind.device)))
+            features.append(_features(self._student, kind, scale.to(kind.device)))
             first_view += len(kind)
         with torch.no_grad():
             self._sum += teacher.sum((0, 1), dtype=self._sum.dtype)
-            entropy = teacher_entropy(teacher, self._center, self._config.teacher_temperature)
+            entropy = teacher_entropy(teacher, self._center, values.teacher_temperature)
             self._entropy += entropy * teacher.shape[1]
         return dino_loss(
-            torch.cat(students),
+            _logits(self._student, features),
             teacher,
             self._center,
             student_temperature=self._config.student_temperature,
-            teacher_temperature=self._config.teacher_temperature,
+            teacher_temperature=values.teacher_temperature,
         )
 
     def before_update(self, values: StepValues) -> None:
@@ -137,15 +163,25 @@ class Dino(Objective):
         entropy = float(self._entropy) / (count * collectives.world.size)
         vectors = self._recipe.augment.global_views.count * count * collectives.world.size
         self._center.copy_(update_center(self._center, self._sum, vectors, self._config.center_momentum))
-        self._sum.zero_()
-        self._entropy.zero_()
+        self.forget()
         return {"teacher_entropy": entropy, "momentum": values.momentum}
 
-    @staticmethod
-    def _logits(model: nn.ModuleDict, views: Tensor, scale: Tensor | None) -> Tensor:
-        """Return the head's output for views (V, B, px, px, 3), as (V, B, K)."""
-        features = model["encoder"](normalised(views.flatten(0, 1)), scale)
-        return model["head"](features).unflatten(0, views.shape[:2])
+    def forget(self) -> None:
+        """Drop the sums over the step's tiles."""
+        self._sum.zero_()
+        self._entropy.zero_()
+
+
+def _features(model: nn.ModuleDict, views: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return the encoder's features of views (V, B, px, px, 3), as (V, B, D)."""
+    features: Tensor = model["encoder"](normalised(views.flatten(0, 1)), scale)
+    return features.unflatten(0, views.shape[:2])
+
+
+def _logits(model: nn.ModuleDict, features: list[Tensor]) -> Tensor:
+    """Return the head's output for the views of all kinds, (V, B, K); one pass, its weights normed once."""
+    logits: Tensor = model["head"](torch.cat(features))
+    return logits
 
 
 class Mae(Objective):
@@ -154,13 +190,13 @@ class Mae(Objective):
     encoder_prefix = "encoder."
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
-        encoder = build_encoder(recipe.encoder)
+        encoder = build_encoder(recipe.encoder, resolve_execution(recipe.train, device))
         self.module: nn.Module = MaskedAutoencoder(encoder, recipe.decoder).to(device)
         self.trained = self.module
         self.num_patches = encoder.grid_size[0] * encoder.grid_size[1]
         self._patch_px = encoder.patch_px
 
-    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None) -> Tensor:
+    def loss(self, views: tuple[Tensor, ...], positions: np.ndarray, mask: Tensor | None, values: StepValues) -> Tensor:
         """Return the mean squared error over the hidden patches."""
         assert mask is not None, "the plan of an MAE recipe holds masks"
         images = normalised(views[0][0])

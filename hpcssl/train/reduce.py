@@ -20,12 +20,21 @@ def _unchanged(tensor: Tensor) -> None:
     """Reduce over a world of one."""
 
 
+def _unlimited(seconds: float) -> None:
+    """Wait for nobody in a world of one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collectives:
-    """What ranks do together. `all_reduce_sum` sums a tensor over all ranks, in place."""
+    """What ranks do together.
+
+    `all_reduce_sum` sums a tensor over all ranks, in place; after `limit_waiting(seconds)` it raises a RunError where
+    another rank does not answer for so long.
+    """
 
     world: World = field(default_factory=World)
     all_reduce_sum: Callable[[Tensor], None] = _unchanged
+    limit_waiting: Callable[[float], None] = _unlimited
 
 
 class GradientBuffer:

@@ -12,6 +12,7 @@ from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import RunError
 from hpcssl.optim.parameters import parameter_groups
 from hpcssl.train.config import PretrainConfig, StepValues
+from hpcssl.train.execution import resolve_precision
 from hpcssl.train.objective import Objective, build_objective
 from hpcssl.train.reduce import GradientBuffer
 
@@ -24,18 +25,19 @@ class TrainState:
     Attributes
     ----------
     step : optimiser steps done
+    skipped_steps : how many of them changed nothing, because something in them was not finite
     objective : model and loss
     """
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
-        self.step = 0
+        self.step = self.skipped_steps = 0
         self.objective: Objective = build_objective(recipe, device)
         self._recipe = recipe
         groups = parameter_groups(self.objective.trained.named_parameters())
         self.parameters: list[torch.nn.Parameter] = [p for g in groups for p in g["params"]]
         self._names: list[str] = [n for g in groups for n in g["names"]]
         self.gradients = GradientBuffer(self.parameters)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, fused=True)
         fp16 = resolve_precision(recipe.train.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
@@ -44,6 +46,15 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
             group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
+
+    def gradients_not_finite(self) -> list[str]:
+        """Return the names of the parameters whose gradient is not finite."""
+        named = zip(self._names, self.parameters, strict=True)
+        return [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+
+    def is_overflow_normal(self) -> bool:
+        """Return whether gradients may overflow: fp16's do until its loss scale is low enough; below 1 they may not."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def to_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors by name and plain values."""
@@ -60,6 +71,7 @@ class TrainState:
             "encoder_prefix": self.objective.encoder_prefix,
             "updates": updates,
             "scaler": self.scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
             "samples_seen": self.step * self._recipe.global_batch,
         }
         return tensors, state
@@ -79,14 +91,4 @@ class TrainState:
                 self.optimizer.state[parameter] = {"step": count, **moments}
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the forward pass: of `auto`, bf16 where the GPU has it, else fp16; fp32 on the CPU."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision != "auto":
-        return named[precision]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        self.step, self.skipped_steps = state["step"], state.get("skipped_steps", 0)

@@ -186,7 +186,7 @@ def test_a_range_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], po
     ("arguments", "told"),
     [
         (["--positions", "0:10001"], "10001 positions; at most 10000 at a time, such as 0:10000"),
-        (["--positions", "0:1", "--recipe", "dino-vits16"], "did you mean dino-vits16-opal?"),
+        (["--positions", "0:1", "--recipe", "dino-vits16-opl"], "did you mean dino-vits16-opal?"),
         (["--positions", "0:1", "--recipe", "none.yaml"], "no such file"),
         (["--positions", "0:1", "--set", "augment.stain_alpa=1"], "did you mean stain_alpha?"),
         (["--positions", "0:1", "--set", "augment.global_views.stain=2"], "probability 2.0; expected 0 to 1"),

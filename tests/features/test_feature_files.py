@@ -1,6 +1,7 @@
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from hpcssl.core.errors import FeatureError
 from hpcssl.features.files import read_coords, read_slide, write_slide
@@ -83,3 +84,37 @@ def test_other_datasets_are_named(tmp_path):
         file["feats"] = np.ones((1, 2))
     with pytest.raises(FeatureError, match="no dataset features; it has feats"):
         read_slide(tmp_path / "a.h5")
+
+
+class Harmful:
+    def __reduce__(self):
+        return (exit, (3,))
+
+
+def test_tensors_are_read_without_running_code(tmp_path):
+    torch.save({"x": Harmful()}, tmp_path / "a.pt")
+    with pytest.raises(FeatureError, match=r"a\.pt: truncated or not a tensor"):
+        read_slide(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.npy"])
+def test_damaged_tensors_and_arrays(tmp_path, name):
+    path = tmp_path / name
+    for content in (b"", b"garbage"):
+        path.write_bytes(content)
+        with pytest.raises(FeatureError, match="truncated or not"):
+            read_slide(path)
+    (torch.save if name == "a.pt" else lambda x, p: np.save(p, x.numpy()))(torch.ones(300, 50), path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(FeatureError, match="truncated or not"):
+        read_slide(path)
+
+
+def test_a_file_without_a_tensor_and_half_precision(tmp_path):
+    torch.save([torch.ones(2, 2)], tmp_path / "a.pt")
+    with pytest.raises(FeatureError, match="holds list; expected a tensor"):
+        read_slide(tmp_path / "a.pt")
+    torch.save(torch.ones(2, 2, dtype=torch.bfloat16), tmp_path / "b.pt")
+    assert read_slide(tmp_path / "b.pt").dtype == np.float32
+    with pytest.raises(FeatureError, match="holds no coordinates"):
+        read_coords(tmp_path / "b.pt")

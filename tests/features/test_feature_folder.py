@@ -1,7 +1,9 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from hpcssl.core.errors import FeatureError
 from hpcssl.features.files import write_slide
@@ -69,3 +71,49 @@ def test_the_digest_follows_names_sizes_and_index(tmp_path):
     more = FeatureSet.open(tmp_path / "x").digest()
     write_index(tmp_path / "x", encoder="x", checkpoint="1", dim=4)
     assert len({before, more, FeatureSet.open(tmp_path / "x").digest()}) == 3
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy"])
+def test_folders_of_tensors_and_arrays(tmp_path, suffix):
+    for number, slide in enumerate(("b", "a.1")):
+        array = np.full((2, 4), number, np.float16)
+        if suffix == ".pt":
+            torch.save(torch.from_numpy(array), tmp_path / f"{slide}.pt")
+        else:
+            np.save(tmp_path / f"{slide}.npy", array)
+    features = FeatureSet.open(tmp_path)
+    assert features.slides == ("a.1", "b")
+    assert features.load("a.1").dtype == np.float32
+    assert features.load("a.1").tolist() == [[1] * 4] * 2
+
+
+def test_files_of_two_kinds_are_refused(tmp_path):
+    np.save(fill(tmp_path) / "c.npy", np.ones((2, 4)))
+    with pytest.raises(FeatureError, match=r"holds \.h5 and \.npy files"):
+        FeatureSet.open(tmp_path)
+
+
+def tensors(folder, **columns):
+    (folder / "root" / "uni").mkdir(parents=True)
+    torch.save(torch.ones(3, 4), folder / "root" / "uni" / "1.pt")
+    table = pd.DataFrame({"slide": ["s1", "s2"], "tensor_root": "root", "tensor_name": ["1.pt", "2.pt"]} | columns)
+    table.to_csv(folder / "slide_data.csv", index=False)
+    return folder
+
+
+def test_a_table_of_tensors(tmp_path):
+    features = FeatureSet.open(tensors(tmp_path) / "slide_data.csv@uni")
+    assert (features.encoder, features.dim, features.slides) == ("uni", 4, ("s1",))
+    tensors(tmp_path / "absolute", tensor_root=str(tmp_path / "root"))
+    assert FeatureSet.open(tmp_path / "absolute" / "slide_data.csv@uni").load("s1").shape == (3, 4)
+
+
+def test_tables_that_cannot_be_used(tmp_path):
+    with pytest.raises(FeatureError, match="no such table"):
+        FeatureSet.open(tmp_path / "slide_data.csv@uni")
+    tensors(tmp_path)
+    with pytest.raises(FeatureError, match=r"none of its 2 tensors is there .*vits.*1\.pt"):
+        FeatureSet.open(tmp_path / "slide_data.csv@vits")
+    (tmp_path / "slide_data.csv").write_text("slide,tensor_root\na,b\n")
+    with pytest.raises(FeatureError, match="no column tensor_name"):
+        FeatureSet.open(tmp_path / "slide_data.csv@uni")

@@ -92,7 +92,9 @@ def test_a_rank_that_raises_ends_the_job_with_its_cause_in_one_line(small, tmp_p
     gone = own.store.file_of(tile)
     gone.unlink()
     gone.mkdir()
-    run = small.make_run(tmp_path / "run", own, small.dino_recipe())
+    recipe = small.dino_recipe()
+    unwatched = replace(recipe, train=replace(recipe.train, watch_every_steps=0))
+    run = small.make_run(tmp_path / "run", own, unwatched)
     with small.within(60), pytest.raises(RunError) as caught:
         launch(run, TWO, "local", on_step=lambda step: None)
     assert str(gone) in str(caught.value)

@@ -31,9 +31,12 @@ def test_splits_then_benchmark(table, capsys):
     assert run("splits", "check", table / "breast.csv", "--features", table / "uni") == 0
     assert "no patient_id on both sides" in capsys.readouterr().out
     bench = ("mccv", "--features", table / "uni", "--splits", table / "breast.csv", "--out", table / "out")
+    assert run(*bench) == 2
+    assert "features of s16, s17, s18, s19 without a row in the splits (4 of 20 slides)" in capsys.readouterr().err
+    bench += ("--allow-missing",)
     assert run(*bench, "--preset", "mccv-demo", "--epochs", "1", "--threads", "1") == 0
     assert re.search(r"breast\W+0\.\d{3} \(0\.\d{3}–0\.\d{3}\)\W+–\W+2 × 2", capsys.readouterr().out)
-    assert len(pd.read_csv(table / "out" / "results.csv")) == 2 * 2 * 3
+    assert len(pd.read_csv(table / "out" / "results.csv")) == 2 * 2 * 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hpcssl.core.errors import FeatureError
 from hpcssl.mccv import fit as fit_module
 from hpcssl.mccv.bags import Bags
 from hpcssl.mccv.fit import Run, fit
-from hpcssl.mccv.presets import PRESETS
+from hpcssl.mccv.presets import HEADS, PRESETS
 
 _spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
 plain = importlib.util.module_from_spec(_spec)
@@ -48,47 +48,66 @@ def values(table, run):
 def assert_alike(found, expected, loss=1e-4, auc=1e-3):
     assert found.keys() == expected.keys()
     for (epoch, metric), value in expected.items():
-        assert found[epoch, metric] == pytest.approx(value, abs=auc if metric == "auc" else loss), (epoch, metric)
+        assert found[epoch, metric] == pytest.approx(value, abs=auc if metric in ("auc", "accuracy") else loss), (
+            epoch,
+            metric,
+        )
+
+
+@pytest.fixture(params=["stacked", "single"])
+def way(request, monkeypatch):
+    """Both ways of a CPU: small heads in stacks, large ones run by run."""
+    if request.param == "single":
+        monkeypatch.setattr(fit_module, "SMALL_BAG", 0)
+    return request.param
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_stacked_runs_equal_the_plain_loop_also_with_unequal_lengths(classes):
+def test_stacked_runs_equal_the_plain_loop_also_with_unequal_lengths(classes, way):
     slides, labels = planted(30, classes=classes)
     runs = drawn(30, [20, 24, 17])
     preset = replace(SMALL, lr=3e-3, weight_decay=1.0, final_weight_decay=8.0)  # so strong that it shows where it acts
-    table = fit(Bags.of(slides), labels, runs, preset)
+    table = fit(Bags(slides), labels, runs, preset)
     for run in runs:
-        assert_alike(values(table, run), plain.fit_plain(slides, labels.tolist(), run, preset))
+        assert_alike(values(table, run), plain.fit_plain(slides, labels, run, preset))
+
+
+@pytest.mark.parametrize("head", ["abmil", "mean", "max"])
+def test_other_heads_equal_the_plain_loop(head, way):
+    slides, labels = planted(20)
+    preset = replace(SMALL, head=head, **HEADS[head])
+    (run,) = drawn(20, [14])
+    found = values(fit(Bags(slides), labels, [run], preset), run)
+    assert_alike(found, plain.fit_plain(slides, labels, run, preset))
 
 
 def test_the_papers_head_equals_the_plain_loop():
     slides, labels = planted(10)
     preset = replace(PRESETS["gma-50"], epochs=2, warmup_epochs=1)
     (run,) = drawn(10, [6])
-    assert_alike(values(fit(Bags.of(slides), labels, [run], preset), run), plain.fit_plain(slides, labels, run, preset))
+    assert_alike(values(fit(Bags(slides), labels, [run], preset), run), plain.fit_plain(slides, labels, run, preset))
 
 
-def test_a_run_alone_equals_that_run_among_others():
+def test_a_run_alone_equals_that_run_among_others(way):
     slides, labels = planted(40)
     runs = drawn(40, [25, 30, 28, 30])
-    among = fit(Bags.of(slides), labels, runs, SMALL)
+    among = fit(Bags(slides), labels, runs, SMALL)
     for run in runs:
-        assert_alike(values(fit(Bags.of(slides), labels, [run], SMALL), run), values(among, run), loss=1e-5, auc=1e-9)
+        assert values(fit(Bags(slides), labels, [run], SMALL), run) == values(among, run)  # the same bits
 
 
-def test_same_inputs_same_bits_whatever_the_threads(monkeypatch):
+def test_same_inputs_same_bits_whatever_the_threads(way):
     slides, labels = planted(30)
     runs = drawn(30, [20, 24, 17, 20])
-    monkeypatch.setattr(fit_module, "STACKED_PARAMETERS", 1500)  # stacks of one and two
-    first = fit(Bags.of(slides), labels, runs, SMALL)
-    assert first.equals(fit(Bags.of(slides), labels, runs[::-1], SMALL, threads=3))
-    assert not first.equals(fit(Bags.of(slides), labels, runs, SMALL, seed=1))
+    first = fit(Bags(slides), labels, runs, SMALL)
+    assert first.equals(fit(Bags(slides), labels, runs[::-1], SMALL, threads=3))
+    assert not first.equals(fit(Bags(slides), labels, runs, SMALL, seed=1))
 
 
 def test_replicas_of_a_split_differ():
     slides, labels = planted(20)
     (run,) = drawn(20, [14])
-    table = fit(Bags.of(slides), labels, [run, replace(run, replica=2)], SMALL)
+    table = fit(Bags(slides), labels, [run, replace(run, replica=2)], SMALL)
     losses = table[table["metric"] == "val_loss"].pivot(index="epoch", columns="replica", values="value")
     assert (losses[1] != losses[2]).all()
 
@@ -96,11 +115,11 @@ def test_replicas_of_a_split_differ():
 def test_a_planted_tile_is_found_and_shuffled_labels_are_not():
     slides, labels = planted(100, shift=6.0)
     runs = drawn(100, [80] * 6)
-    found = last_auc(fit(Bags.of(slides), labels, runs, DEMO))
+    found = last_auc(fit(Bags(slides), labels, runs, DEMO))
     assert found > 0.95
     shuffled = np.random.default_rng(1).permutation(labels)
     shuffled[:6] = labels[:6]
-    assert 0.3 < last_auc(fit(Bags.of(slides), shuffled, runs, DEMO)) < 0.65
+    assert 0.3 < last_auc(fit(Bags(slides), shuffled, runs, DEMO)) < 0.65
 
 
 def last_auc(table):
@@ -118,7 +137,7 @@ def test_progress_counts_epochs_of_runs_and_torch_keeps_its_threads():
     slides, labels = planted(20)
     counted = []
     before = torch.get_num_threads()
-    fit(Bags.of(slides), labels, drawn(20, [14, 12]), SMALL, on_progress=counted.append)
+    fit(Bags(slides), labels, drawn(20, [14, 12]), SMALL, on_progress=counted.append)
     assert sum(counted) == 2 * SMALL.epochs
     assert torch.get_num_threads() == before
 
@@ -126,4 +145,51 @@ def test_progress_counts_epochs_of_runs_and_torch_keeps_its_threads():
 def test_a_diverging_run_is_named():
     slides, labels = planted(20)
     with pytest.raises(FeatureError, match="split 1, replica 1: the loss is"):
-        fit(Bags.of([np.sign(slide) * np.float32(3e38) for slide in slides]), labels, drawn(20, [14]), SMALL)
+        fit(Bags([np.sign(slide) * np.float32(3e38) for slide in slides]), labels, drawn(20, [14]), SMALL)
+
+
+def test_values_are_predicted_in_their_own_units():
+    slides, _ = planted(60, shift=0.0)
+    amount = np.random.default_rng(3).normal(size=60)
+    for slide, value in zip(slides, amount, strict=True):
+        slide[:, 0] += 2 * value
+    (run,) = drawn(60, [45])
+    preset = replace(SMALL, epochs=12, lr=1e-2)
+    found = {}
+    for scale, shift in ((1.0, 0.0), (100.0, 5000.0)):
+        table = fit(Bags(slides), scale * amount + shift, [run], preset)
+        found[scale] = {metric: value for (epoch, metric), value in values(table, run).items() if epoch == 12}
+    assert found[1.0]["r2"] > 0.6
+    assert found[1.0]["spearman"] > 0.7
+    assert found[1.0].keys() == {"train_loss", "val_loss", "r2", "mae", "spearman"}
+    assert found[100.0]["r2"] == pytest.approx(found[1.0]["r2"], abs=1e-3)
+    assert found[100.0]["mae"] == pytest.approx(100 * found[1.0]["mae"], rel=1e-3)
+
+
+def test_random_targets_are_not_predicted():
+    slides, _ = planted(60)
+    (run,) = drawn(60, [45])
+    table = fit(Bags(slides), np.random.default_rng(3).normal(size=60), [run], replace(SMALL, epochs=10))
+    assert table[table["metric"] == "r2"]["value"].iloc[-1] < 0.3
+
+
+def test_streamed_bags_give_the_same_bits_and_leave_nothing_behind(tmp_path, way):
+    slides, labels = planted(30)
+    runs = drawn(30, [20, 24])
+    held = Bags(slides)
+    streamed = Bags(slides, memory_gib=1e-6, scratch=tmp_path)
+    assert streamed.streamed
+    assert not held.streamed
+    assert all(torch.equal(held.slide(i), streamed.slide(i)) for i in range(30))
+    assert fit(streamed, labels, runs, SMALL, threads=2).equals(fit(held, labels, runs, SMALL))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_agrees_with_the_plain_loop_without_dropout():
+    slides, labels = planted(30)
+    runs = drawn(30, [20, 24, 17])
+    preset = replace(SMALL, dropout=0.0)
+    table = fit(Bags(slides, device="cuda"), labels, runs, preset)
+    for run in runs:
+        assert_alike(values(table, run), plain.fit_plain(slides, labels, run, preset))

@@ -1,9 +1,11 @@
 import json
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from hpcssl.core.errors import ConfigError, FeatureError, SplitError
 from hpcssl.features.files import write_slide
@@ -41,8 +43,8 @@ def bench(inputs, names=("untrained", "trained"), preset=PRESET, out="out", seed
 def test_results_hold_every_run_epoch_and_metric(inputs):
     table = bench(inputs)
     assert tuple(table.columns) == COLUMNS
-    assert len(table) == 2 * 3 * 2 * 2 * 3
-    assert set(table["metric"]) == {"train_loss", "val_loss", "auc"}
+    assert len(table) == 2 * 3 * 2 * 2 * 4
+    assert set(table["metric"]) == {"train_loss", "val_loss", "auc", "accuracy"}
     assert set(table["checkpoint"]) == {"0", "500"}
     assert not table.duplicated(list(COLUMNS[:-1])).any()
     names = sorted(path.name for path in (inputs / "out" / "parts").glob("*.csv"))
@@ -67,7 +69,7 @@ def test_done_parts_are_not_computed_again(inputs, monkeypatch):
     bench(inputs, ["untrained"])
     fitted, real = [], run_module.fit
     monkeypatch.setattr(run_module, "fit", lambda *a, **k: fitted.append(1) or real(*a, **k))
-    assert len(bench(inputs)) == 72
+    assert len(bench(inputs)) == 96
     assert len(fitted) == 1
     before = (inputs / "out" / "results.csv").read_bytes()
     (inputs / "out" / "results.csv").unlink()
@@ -79,7 +81,7 @@ def test_done_parts_are_not_computed_again(inputs, monkeypatch):
 def test_a_part_killed_before_its_table_is_computed(inputs):
     bench(inputs, ["untrained"])
     (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()
-    assert len(bench(inputs, ["untrained"])) == 36
+    assert len(bench(inputs, ["untrained"])) == 48
 
 
 def test_parts_made_with_something_else_are_refused(inputs):
@@ -110,24 +112,24 @@ def test_one_run_alone_equals_that_run_among_all(inputs):
     alone = bench(inputs, ["trained"], out="alone", only=(2, 1))
     keys = ["split", "replica", "epoch", "metric"]
     both = full.merge(alone, on=keys, suffixes=("_full", "_alone"))
-    assert len(alone) == len(both) == 6
-    np.testing.assert_allclose(both["value_full"], both["value_alone"], atol=1e-5)
+    assert len(alone) == len(both) == 8
+    assert (both["value_full"] == both["value_alone"]).all()
 
 
 def test_runs_computed_one_by_one_gather_into_one_table(inputs):
     for run in ((1, 1), (1, 2), (3, 2)):
         table = bench(inputs, ["trained"], only=run)
-    assert len(table) == 3 * 6
-    assert len(bench(inputs, ["trained"])) == 36
+    assert len(table) == 3 * 8
+    assert len(bench(inputs, ["trained"])) == 48
     with pytest.raises(ConfigError, match="no split 4, replica 1"):
         bench(inputs, ["trained"], only=(4, 1))
 
 
 def test_slides_without_features(inputs):
     (inputs / "trained" / "s03.h5").unlink()
-    with pytest.raises(SplitError, match=r"breast\.csv with .*trained: slide s03 has no features \(1 of 16 slides\)"):
+    with pytest.raises(SplitError, match=r"breast\.csv with .*trained: slide s03 without features \(1 of 16 slides\)"):
         bench(inputs)
-    assert len(bench(inputs, allow_missing=True)) == 72
+    assert len(bench(inputs, allow_missing=True)) == 96
     record = json.loads((inputs / "out" / "parts" / "breast__timm-vit-small__500.json").read_text())
     assert record["slides"] == 15
 
@@ -150,3 +152,49 @@ def test_file_names_are_safe():
     assert file_name("../../etc") == "-..-etc"
     assert file_name("x" * 300) != file_name("x" * 299 + "y")
     assert len(file_name("x" * 300)) < 80
+
+
+def test_several_heads_stand_beside_each_other(inputs):
+    table = bench(inputs, ["trained"], heads=["gma", "mean"])
+    assert set(table["encoder"]) == {"timm/vit small", "timm/vit small, mean"}
+    assert len(table) == 2 * 48
+    assert len(bench(inputs, ["trained"], heads=["max"])) == 3 * 48
+    with pytest.raises(ConfigError, match="head mena: no such head; did you mean mean"):
+        bench(inputs, ["trained"], heads=["mena"])
+
+
+def test_values_are_measured_by_r2_mae_and_spearman(inputs):
+    table = pd.DataFrame({"slide_id": SLIDES, "age": [str(i / 2) for i in range(16)]})
+    make_splits(table, "age", num=3).to_csv(inputs / "breast.csv", index=False)
+    found = bench(inputs, ["trained"])
+    assert set(found["metric"]) == {"train_loss", "val_loss", "r2", "mae", "spearman"}
+
+
+def test_the_authors_layout_is_both_features_and_splits(inputs):
+    folder = inputs / "breast_ihc_er"
+    (folder / "tensors" / "uni").mkdir(parents=True)
+    table = make_splits(pd.DataFrame({"slide_id": SLIDES, "label": ["0", "1"] * 8}), "label", num=2)
+    table["tensor_root"], table["tensor_name"] = "tensors", table["slide"] + "_features.pt"
+    table.to_csv(folder / "slide_data.csv", index=False)
+    for number, name in enumerate(table["tensor_name"]):
+        torch.save(
+            torch.randn(3, 6, generator=torch.Generator().manual_seed(number)), folder / "tensors" / "uni" / name
+        )
+    parts = plan_parts([folder / "slide_data.csv@uni"], [folder / "slide_data.csv"], PRESET, allow_extra=False)
+    found = run_parts(parts, PRESET, inputs / "out")
+    assert set(found["task"]) == {"breast_ihc_er"}
+    assert set(found["encoder"]) == {"uni"}
+
+
+def test_a_slide_with_no_tiles_or_with_nan_is_named(inputs):
+    for content, message in ((np.zeros((0, 6), np.float32), "no tiles"), (np.full((2, 6), np.nan), "not finite")):
+        with h5py.File(inputs / "trained" / "s03.h5", "w") as file:
+            file["features"] = content
+        with pytest.raises(FeatureError, match=rf"s03\.h5: {message}"):
+            bench(inputs, ["trained"])
+
+
+def test_the_memory_bound_changes_no_number(inputs):
+    parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
+    assert run_parts(parts, PRESET, inputs / "a").equals(run_parts(parts, PRESET, inputs / "b", memory_gib=0))
+    assert sorted(p.name for p in (inputs / "b").iterdir()) == ["parts", "results.csv"]

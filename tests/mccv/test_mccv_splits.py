@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from hpcssl.core.errors import SlideError, SplitError
-from hpcssl.mccv.splits import check_splits, make_splits, read_splits, split_columns, without_missing
+from hpcssl.mccv.splits import check_splits, make_splits, read_splits, split_columns, target_kind, without_missing
 from hpcssl.tiles.slides import read_slides
 
 
@@ -161,8 +161,58 @@ def test_a_blank_patient_leaks_nothing():
 
 
 def test_slides_without_features():
-    with pytest.raises(SplitError, match=r"slide s000 has no features \(1 of 12 slides\)"):
+    with pytest.raises(SplitError, match=r"slide s000 without features \(1 of 12 slides\)"):
         without_missing(GOOD, GOOD["slide"][1:].tolist(), where="x", allow_missing=False)
     assert len(without_missing(GOOD, GOOD["slide"][1:].tolist(), where="x", allow_missing=True)) == 11
     with pytest.raises(SplitError, match="no slide of class b"):
         without_missing(GOOD, GOOD["slide"][GOOD["target"] == "a"].tolist(), where="x", allow_missing=True)
+
+
+def test_features_without_a_row_are_listed_and_refused_unless_allowed():
+    known = [*GOOD["slide"], "t1", "t0"]
+    with pytest.raises(SplitError, match=r"features of t0, t1 without a row in the splits \(2 of 14 slides\)"):
+        without_missing(GOOD, known, where="x", allow_missing=False, allow_extra=False)
+    assert len(without_missing(GOOD, known, where="x", allow_missing=False)) == 12
+
+
+@pytest.mark.parametrize(
+    ("targets", "given", "kind"),
+    [
+        (["a", "b"], None, "classes"),
+        (["0", "1", "2"], None, "classes"),
+        ([str(i) for i in range(11)], None, "values"),
+        (["0.5", "1"], None, "values"),
+        (["0.5", "1"], "classes", "classes"),
+        (["0", "1"], "values", "values"),
+        (["0.5", "inf"], None, "classes"),
+    ],
+)
+def test_the_kind_of_target_is_read_from_the_column_or_given(targets, given, kind):
+    assert target_kind(pd.Series(targets), given, where="x") == kind
+
+
+def test_a_target_that_is_no_number_cannot_be_predicted():
+    with pytest.raises(SplitError, match="the target 'a' is no number"):
+        target_kind(pd.Series(["1", "a"]), "values", where="x")
+
+
+@pytest.mark.parametrize("per_patient", [1, 3])
+def test_values_are_stratified_and_patients_kept_together(per_patient):
+    values = np.random.default_rng(0).lognormal(size=100).round(3)
+    patients = [f"p{i // per_patient:02d}" for i in range(100)]
+    table = make_splits(slides([str(v) for v in values], patients), "label", num=10)
+    check_splits(table, where="x")
+    fifth = np.argsort(np.argsort(values)) // 20
+    for column in split_columns(table):
+        train = (table[column] == "train").to_numpy()
+        assert abs(train.sum() - 80) <= 5 * (per_patient > 1)  # whole patients, in each fifth
+        if per_patient == 1:
+            assert [int(train[fifth == f].sum()) for f in range(5)] == [16] * 5
+
+
+def test_values_need_two_groups_and_two_values_on_each_side():
+    with pytest.raises(SplitError, match="values in one group only"):
+        make_splits(slides(["0.5", "1.5"], ["p", "p"]), "label")
+    table = slides(["0.5", "1.5", "2.5"]).set_axis(["slide", "target"], axis=1)
+    with pytest.raises(SplitError, match="mccv1 has fewer than two different targets in val"):
+        check_splits(table.assign(mccv1=["train", "train", "val"]), where="x")

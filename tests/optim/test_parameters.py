@@ -37,6 +37,40 @@ def test_the_optimiser_shrinks_only_the_decayed_group():
         torch.testing.assert_close(p.detach(), before[name] * factor)
 
 
+def test_adamw_with_groups_is_that_of_its_equations():
+    """Loshchilov & Hutter 2019 in float64: decay apart from the gradient, moments corrected for their start.
+
+    The frozen parameter gets its first gradient at step 3: until then neither decay nor moments touch it, and its own
+    count of updates begins there.
+    """
+    rng, betas = np.random.default_rng(0), (0.9, 0.95)
+    shapes = {"weight": (4, 3), "bias": (4,), "last_v": (5, 2)}
+    values = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    parameters = {name: nn.Parameter(torch.from_numpy(value.copy())) for name, value in values.items()}
+    optimiser = torch.optim.AdamW(parameter_groups(parameters.items()), lr=0.0, betas=betas)
+    first, second, updates = ({name: 0.0 for name in shapes} for _ in range(3))
+    for step in range(8):
+        lr, decay = 0.01 * (step + 1), 0.04 + 0.05 * step
+        for group in optimiser.param_groups:
+            group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
+        for name, parameter in parameters.items():
+            if name == "last_v" and step < 3:
+                parameter.grad = None
+                assert parameter not in optimiser.state
+                continue
+            grad = rng.normal(size=shapes[name])
+            parameter.grad = torch.from_numpy(grad.copy())
+            updates[name] += 1
+            first[name] = betas[0] * first[name] + (1 - betas[0]) * grad
+            second[name] = betas[1] * second[name] + (1 - betas[1]) * grad**2
+            mean, square = first[name] / (1 - betas[0] ** updates[name]), second[name] / (1 - betas[1] ** updates[name])
+            shrunk = values[name] * (1 - lr * (0.0 if name == "bias" else decay))
+            values[name] = shrunk - lr * mean / (np.sqrt(square) + 1e-8)
+        optimiser.step()
+        for name, parameter in parameters.items():
+            np.testing.assert_allclose(parameter.detach().numpy(), values[name], rtol=1e-10, err_msg=f"{name} {step}")
+
+
 def test_each_gradient_is_clipped_by_its_own_norm():
     rng = np.random.default_rng(0)
     grads = [rng.normal(size=shape) * scale for shape, scale in (((5, 4), 10.0), ((3,), 0.01), ((2, 2, 2), 1.0))]

@@ -198,8 +198,16 @@ def test_pruning_after_a_fall_back_keeps_a_whole_checkpoint(run):
     assert found[1]["step"] == 12
 
 
-def test_pruning_removes_what_killed_writers_left(run):
-    save_checkpoint(run, 8, TENSORS, STATE)
-    (run / "checkpoints" / ".step-000000004.safetensors.123.tmp").write_bytes(b"half")
-    prune_checkpoints(run, 8, keep_last=1, keep_steps=lambda step: False)
-    assert [f.name for f in (run / "checkpoints").iterdir()] == [checkpoint_path(run, 8).name]
+def test_what_comes_up_right_before_the_rename_keeps_the_file_from_its_name(run):
+    """The file is whole and synced by then, so nothing slow lies between the look and the name."""
+    seen = []
+
+    def look() -> None:
+        (temporary,) = (run / "checkpoints").iterdir()
+        seen.append(temporary.stat().st_size)
+        raise KeyError("a later start")
+
+    with pytest.raises(KeyError):
+        save_checkpoint(run, 8, TENSORS, STATE, before_rename=look)
+    assert not list((run / "checkpoints").iterdir())
+    assert seen == [save_checkpoint(run, 8, TENSORS, STATE).stat().st_size]

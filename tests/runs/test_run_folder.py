@@ -1,38 +1,85 @@
 from __future__ import annotations
 
-import copy
 import json
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hpcssl.core.config import read_yaml
-from hpcssl.core.errors import RunError
+from hpcssl.core.config import build, read_yaml, to_mapping
+from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.runs import folder
 from hpcssl.runs.folder import Generation, prepare_run, read_config, record_start
 
-CONFIG = {
-    "objective": "dino",
-    "seed": 0,
-    "global_batch": 1080,
-    "stop_after": None,
-    "optim": {"lr_per_256": 5e-5, "betas": [0.9, 0.999], "clip": None},
-    "loader": {"threads": 1},
-    "train": {"precision": "auto"},
-    "checkpoint": {"keep_last": 2},
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr_per_256: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    precision: str = "auto"
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    objective: str = "dino"
+    seed: int = 0
+    global_batch: int = 1080
+    stop_after: float | None = None
+    optim: Optim = field(default_factory=Optim)
+    loader: Loader = field(default_factory=Loader)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class YoungerOptim(Optim):
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class YoungerConfig(Config):
+    """Of a later version that has two more settings."""
+
+    optim: YoungerOptim = field(default_factory=YoungerOptim)
+    crops: int = 2
+
+
 DATA = {"store": "/a/store", "store_digest": "s1", "schedule": "/a/schedule", "schedule_digest": "d1"}
 
 
-def _prepare(run: Path, changes: dict | None = None, data: dict | None = None, derived: dict | None = None) -> None:
-    config = copy.deepcopy(CONFIG)
+def _prepare(
+    run: Path,
+    changes: dict | None = None,
+    data: dict | None = None,
+    derived: dict | None = None,
+    kind: type[Config] = Config,
+) -> None:
+    values: dict[str, Any] = {}
     for key, value in (changes or {}).items():
         *parents, leaf = key.split(".")
-        node = config
+        node = values
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[leaf] = value
+    config = build(kind, values, where="test")
     prepare_run(run, config, data={**DATA, **(data or {})}, derived=derived or {"total_steps": 10})
 
 
@@ -43,7 +90,7 @@ def run(tmp_path):
 
 
 def test_a_new_run_folder_says_what_the_run_is(run):
-    assert read_config(run) == {**CONFIG, "data": DATA, "derived": {"total_steps": 10}}
+    assert read_config(run) == {**to_mapping(Config()), "data": DATA, "derived": {"total_steps": 10}}
     about = json.loads((run / "provenance.json").read_text())
     assert about["packages"]["torch"]
     assert about["python"]
@@ -65,7 +112,6 @@ def test_the_same_settings_continue(run):
         ("optim.lr_per_256", 1e-4, r"optim.lr_per_256 = 5e-05, asked for is 0.0001"),
         ("optim.clip", 3.0, r"optim.clip = None, asked for is 3.0"),
         ("optim.betas", [0.9, 0.95], r"optim.betas = \[0.9, 0.999\], asked for is \[0.9, 0.95\]"),
-        ("new_setting", 3, "new_setting = None, asked for is 3"),
     ],
 )
 def test_another_setting_is_refused_with_both_values(run, key, value, told):
@@ -75,6 +121,32 @@ def test_another_setting_is_refused_with_both_values(run, key, value, told):
     assert str(run) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before, "a refusal changes nothing"
+
+
+def test_a_run_begun_before_a_setting_was_added_goes_on_with_its_default(run):
+    _prepare(run, kind=YoungerConfig)
+    assert read_config(run)["optim"]["momentum"] == 0.9
+    assert read_config(run)["crops"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("optim.momentum", 0.8, r"optim.momentum = 0.9, asked for is 0.8"),
+        ("crops", 3, r"crops = 2, asked for is 3"),
+        ("seed", 1, r"seed = 0, asked for is 1"),
+    ],
+)
+def test_another_value_of_a_setting_that_was_added_is_refused(run, key, value, told):
+    with pytest.raises(RunError, match=told):
+        _prepare(run, {key: value}, kind=YoungerConfig)
+
+
+def test_the_run_of_a_later_version_is_refused_in_one_line(run):
+    _prepare(run, kind=YoungerConfig)
+    with pytest.raises(ConfigError, match=r"config.yaml: unknown setting optim.momentum; known") as caught:
+        _prepare(run)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["store_digest", "schedule_digest"])

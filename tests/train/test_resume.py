@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,9 +12,10 @@ from hpcssl.core.world import World
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from hpcssl.runs.metrics import read_metrics
 from hpcssl.train.config import Timeline
-from hpcssl.train.loop import Stopped, _stream, train, train_step
+from hpcssl.train.loop import Stopped, _stream, train
 from hpcssl.train.reduce import Collectives, GradientBuffer
 from hpcssl.train.state import TrainState
+from hpcssl.train.step import train_step
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -34,7 +34,7 @@ def advance(data):
         def work(rank: int) -> list[float]:
             collectives = Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank))
             folder = data.store_path.parent
-            stream = iter(_stream(states[rank], recipe, timeline, data.store, data.schedule, collectives, folder))
+            stream = iter(_stream(states[rank], recipe, timeline, data.store, data.schedule, collectives, folder, CPU))
             losses = []
             while states[rank].step < stop:
                 losses.append(train_step(states[rank], next(stream), recipe, timeline, collectives, CPU)["loss"])
@@ -154,6 +154,7 @@ def test_the_frozen_last_layer_does_not_move_and_then_does(small, data, advance)
         advance(small, recipe, [state], step)
         assert head.last_v.grad is None
         assert torch.equal(head.last_v, last), "neither gradient nor weight decay moves it"
+        assert not state.optimizer.state.get(head.last_v), "nor has it moments"
     assert not torch.equal(head.mlp[0].weight, first_layer)
     advance(small, recipe, [state], 5)  # the learning rate is not 0 and the layer is free
     assert not torch.equal(head.last_v, last)
@@ -170,15 +171,6 @@ def test_the_teacher_follows_and_gets_no_gradient(small, data, advance):
     for name, tensor in teacher.items():
         torch.testing.assert_close(tensor, momentum * before[name] + (1 - momentum) * student[name])
     assert all(p.grad is None for p in state.objective.module["teacher"].parameters())
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(small, data, advance):
-    recipe = small.dino_recipe()
-    state = TrainState(recipe, CPU)
-    with torch.no_grad():
-        state.objective.trained["head"].mlp[0].weight[0, 0] = math.nan
-    with pytest.raises(RunError, match=r"step 0: .*not finite; lower"):
-        advance(small, recipe, [state], 1)
 
 
 def test_gradients_lie_in_one_buffer_in_the_order_given():

@@ -5,11 +5,38 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hpcssl.core import resources
 from hpcssl.core.errors import ConfigError
 from hpcssl.train.config import Timeline, load_recipe
+
+DINO_DEFAULTS = {
+    "objective": "dino",
+    "global_batch": 1024,
+    "schedule_pseudo_epochs": None,
+    "stop_after": None,
+    "encoder.drop_path": 0.1,
+    "optim.lr_per_256": 5e-4,
+    "optim.final_lr": 1e-6,
+    "optim.warmup_pseudo_epochs": 10,
+    "optim.weight_decay": 0.04,
+    "optim.final_weight_decay": 0.4,
+    "optim.betas": (0.9, 0.999),
+    "optim.clip": 3.0,
+    "dino.head.out_dim": 65536,
+    "dino.head.hidden_dim": 2048,
+    "dino.head.bottleneck_dim": 256,
+    "dino.head.norm_last_layer": True,
+    "dino.teacher_temperature": 0.04,
+    "dino.teacher_temperature_warmup_pseudo_epochs": 0,
+    "dino.student_temperature": 0.1,
+    "dino.center_momentum": 0.9,
+    "dino.momentum": 0.996,
+    "dino.freeze_last_layer_pseudo_epochs": 1,
+    "train.precision": "auto",
+}
 
 
 @dataclass
@@ -97,6 +124,29 @@ def test_the_published_mae_run():
                 "augment.local_views": None,
             },
         ),
+        ("dino-vits16", DINO_DEFAULTS | {"encoder.name": "vit_small_patch16_224"}),
+        ("dino-vitb16", DINO_DEFAULTS | {"encoder.name": "vit_base_patch16_224"}),
+        (
+            "mae-vitb16",
+            {
+                "objective": "mae",
+                "global_batch": 4096,
+                "schedule_pseudo_epochs": None,
+                "encoder.name": "vit_base_patch16_224",
+                "encoder.drop_path": 0.0,
+                "optim.lr_per_256": 1.5e-4,
+                "optim.final_lr": 0.0,
+                "optim.warmup_pseudo_epochs": 40,
+                "optim.weight_decay": 0.05,
+                "optim.final_weight_decay": 0.05,
+                "optim.betas": (0.9, 0.95),
+                "optim.clip": None,
+                "decoder.embed_dim": 512,
+                "decoder.depth": 8,
+                "decoder.num_heads": 16,
+                "train.precision": "auto",
+            },
+        ),
     ],
 )
 def test_the_published_settings_ship(name, wanted):
@@ -108,8 +158,10 @@ def test_the_published_settings_ship(name, wanted):
 def test_the_published_augmentations_ship():
     from hpcssl.plan.recipe import dino_augment, mae_augment
 
-    assert load_recipe("dino-vits16-opal").augment == dino_augment()
-    assert load_recipe("mae-vitl16-opal").augment == mae_augment()
+    for name in ("dino-vits16-opal", "dino-vits16", "dino-vitb16"):
+        assert load_recipe(name).augment == dino_augment()
+    for name in ("mae-vitl16-opal", "mae-vitb16"):
+        assert load_recipe(name).augment == mae_augment()
 
 
 def test_every_recipe_that_ships_loads():
@@ -125,6 +177,24 @@ def test_values_halfway_are_those_of_the_whole_schedule(opal):
     assert halfway.lr == pytest.approx(1e-6 + (2.109375e-4 - 1e-6) * (1 + math.cos(math.pi * progress)) / 2, rel=1e-9)
     assert halfway.weight_decay == pytest.approx(0.22, abs=1e-6)
     assert halfway.momentum == pytest.approx(0.998, abs=1e-6)
+
+
+def test_the_teachers_temperature_rises_pseudo_epoch_by_pseudo_epoch(opal):
+    """As published for longer runs: 0.04 to 0.07 in 30 epochs, constant within each, then 0.07."""
+    boosted = replace(
+        opal.dino,
+        teacher_temperature=0.07,
+        warmup_teacher_temperature=0.04,
+        teacher_temperature_warmup_pseudo_epochs=30,
+    )
+    timeline = Timeline(replace(opal, dino=boosted), PaperSchedule())
+    published = [*np.linspace(0.04, 0.07, 30), *[0.07] * 20]
+    for number, wanted in enumerate(published):
+        first = -(-number * 65_000_000 // 1080)
+        for step in (first, first + 30_000):
+            assert timeline.values(step).teacher_temperature == pytest.approx(wanted, rel=1e-12), step
+    constant = Timeline(opal, PaperSchedule())
+    assert {constant.values(step).teacher_temperature for step in (0, 70_000, 3_000_000)} == {0.04}
 
 
 def test_the_ends_of_all_values(opal):

@@ -12,10 +12,10 @@ from hpcssl.core.world import World
 from hpcssl.loader import stream as stream_module
 from hpcssl.loader.stream import TileStream
 from hpcssl.train.config import Timeline
-from hpcssl.train.loop import train_step
 from hpcssl.train.objective import Dino
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
+from hpcssl.train.step import train_step
 
 CPU = torch.device("cpu")
 STEPS = 12

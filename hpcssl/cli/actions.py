@@ -1,0 +1,23 @@
+"""Commands that have actions, such as `store build`: each action has its own arguments, example and function."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+class Actions:
+    """The actions of a command; the command line must name one."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self._parsers = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    def add(
+        self, name: str, text: str, *, example: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        """Add an action; returns its parser, for its arguments."""
+        parser: argparse.ArgumentParser = self._parsers.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
+        )
+        parser.set_defaults(run=run)
+        return parser

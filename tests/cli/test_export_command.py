@@ -1,0 +1,119 @@
+"""`hpcssl export`: what it writes loads into timm and gives the encoder's features; the card says what was run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from hpcssl.cli.main import main
+from hpcssl.core.atomic import digest_file
+from hpcssl.embed.encoder import Source, load_encoder
+from hpcssl.models.encoder import MEAN
+from hpcssl.runs.checkpoint import save_checkpoint
+from hpcssl.train.state import TrainState
+
+
+@pytest.fixture
+def make_run(small: Any, data: Any, tmp_path: Path) -> Any:
+    """A run folder with checkpoints at steps 0 and 7 whose student and teacher differ."""
+
+    def make(recipe: Any, name: str = "run", schedule: Any = data) -> Path:
+        run = small.make_run(tmp_path / name, schedule, recipe)
+        state = TrainState(recipe, torch.device("cpu"))
+        save_checkpoint(run, 0, *state.to_checkpoint())
+        state.step = 7
+        with torch.no_grad():
+            for i, tensor in enumerate(state.objective.module.state_dict().values()):
+                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.05)
+        save_checkpoint(run, 7, *state.to_checkpoint())
+        return run
+
+    return make
+
+
+def call_of(card: Path) -> dict[str, Any]:
+    """Return the arguments of the card's own `timm.create_model(...)`."""
+    found = re.search(r"timm\.create_model\((.*)\)", card.read_text())
+    assert found
+    return eval(f"dict({found[1]})")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("objective", ["dino", "mae"])
+def test_timm_loads_the_file_as_the_card_says_and_gives_our_features(small, make_run, tmp_path, objective) -> None:
+    run, out = make_run(small.RECIPES[objective]()), tmp_path / "new" / "weights.safetensors"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    model = timm.create_model(**call_of(out.with_suffix(".md"))).eval()
+    model.load_state_dict(load_file(out), strict=True)
+    by_path = timm.create_model(**call_of(out.with_suffix(".md")), checkpoint_path=out).eval()
+    encoder, _ = load_encoder(Source.parse(str(run)))
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for other in (model, by_path):
+        torch.testing.assert_close(other(images), encoder(images), atol=1e-6, rtol=1e-6)
+    untrained, _ = load_encoder(Source.parse(f"{run}@0"))
+    assert (untrained(images) - model(images)).abs().max() > 1e-2
+    assert sorted(path.name for path in out.parent.iterdir()) == ["weights.md", "weights.safetensors"]
+
+
+def test_student_and_step_are_those_asked_for(small, make_run, tmp_path) -> None:
+    run = make_run(small.dino_recipe())
+    files = {}
+    for name, arguments in {"teacher": [f"{run}"], "student": [f"{run}", "--student"], "start": [f"{run}@0"]}.items():
+        files[name] = tmp_path / f"{name}.safetensors"
+        assert main(["export", *arguments, "--out", str(files[name])]) == 0
+    tensors = {name: load_file(path)["cls_token"] for name, path in files.items()}
+    assert not torch.equal(tensors["teacher"], tensors["student"])
+    assert not torch.equal(tensors["teacher"], tensors["start"])
+    assert "weights of the student" in files["student"].with_suffix(".md").read_text()
+
+
+def test_the_card_says_what_was_run(small, data, make_run, tmp_path) -> None:
+    run, out = make_run(small.dino_recipe()), tmp_path / "w.safetensors"
+    assert main(["export", f"{run}@7", "--out", str(out)]) == 0
+    card = out.with_suffix(".md").read_text()
+    for expected in (
+        "| optimiser steps | 7 |",
+        "| tiles seen | 84 (2.1 pseudo-epochs) |",
+        f"| tile store (SHA-256) | {data.store.digest} |",
+        f"| schedule (SHA-256) | {data.schedule.digest} |",
+        f"| weights file (SHA-256) | {digest_file(out)} |",
+        "| initial weights (SHA-256) | none: trained from scratch |",
+        "| licence | TO BE STATED",
+        f"mean {list(MEAN)}",
+        "global_batch: 12",
+    ):
+        assert expected in card
+    shares = [float(share) for share in re.findall(r"^\| (?:breast|lung) .* ([\d.]+)% \|$", card, re.MULTILINE)]
+    assert len(shares) == 2
+    assert sum(shares) == pytest.approx(100, abs=0.02)
+
+
+def test_a_schedule_that_is_gone_is_said(small, make_run, tmp_path) -> None:
+    own = small.make_data(tmp_path / "own")
+    run, out = make_run(small.mae_recipe(), schedule=own), tmp_path / "w.safetensors"
+    shutil.rmtree(own.schedule_path)
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert "schedule was not at hand" in out.with_suffix(".md").read_text()
+
+
+def test_what_cannot_be_exported_is_told_in_one_line(small, make_run, tmp_path, capsys) -> None:
+    run = make_run(replace(small.mae_recipe(), stop_after=1))
+    for arguments, message in (
+        ([run, "--out", tmp_path / "w.pth"], "ends in .safetensors"),
+        ([f"{run}@3", "--out", tmp_path / "w.safetensors"], "no checkpoint of step 3; it has 0, 7"),
+        ([run, "--student", "--out", tmp_path / "w.safetensors"], "leave --student out"),
+        ([tmp_path, "--out", tmp_path / "w.safetensors"], "no run"),
+    ):
+        assert main(["export", *map(str, arguments)]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+    assert not list(tmp_path.glob("w.*"))

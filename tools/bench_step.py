@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""Times our training step against a plain implementation of the published loops (`plain_step.py`), on synthetic tiles.
+
+`python tools/bench_step.py [--size paper|cpu|toy] [--batch N] [--objective dino mae] [--precision fp32 bf16]`:
+`paper` (default with a GPU) is DINO ViT-S/16 on 2 × 224 + 8 × 96 px and MAE ViT-L/16; `cpu` (default without) has the
+same DINO with four tiles and MAE ViT-B/16; `toy` checks in seconds that all of it runs, its ratios mean nothing. Both
+sides start from the same weights and see the same tiles, lying on the device, in the same precision. First each is
+run alone for a few steps without drop-path: the losses must agree, and the memory is measured. Then both are timed in
+turns. The peak is the rate of a matrix product (bf16, 8192³ on a GPU; fp32, 2048³ on a CPU) measured in the same run.
+Prints one JSON object last: rates, and the ratio's median and spread over the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from plain_step import PlainDino, PlainMae
+
+from hpcssl.core.config import build, to_mapping, with_overrides
+from hpcssl.core.errors import ConfigError
+from hpcssl.loader.stream import Batch
+from hpcssl.models.encoder import Encoder, EncoderConfig, normalised
+from hpcssl.models.heads import DinoHeadConfig
+from hpcssl.models.mae import MaeDecoderConfig, sincos_position
+from hpcssl.plan.draw import draw_plan
+from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
+from hpcssl.train.config import DinoConfig, OptimConfig, PretrainConfig, StepValues, Timeline, TrainConfig
+from hpcssl.train.execution import resolve_precision
+from hpcssl.train.reduce import Collectives
+from hpcssl.train.state import TrainState
+from hpcssl.train.step import train_step
+
+Step = Callable[[], float]
+TRACE_STEPS = 4
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the losses, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeSchedule:
+    """As much of a schedule as the values of a run depend on."""
+
+    positions_per_pseudo_epoch: int
+    num_pseudo_epochs: int = 50
+    path: Path = Path("synthetic")
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole schedule."""
+        return self.positions_per_pseudo_epoch * self.num_pseudo_epochs
+
+
+def dino_recipe(size: str, batch: int) -> PretrainConfig:
+    """Return DINO at a size, all of its schedules past their beginning."""
+    encoder, augment, head = EncoderConfig(), dino_augment(), DinoHeadConfig()
+    if size == "toy":
+        encoder = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2)
+        views = [ViewRecipe(count=n, view_px=px, scale=(0.2, 1.0)) for n, px in ((2, 32), (3, 16))]
+        augment, head = AugmentRecipe(global_views=views[0], local_views=views[1]), DinoHeadConfig(out_dim=64)
+    dino = DinoConfig(head=head, freeze_last_layer_pseudo_epochs=0)
+    optim = OptimConfig(lr_per_256=1e-4 * 256 / batch, warmup_pseudo_epochs=0, clip=1.0)
+    return PretrainConfig(
+        objective="dino", global_batch=batch, encoder=encoder, augment=augment, optim=optim, dino=dino
+    )
+
+
+def mae_recipe(size: str, batch: int) -> PretrainConfig:
+    """Return MAE at a size."""
+    name = "vit_large_patch16_224" if size == "paper" else "vit_base_patch16_224"
+    encoder, augment, decoder = EncoderConfig(name=name, drop_path=0.0), mae_augment(), MaeDecoderConfig()
+    if size == "toy":
+        encoder = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2, drop_path=0.0)
+        view = ViewRecipe(count=1, view_px=32, scale=(0.2, 1.0))
+        augment, decoder = (
+            AugmentRecipe(global_views=view, mask_ratio=0.75),
+            MaeDecoderConfig(embed_dim=16, num_heads=2),
+        )
+    optim = OptimConfig(lr_per_256=1e-4 * 256 / batch, warmup_pseudo_epochs=0, betas=(0.9, 0.95))
+    return PretrainConfig(
+        objective="mae", global_batch=batch, encoder=encoder, augment=augment, optim=optim, decoder=decoder
+    )
+
+
+def synthetic_batch(recipe: PretrainConfig, num_patches: int, device: torch.device) -> Batch:
+    """Return smooth random tiles on the device, with planned masks."""
+    generator = torch.Generator().manual_seed(0)
+    positions = np.arange(recipe.global_batch)
+    views = []
+    for kind in recipe.augment.kinds:
+        shape = (kind.count * recipe.global_batch, 3, kind.view_px, kind.view_px)
+        coarse = torch.rand((*shape[:2], 8, 8), generator=generator) * 255
+        pixels = torch.nn.functional.interpolate(coarse, shape[2:], mode="bilinear").permute(0, 2, 3, 1)
+        views.append(pixels.to(torch.uint8).unflatten(0, (kind.count, -1)).contiguous().to(device))
+    mask = None
+    if recipe.augment.mask_ratio:
+        mask = torch.from_numpy(draw_plan(recipe.augment, 0, positions, num_patches=num_patches).mask)
+    return Batch(step=0, positions=positions, views=tuple(views), mask=mask)
+
+
+class Case:
+    """One objective at one size and precision; makes either side from the same weights."""
+
+    def __init__(self, recipe: PretrainConfig, device: torch.device):
+        self.recipe, self.device = recipe, device
+        schedule: Any = FakeSchedule(1000 * recipe.global_batch)
+        self.timeline = Timeline(recipe, schedule)
+        self.precision = resolve_precision(recipe.train.precision, device)
+        self.batch = synthetic_batch(recipe, self._state().objective.num_patches, device)
+
+    def ours(self) -> Step:
+        """Return our step."""
+        state, collectives = self._state(), Collectives()
+
+        def step() -> float:
+            record = train_step(state, self.batch, self.recipe, self.timeline, collectives, self.device)
+            return record["loss"]
+
+        return step
+
+    def plain(self) -> Step:
+        """Return the plain step."""
+        state = self._state()
+        weights = {name: w.cpu().clone() for name, w in state.objective.module.state_dict().items()}
+        encoder: Encoder = state.objective.trained.get_submodule("encoder")  # type: ignore[assignment]
+        del state
+        images = [normalised(v) for kind in self.batch.views for v in kind]
+        values = self._values()
+        if self.recipe.objective == "dino":
+            dino = PlainDino(self.recipe, encoder, weights, self.device)
+            return lambda: dino.step(images, self.precision, next(values))
+        mae = PlainMae(self.recipe, encoder, weights, self.device)
+        assert self.batch.mask is not None
+        masked = int(self.batch.mask[0].sum())
+        ties = torch.linspace(0, 0.5, self.batch.mask.shape[1])  # keeps the visible patches in their order
+        noise = (self.batch.mask.float() + ties).to(self.device)
+        position = sincos_position(self.recipe.decoder.embed_dim, encoder.grid_size).to(self.device)
+        return lambda: mae.step(images[0], noise, masked, position, self.precision, next(values))
+
+    def _state(self) -> TrainState:
+        return TrainState(self.recipe, self.device)
+
+    def _values(self) -> Iterator[StepValues]:
+        return (self.timeline.values(step) for step in range(self.timeline.total_steps))
+
+
+def tflop_of_a_tile(recipe: PretrainConfig, encoder: Encoder) -> float:
+    """Return the operations of one tile's training step, in units of 10¹², a multiply-add counted as two.
+
+    Backward passes count twice their forward pass; norms, losses and the optimiser are left out.
+    """
+    dim, depth, patch = encoder.embed_dim, len(encoder.vit.blocks), encoder.patch_px
+
+    def blocks(tokens: float, dim: int, depth: int) -> float:
+        return depth * (24 * tokens * dim**2 + 4 * tokens**2 * dim)
+
+    def embedding(patches: float) -> float:
+        return 2 * patches * 3 * patch**2 * dim
+
+    sizes = [(kind.count, (kind.view_px // patch) ** 2) for kind in recipe.augment.kinds]
+    if recipe.objective == "mae":
+        patches, wide = sizes[0][1], recipe.decoder.embed_dim
+        visible = 1 + patches - int(patches * recipe.augment.mask_ratio)
+        decoder = blocks(patches + 1, wide, recipe.decoder.depth) + 2 * visible * dim * wide
+        pixels = 2 * patches * wide * 3 * patch**2
+        return 3 * (embedding(patches) + blocks(visible, dim, depth) + decoder + pixels) / 1e12
+    head = recipe.dino.head
+    widths = (dim, head.hidden_dim, head.hidden_dim, head.bottleneck_dim, head.out_dim)
+    projection = sum(2 * a * b for a, b in pairwise(widths))
+    costs = [n * (embedding(p) + blocks(p + 1, dim, depth) + projection) for n, p in sizes]
+    return (3 * sum(costs) + costs[0]) / 1e12
+
+
+def peak_tflops(device: torch.device) -> float:
+    """Return the device's best rate of a large matrix product, in 10¹² operations a second."""
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    rates = []
+    for _ in range(6):
+        seconds = timed(lambda: a @ b, 10 if device.type == "cuda" else 1, device)
+        rates.append(2 * side**3 / seconds / 1e12)
+    return max(rates)
+
+
+def timed(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """Return the seconds of one of so many calls, the device's work included."""
+    synchronise(device)
+    begun = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - begun) / times
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Memory:
+    """The most memory that is used beyond what was in use at first, in GiB: of the GPU, or of this process."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self._before = self._peak()
+
+    def used(self) -> float:
+        """Return the peak so far."""
+        return (self._peak() - self._before) / 2**30
+
+    def _peak(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return int(found[1]) * 1024
+
+
+def traces(case: Case) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Run each side alone for a few steps without drop-path; return the losses and the peak memory of each."""
+    encoder = dataclasses.replace(case.recipe.encoder, drop_path=0.0)
+    still = Case(dataclasses.replace(case.recipe, encoder=encoder), case.device)
+    losses, memory = {}, {}
+    for name, make in (("ours", still.ours), ("plain", still.plain)):
+        watch = Memory(case.device)
+        step = make()
+        losses[name] = [step() for _ in range(TRACE_STEPS)]
+        memory[name] = watch.used()
+        del step
+    return losses, memory
+
+
+def measure(case: Case, label: str, repeats: int, steps: int, peak: float) -> dict[str, object]:
+    """Return one case's figures, under names that begin with the label."""
+    losses, memory = traces(case)
+    difference = max(abs(a / b - 1) for a, b in zip(losses["ours"], losses["plain"], strict=True))
+    moved = max(abs(loss / losses["ours"][0] - 1) for loss in losses["ours"])
+    if difference > TOLERANCE[case.precision] or moved < 2 * difference:
+        sys.exit(f"bench_step: {label}: the losses part, or stand still: {losses}")
+    sides = {"ours": case.ours(), "plain": case.plain()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, step in sides.items():
+            taken = timed(step, steps, case.device)
+            if repeat:  # the first is the warm-up
+                seconds[name].append(taken)
+        if repeat:
+            print(f"{label}: " + "  ".join(f"{n} {s[-1]:.4f} s" for n, s in seconds.items()), file=sys.stderr)
+    ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+    encoder: Encoder = case._state().objective.trained.get_submodule("encoder")  # type: ignore[assignment]
+    work = case.recipe.global_batch * tflop_of_a_tile(case.recipe, encoder)
+    told: dict[str, object] = {
+        f"{label}_vs_plain": round(statistics.median(ratios), 3),
+        f"{label}_vs_plain_spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        f"{label}_trace": [round(loss, 5) for loss in losses["ours"]],
+        f"{label}_trace_difference": float(f"{difference:.2g}"),
+        f"{label}_batch": case.recipe.global_batch,
+        f"{label}_compiled": encoder.execution.compiled,
+    }
+    for name, prefix in (("ours", label), ("plain", f"{label}_plain")):
+        median = statistics.median(seconds[name])
+        rate = work / median
+        told |= {
+            f"{prefix}_steps_per_s": float(f"{1 / median:.4g}"),
+            f"{prefix}_tiles_per_s": float(f"{case.recipe.global_batch / median:.4g}"),
+            f"{prefix}_tflops": float(f"{rate:.4g}"),
+            f"{prefix}_share_of_peak": round(rate / peak, 3),
+            f"{prefix}_peak_gib": round(memory[name], 3),
+        }
+    return told
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("paper", "cpu", "toy"), help="default: paper on a GPU, else cpu")
+    parser.add_argument("--batch", type=int, help="tiles of a step (default: 64 on a GPU, else 4)")
+    parser.add_argument("--objective", nargs="+", choices=("dino", "mae"), default=["dino", "mae"])
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of our side's recipe"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="steps of a repeat (default: 10 on a GPU, else 1)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and args.size != "cpu" else "cpu")
+    on_gpu = device.type == "cuda"
+    size = args.size or ("paper" if on_gpu else "cpu")
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    peak = peak_tflops(device)
+    told: dict[str, object] = {}
+    for objective in args.objective:
+        for precision in args.precision:
+            make = {"dino": dino_recipe, "mae": mae_recipe}[objective]
+            recipe = make(size, args.batch or (64 if on_gpu else 4))
+            recipe = dataclasses.replace(recipe, train=TrainConfig(precision=precision))
+            try:
+                recipe = build(PretrainConfig, with_overrides(to_mapping(recipe), args.set), where="bench_step")
+            except ConfigError as error:
+                sys.exit(str(error))
+            case = Case(recipe, device)
+            told |= measure(case, f"{objective}_{precision}", args.repeats, args.steps or (10 if on_gpu else 1), peak)
+    told |= {"peak_tflops": round(peak, 3), "size": size, "repeats": args.repeats, "device": name, "settings": args.set}
+    print(json.dumps(told | {"torch": torch.__version__, "timm": timm.__version__}))
+
+
+if __name__ == "__main__":
+    main()

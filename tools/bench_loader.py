@@ -171,6 +171,13 @@ def measure(
         label = "pillow_simd_vs_pillow" if "simd" in name else f"{name}_vs_reference"
         told |= {label: round(statistics.median(ratios), 2)}
         told[f"{label}_spread"] = [round(min(ratios), 2), round(max(ratios), 2)]
+    if torch.cuda.is_available() and "dino_dali_cpu" in works:
+        threads = len(os.sched_getaffinity(0))
+        many = [tiles[i % len(tiles)] for i in range(512)]
+        work = of_dali(dino, many, torch.device("cuda", 0), threads)
+        rates["dali_gpu"] = [tiles_per_second(work, len(many)) for _ in range(repeats + 2)][2:]  # it compiles first
+        told["dali_gpu_tiles_per_s"] = round(statistics.median(rates["dali_gpu"]), 1)
+        told["device"] = torch.cuda.get_device_name(0)
     versions = {"pillow": PIL.__version__, "torch": torch.__version__, "numpy": np.__version__}
     return told | {"tiles": len(tiles), "repeats": repeats, "machine": platform.machine()} | versions
 
@@ -194,7 +201,13 @@ def main() -> None:
         work()
         print(json.dumps({"tiles_per_s": tiles_per_second(work, len(tiles)), "module": PIL.__file__}))
     else:
-        print(json.dumps(measure(tiles, args.repeats, args.simd, sys.argv[1:])))
+        told = measure(tiles, args.repeats, args.simd, sys.argv[1:])
+        if "dali_gpu_tiles_per_s" in told:  # in a process of its own, with all cores
+            command = [sys.executable, str(Path(__file__).with_name("bench_fed.py")), "--tiles", str(args.tiles)]
+            environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+            fed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            told["fed_vs_synthetic"] = json.loads(fed.stdout.splitlines()[-1])["fed_vs_synthetic"]
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":

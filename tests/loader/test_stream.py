@@ -179,6 +179,24 @@ def test_an_exception_in_the_loop_leaves_no_threads(stream):
     assert not _tile_threads()
 
 
+@pytest.mark.parametrize("place", ["read", "decode"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_an_error_in_a_thread_ends_the_stream_with_itself(small, stream, data, monkeypatch, backend, place):
+    module = pytest.importorskip(f"hpcssl.loader.{backend}")
+    store = _Slow(data.store)
+
+    def broken(*args, **kwargs):
+        raise MemoryError("of a worker")
+
+    if place == "read":
+        store.fetch = broken
+    else:
+        monkeypatch.setattr(module, "decode", broken)
+    with small.within(20), pytest.raises(MemoryError, match="of a worker"):
+        list(stream(store=store, backend=backend, threads=3))
+    assert not _tile_threads()
+
+
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 def test_no_more_batches_are_begun_than_promised(small, stream, monkeypatch, prefetch):
     begun = []

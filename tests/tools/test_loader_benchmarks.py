@@ -37,6 +37,13 @@ def test_the_loader_benchmark_prints_its_figures_last(repository: Path, tiles: P
     assert told["dino_dali_cpu_vs_reference"] > 0
 
 
+def test_the_benchmark_of_feeding_a_device_prints_its_figures_last(repository: Path, tiles: Path) -> None:
+    command = [repository / "tools/bench_fed.py", "--tiles", tiles, "--recipe", "dino-demo", "--backend", "cpu"]
+    told = told_by([*command, "--steps", 1, "--repeats", 1, "--threads", 1, "--set", "global_batch=4"])
+    assert told["fed_vs_synthetic"] > 0
+    assert told["synthetic_tiles_per_s"] > 0
+
+
 @pytest.mark.long
 def test_the_stream_benchmark_prints_its_figures_last(repository: Path, tiles: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"

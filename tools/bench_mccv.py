@@ -5,8 +5,8 @@
 20 x 2 runs, fp32, dropout on both sides, bags of 8 to 300 and of 2,000 to 8,000 tiles. The plain loop runs at its best
 number of threads. A step takes as long in every epoch, so a part of the 50 epochs is timed, at least 200 steps a side.
 Both sides are taken in turns in one run; a ratio is the median over the repeats. The AUC of both sides is compared
-after every epoch of a short training on planted signals with the same dropout masks. `toy` checks in seconds that all of
-it runs, its ratios mean nothing. Prints one JSON object last.
+after every epoch of a short training on planted signals with the same dropout masks. `toy` checks in seconds that all
+of it runs, its ratios mean nothing. Prints one JSON object last.
 """
 
 from __future__ import annotations

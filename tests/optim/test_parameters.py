@@ -48,7 +48,7 @@ def test_adamw_with_groups_is_that_of_its_equations():
     values = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     parameters = {name: nn.Parameter(torch.from_numpy(value.copy())) for name, value in values.items()}
     optimiser = torch.optim.AdamW(parameter_groups(parameters.items()), lr=0.0, betas=betas)
-    first, second, updates = ({name: 0.0 for name in shapes} for _ in range(3))
+    first, second, updates = (dict.fromkeys(shapes, 0.0) for _ in range(3))
     for step in range(8):
         lr, decay = 0.01 * (step + 1), 0.04 + 0.05 * step
         for group in optimiser.param_groups:

@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIRED = [
-    "torch>=2.4",  # training, DDP, MIL heads
-    "torchvision>=0.19",  # timm needs it; its colour semantics are our reference
+    "torch>=2.5",  # training, DDP, MIL heads
+    "torchvision>=0.20",  # timm needs it; its colour semantics are our reference
     "timm>=1.0.9",  # encoders, under the names that the field uses
     "numpy>=1.26",  # plans, schedules, stores
     "numba>=0.60",  # the hot loops of the schedule

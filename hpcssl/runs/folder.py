@@ -5,6 +5,7 @@ provenance.json      versions, git, hardware
 metrics.jsonl        the training trace
 checkpoints/         step-000000320.safetensors …
 bad_tiles.csv        tiles that could not be used, and why; only if there were any
+failed-step-000000123/  all of a step that was not finite and could not be skipped; see hpcssl.train.failure
 restarts.jsonl       one line a start: when, where, from which step, with how many processes
 generations/         fencing: one empty file a start; the newest start owns the folder
 logs/                the launcher's logs

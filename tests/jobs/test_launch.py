@@ -22,7 +22,15 @@ from hpcssl.runs.metrics import last_record, read_metrics
 
 PSEUDO_EPOCHS = 30
 STEPS = PSEUDO_EPOCHS * 40 // 12
-TIMES = ["tiles_per_s", "read_wait_s", "time"]  # of a metrics line: when, not what
+TIMES = [
+    "tiles_per_s",
+    "read_s",
+    "decode_s",
+    "augment_s",
+    "read_wait_s",
+    "memory_gib",
+    "time",
+]  # of a metrics line: when, not what
 TWO = Resources(processes_per_node=2)
 
 pytestmark = pytest.mark.timeout(300)

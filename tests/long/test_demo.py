@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
 
 HPCSSL = Path(sys.executable).with_name("hpcssl")
 KILLS = 6
-_TIMING = ["tiles_per_s", "read_wait_s", "time"]
+_TIMING = ["tiles_per_s", "read_s", "decode_s", "augment_s", "read_wait_s", "memory_gib", "time"]
 
 
 def contents(folder: Path, pattern: str) -> dict[str, bytes]:

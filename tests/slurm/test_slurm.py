@@ -19,7 +19,15 @@ from hpcssl.runs.metrics import last_record, read_metrics
 
 STEPS = 120
 EARLY = 10  # steps to wait for before a run is disturbed
-TIMES = ["tiles_per_s", "read_wait_s", "time"]  # of a metrics line: when, not what
+TIMES = [
+    "tiles_per_s",
+    "read_s",
+    "decode_s",
+    "augment_s",
+    "read_wait_s",
+    "memory_gib",
+    "time",
+]  # of a metrics line: when, not what
 PROFILE = "gpus_per_node: 0\ncpus_per_gpu: 1\ntimeout_min: 60\n"
 TWO_BY_TWO = ("--nodes", 2, "--gpus-per-node", 2)
 JOB_S = 150  # for a job of this size to come to its end on a busy machine

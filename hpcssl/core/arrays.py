@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 _HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([<|][a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]+),\), \} *\n",
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]+),\), \} *\n",
     re.DOTALL,
 )
 _MOST_HEADER = 256

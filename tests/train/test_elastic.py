@@ -67,8 +67,9 @@ def _advance(small, data, recipe, states: list[TrainState], stop: int, saved: li
 def _states(recipe, size: int, found=None) -> list[TrainState]:
     states = [TrainState(recipe, CPU) for _ in range(size)]
     for state in states:
-        if found:
-            state.from_checkpoint(*found)
+        if found:  # a copy for each: loaded moments are kept, not copied
+            tensors, values = found
+            state.from_checkpoint({name: tensor.clone() for name, tensor in tensors.items()}, values)
     return states
 
 

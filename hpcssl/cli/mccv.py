@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a task's features beyond this are read from a scratch file in RESULTS, slide by slide (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: all runs in one stack (%(default)s)")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        default=[],
+        metavar="SLIDE",
+        help="slides of which the report draws a map: attention by heads that did not train on them",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, orders and dropout (%(default)s)")
 
 
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hpcssl.cli.progress import progress
     from hpcssl.cli.report import format_table
+    from hpcssl.core.config import nearest
     from hpcssl.core.errors import ConfigError
     from hpcssl.mccv.presets import preset_named
     from hpcssl.mccv.run import plan_parts, run_parts
@@ -92,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     tell_left_out(parts)
+    known = {slide for part in parts for slide in part.table["slide"]}
+    for slide in args.attention:
+        if slide not in known:
+            raise ConfigError(f"--attention {slide}: no such slide in the splits; {nearest(slide, sorted(known))}")
     total = preset.epochs * sum(len(part.runs) for part in parts)
     with progress("fitting heads", total=total, unit="epochs of runs") as advance:
         run_parts(
@@ -102,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             memory_gib=args.memory_gib,
             device=args.device,
+            attention=args.attention,
             on_progress=advance,
         )
     Console().print(format_table(summarise(read_results(args.out))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +58,19 @@ def run(args: argparse.Namespace) -> int:
         summary = summarise(read_results(found.results))
         Console().print(format_table(summary))
         print(verdict_text(summary))
+    for line in slowed_down(found.runs):
+        print(line)
     print(page)
     return 0
+
+
+def slowed_down(runs: Sequence[Path]) -> list[str]:
+    """Return a sentence for every run that waited for tiles too long."""
+    from hpcssl.report.times import WAIT_LIMIT, step_times, wait_share, wait_text
+    from hpcssl.runs.metrics import read_metrics
+
+    recorded = ((run, step_times(read_metrics(run))) for run in runs)
+    return [f"{run}: {wait_text(t)}" for run, t in recorded if t is not None and wait_share(t) > WAIT_LIMIT]
 
 
 def format_table(summary: pd.DataFrame) -> Table:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def fit(
     *,
     seed: int = 0,
     threads: int = 1,
+    on_fitted: Callable[[Run, Callable[[int], NDArray[np.float64]]], None] | None = None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
     """Train every run and measure it after each epoch, on the device of the bags.
@@ -78,6 +80,8 @@ def fit(
     targets_S : class numbers 0 … K-1 as integers, every class on both sides of every run; or values to be predicted as
         floats
     threads : runs fitted at a time on a CPU, which changes no result
+    on_fitted : called with every run after its last epoch, in no order, and a function that tells how much the run's
+        head attends to each tile of a slide (its index), [N], summing to one
     on_progress : counts epochs of runs
 
     Returns
@@ -103,6 +107,10 @@ def fit(
                 rows += [(run.split, run.replica, epoch, metric, value) for metric, value in values.items()]
             with lock:
                 on_progress(distinct)
+        if on_fitted:
+            with lock:
+                for r, run in enumerate(members[:distinct]):
+                    on_fitted(run, partial(stack.attention, r))
         return rows
 
     on_cpu = bags.device.type == "cpu"
@@ -202,6 +210,12 @@ class _Stack:
             {"train_loss": loss, **self._measured(r, epoch, logits)}
             for r, (loss, logits) in enumerate(zip(means, self._evaluate(), strict=True))
         ]
+
+    def attention(self, r: int, slide: int) -> NDArray[np.float64]:
+        """Return how much run r attends to each tile of a slide, [N]."""
+        bags = self.bags.gather(np.full(len(self.runs), slide), self.num_tiles)
+        part_RN = self.heads.forward(*bags)[1]
+        return part_RN[r, : self.bags.counts[slide]].double().cpu().numpy()
 
     def _step(self, slides_R: NDArray[np.int64], epoch: int, step: int) -> Tensor:
         """Update the runs, each by its slide; return their losses before the update, 0 for runs past their end."""

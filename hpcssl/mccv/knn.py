@@ -64,7 +64,7 @@ def knn_parts(
         encoder = f"{part.features.encoder}, k-NN"
         about = {"task": part.task, "encoder": encoder, "checkpoint": part.features.checkpoint}
         record = {"k": k, "weighted": weighted, "tiles_per_slide": tiles_per_slide, **about}
-        record |= {key: part.record[key] for key in ("splits_digest", "features_digest")}
+        record |= {key: part.record[key] for key in ("slides", "train", "splits_digest", "features_digest")}
         name = "__".join(file_name(text) for text in about.values())
         if out is not None and part_done(out / "parts", name, record):
             on_progress(1)

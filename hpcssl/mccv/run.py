@@ -1,7 +1,9 @@
 """The benchmark: every feature set on every task, in parts that a restart does not compute again.
 
 RESULTS/parts/<task>__<encoder>__<checkpoint>.csv holds one part and the .json beside it what it was made with;
-RESULTS/results.csv holds all. Another head than gated attention is part of the encoder's name there: `uni, mean`.
+RESULTS/results.csv holds all, and tasks.csv how many slides train and validate in each task. Another head than gated
+attention is part of the encoder's name there: `uni, mean`. RESULTS/attention/<part>/<slide>.csv holds the attention to
+the tiles of a slide that was asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 
 from hpcssl.core.atomic import atomic_file, digest_bytes, write_atomic
 from hpcssl.core.config import first_difference, nearest, to_mapping
-from hpcssl.core.errors import ConfigError
+from hpcssl.core.errors import ConfigError, FeatureError
+from hpcssl.features.files import read_coords
 from hpcssl.features.folder import FeatureSet
 from hpcssl.mccv.bags import MEMORY_GIB, Bags
 from hpcssl.mccv.fit import Run, fit
@@ -112,28 +115,46 @@ def run_parts(
     threads: int = 1,
     memory_gib: float = MEMORY_GIB,
     device: str = "cpu",
+    attention: Sequence[str] = (),
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
     """Fit the parts that are not yet in `out` and return the whole results table, which is also written to results.csv.
 
+    Of the slides `attention` (those that a part has), the attention to every tile is written with its coordinates: the
+    mean over the fitted heads that had the slide in validation. A part without these files is fitted again.
     Features beyond `memory_gib` stand in a scratch file in `out` while they are used. `on_progress` counts epochs of
     runs: `epochs · len(part.runs)` for every part, also for one that was there.
 
     Raises
     ------
     ConfigError
-        If a part in `out` was made with something else; the message names the setting and both values.
+        If a part in `out` was made with something else; the message names the setting and both values. If a slide of
+        `attention` is in validation nowhere.
     """
     folder = out / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder, preset, seed)
-    done = {part.name: part_done(folder, part.name, part.record) for part in parts}
+    wanted = {part.name: _attention_files(out, part, attention) for part in parts}
+    for slide in attention:
+        if not any(slide in files for files in wanted.values()):
+            raise ConfigError(
+                f"slide {slide}: in validation in no run; attention is told by heads that did not train on it"
+            )
+    done = {
+        part.name: part_done(folder, part.name, part.record) and all(f.exists() for f in wanted[part.name].values())
+        for part in parts
+    }
     for part in parts:
+        coords = {slide: _coords(part.features, slide) for slide in wanted[part.name]}
         if done[part.name]:
             on_progress(part.preset.epochs * len(part.runs))
             continue
         bags = Bags.load(part.features, part.table["slide"].tolist(), memory_gib=memory_gib, scratch=out, device=device)
-        table = _fit_part(part, bags, seed, threads, on_progress)
+        table, seen = _fit_part(part, bags, seed, threads, list(coords), on_progress)
+        for slide, share_N in seen.items():
+            wanted[part.name][slide].parent.mkdir(parents=True, exist_ok=True)
+            x, y = coords[slide].T
+            write_table(wanted[part.name][slide], pd.DataFrame({"x": x, "y": y, "attention": share_N}))
         write_part(folder, part.name, part.record, table)
     return collect(out)
 
@@ -141,7 +162,7 @@ def run_parts(
 def write_part(folder: Path, name: str, record: dict[str, Any], table: pd.DataFrame) -> None:
     """Write a part's table with the record of what it was made with beside it, which comes first."""
     write_atomic(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
-    _write_table(folder / f"{name}.csv", table)
+    write_table(folder / f"{name}.csv", table)
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -199,6 +220,7 @@ def _part(
         "only": only and list(only),
         "target": kind,
         "slides": len(kept),
+        "train": float(np.mean([len(sides_of(kept, split)[0]) for split, _ in runs])),
         "splits_digest": digest_bytes(kept.to_csv(index=False).encode()),
         "features_digest": features.digest(),
     }
@@ -229,15 +251,50 @@ def sides_of(table: pd.DataFrame, split: int) -> tuple[NDArray[np.int64], NDArra
     return np.flatnonzero(in_train), np.flatnonzero(~in_train)
 
 
-def _fit_part(part: Part, bags: Bags, seed: int, threads: int, on_progress: Callable[[int], None]) -> pd.DataFrame:
+def _attention_files(out: Path, part: Part, slides: Sequence[str]) -> dict[str, Path]:
+    """Return the files of the slides that some run of a part has in validation."""
+    held = {split: set(part.table["slide"].iloc[sides_of(part.table, split)[1]]) for split, _ in part.runs}
+    validated = set().union(*held.values())
+    return {s: out / "attention" / part.name / f"{file_name(s)}.csv" for s in slides if s in validated}
+
+
+def _coords(features: FeatureSet, slide: str) -> NDArray[np.int64]:
+    coords_N2 = read_coords(features.paths[slide])
+    if (coords_N2 < 0).any():
+        raise FeatureError(f"{features.paths[slide]}: the places of its tiles are unknown; no map can be drawn of it")
+    return coords_N2
+
+
+def _fit_part(
+    part: Part, bags: Bags, seed: int, threads: int, attention: Sequence[str], on_progress: Callable[[int], None]
+) -> tuple[pd.DataFrame, dict[str, NDArray[np.float64]]]:
+    """Return a part's results, and the mean attention to the tiles of some slides."""
     runs = []
     for split, replica in part.runs:
         train, val = sides_of(part.table, split)
         runs.append(Run(split=split, replica=replica, train=train, val=val))
+    slides = part.table["slide"].tolist()
+    seen: dict[str, list[NDArray[np.float64]]] = {slide: [] for slide in attention}
+
+    def look(run: Run, attention_to: Callable[[int], NDArray[np.float64]]) -> None:
+        for slide, found in seen.items():
+            index = slides.index(slide)
+            if index in run.val:
+                found.append(attention_to(index))
+
     targets_S = targets_of(part.table, part.kind)
-    table = fit(bags, targets_S, runs, part.preset, seed=seed, threads=threads, on_progress=on_progress)
+    table = fit(
+        bags,
+        targets_S,
+        runs,
+        part.preset,
+        seed=seed,
+        threads=threads,
+        on_fitted=look if seen else None,
+        on_progress=on_progress,
+    )
     about = {"task": part.task, "encoder": part.encoder, "checkpoint": part.features.checkpoint}
-    return table.assign(**about)[list(COLUMNS)]
+    return table.assign(**about)[list(COLUMNS)], {slide: np.mean(found, axis=0) for slide, found in seen.items()}
 
 
 def _check_folder(folder: Path, preset: MccvPreset, seed: int) -> None:
@@ -283,7 +340,8 @@ def _refuse_difference(path: Path, old: dict[str, Any], new: dict[str, Any]) -> 
         )
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, whole or not at all."""
     with atomic_file(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.7g")
 
@@ -293,5 +351,8 @@ def collect(out: Path) -> pd.DataFrame:
     files = sorted((out / "parts").glob("*.csv"), key=lambda file: (_ONLY in file.name, file.name))
     table = pd.concat([read_results(file) for file in files], ignore_index=True)
     table = table.drop_duplicates(_KEY, keep="first").sort_values(_KEY, ignore_index=True)
-    _write_table(out / "results.csv", table)
+    write_table(out / "results.csv", table)
+    records = [_read_record(file) for file in files]
+    held = {r["task"]: {"train": r["train"], "val": r["slides"] - r["train"]} for r in records if "train" in r}
+    write_table(out / "tasks.csv", pd.DataFrame([{"task": task, **row} for task, row in sorted(held.items())]))
     return table

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hpcssl.report.curves import WHAT_THE_INTERVAL_IS
-from hpcssl.report.results import UNTRAINED, Arm, replicas_with_value, short_step, split_matrices
+from hpcssl.report.results import UNTRAINED, Arm, replicas_with_value, score_matrices, short_step
 from hpcssl.report.style import GREY, INK, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+from hpcssl.report.summary import METRICS
 
 _GAP = 0.6
 _MAX_PER_HALF_WIDTH = 14
@@ -22,12 +23,12 @@ _FEWEST_FOR_BOX = 5
 
 def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
     """Return the figure of a checked results table and its summary."""
-    last = {arm: matrix.iloc[:, -1] for arm, matrix in split_matrices(results, "auc").items()}
+    last = {arm: matrix.iloc[:, -1] for arm, matrix in score_matrices(results).items()}
     counts = replicas_with_value(results)
     table = pd.concat(
         [
             pd.DataFrame(
-                {**arm._asdict(), "split": values.index, "replicas": counts.loc[arm], "auc": values.to_numpy()}
+                {**arm._asdict(), "split": values.index, "replicas": counts.loc[arm], "score": values.to_numpy()}
             )
             for arm, values in last.items()
         ]
@@ -39,7 +40,7 @@ def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
     return Part(
         name="auc_by_checkpoint",
         title="AUC by checkpoint",
-        caption=_caption(several=bool(summary["auc_low"].notna().any())),
+        caption=_caption(several=bool(summary["score_low"].notna().any())),
         alt="Mean last-epoch AUC. " + " ".join(_told(task, summary) for task in tasks),
         png=draw(WIDTH_INCH, height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
         table=table,
@@ -49,8 +50,9 @@ def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
 def _caption(*, several: bool) -> str:
     mean = f"the mean with {WHAT_THE_INTERVAL_IS}" if several else "the mean; with one split there is no interval"
     return (
-        "AUC after the last epoch (never the best one), replicas of a split averaged. Dots: one per split; box: "
-        f"quartiles and median (whiskers: up to 1.5 times its height); black: {mean}. Dashed: mean of the "
+        "AUC after the last epoch (R² where values are predicted; never the best one), replicas of a split averaged. "
+        f"Dots: one per split; box: quartiles and median (whiskers: up to 1.5 times its height); black: {mean}. "
+        "Dashed: mean of the "
         "untrained weights."
     )
 
@@ -60,7 +62,7 @@ def _told(task: str, summary: pd.DataFrame) -> str:
     alone = rows["encoder"].nunique() == 1
     values = [
         f"{'' if alone and c else f'{e} '}{short_step(c)} {auc:.3f}".replace("  ", " ")
-        for e, c, auc in zip(rows["encoder"], rows["checkpoint"], rows["auc"])
+        for e, c, auc in zip(rows["encoder"], rows["checkpoint"], rows["score"])
     ]
     return f"{task}: {', '.join(values)}."
 
@@ -86,7 +88,7 @@ def _paint(
                 _column(axes, place, values.dropna(), rows.loc[key], styles[key])
         _dress(axes, task, rows, places, trained)
     for axes in grid[::columns]:
-        axes.set_ylabel("AUC, last epoch")
+        axes.set_ylabel(f"{' or '.join(METRICS[m] for m in summary['metric'].unique())}, last epoch")
     if len(trained) > 1:
         # the last checkpoint of an encoder has its full colour
         colours = {encoder: look.colour for (encoder, checkpoint), look in styles.items() if checkpoint}
@@ -123,9 +125,9 @@ def _column(axes: Axes, place: float, values: pd.Series, row: pd.Series, look: L
     # spread in a fixed pattern, so that equal input gives the same picture
     sideways = ((np.arange(len(values)) * 7 + 5) % 11 / 10 - 0.5) * 0.3
     axes.plot(place - 0.14 + sideways, values.to_numpy(), "o", color=look.colour, markersize=2.6, alpha=0.65, zorder=3)
-    if np.isfinite(row["auc_low"]):
-        axes.vlines(place + 0.24, row["auc_low"], row["auc_high"], color=INK, linewidth=1.8, zorder=4)
-    axes.plot([place + 0.24], [row["auc"]], "D", color=INK, markersize=3, zorder=5)
+    if np.isfinite(row["score_low"]):
+        axes.vlines(place + 0.24, row["score_low"], row["score_high"], color=INK, linewidth=1.8, zorder=4)
+    axes.plot([place + 0.24], [row["score"]], "D", color=INK, markersize=3, zorder=5)
 
 
 def _box(axes: Axes, place: float, values: pd.Series, look: Look) -> None:
@@ -151,10 +153,10 @@ def _dress(
     places: Mapping[tuple[str, str], float],
     trained: Sequence[str],
 ) -> None:
-    if not rows["auc"].notna().any():
+    if not rows["score"].notna().any():
         say_empty(axes)
     for encoder in trained:
-        mean = rows["auc"].get((encoder, UNTRAINED), np.nan)
+        mean = rows["score"].get((encoder, UNTRAINED), np.nan)
         xs = [place for key, place in places.items() if key[0] == encoder]
         if np.isfinite(mean) and len(xs) > 1:
             axes.hlines(mean, min(xs) - 0.4, max(xs) + 0.45, color=GREY, linestyle=(0, (4, 2)), linewidth=0.9, zorder=1)

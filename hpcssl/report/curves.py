@@ -13,10 +13,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from hpcssl.report.bootstrap import RESAMPLES, mean_interval
-from hpcssl.report.results import Arm, split_matrices
+from hpcssl.report.results import SCORES, Arm, split_matrices
 from hpcssl.report.style import SOLID, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+from hpcssl.report.summary import METRICS as SUMMARY_NAMES
 
-METRICS = {"train_loss": "training loss", "val_loss": "validation loss", "auc": "validation AUC"}
+METRICS = {
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+    "auc": "validation AUC",
+    "r2": "validation R²",
+}
 _MAX_BANDS = 6
 _MAX_MARKED_EPOCHS = 12
 WHAT_THE_INTERVAL_IS = (
@@ -26,7 +32,10 @@ WHAT_THE_INTERVAL_IS = (
 
 
 def curve_parts(results: pd.DataFrame) -> list[Part]:
-    """Return one figure for each task of a checked results table."""
+    """Return one figure for each task of a checked results table; what was not trained (epoch 0) has no curve."""
+    results = results[results["epoch"] > 0]
+    if results.empty:
+        return []
     tables = {metric: split_matrices(results, metric) for metric in METRICS}
     everything = looks([arm for table in tables.values() for arm in table])
     points = pd.concat([_points(metric, arm, m) for metric, table in tables.items() for arm, m in table.items()])
@@ -65,26 +74,28 @@ def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[
     present = set(zip(points["encoder"], points["checkpoint"]))
     used = {key: look for key, look in everything.items() if key in present}
     banded = _banded(list(used))
-    auc = points[points["metric"] == "auc"]
-    most, fewest = int(points["splits"].max()), int(auc["splits"].min()) if len(auc) else 0
+    metric = next((m for m in SCORES if (points["metric"] == m).any()), SCORES[0])
+    score, scores = SUMMARY_NAMES[metric], points[points["metric"] == metric]
+    most, fewest = int(points["splits"].max()), int(scores["splits"].min()) if len(scores) else 0
     caption = [f"Mean over {most} split{'s' if most != 1 else ''}, replicas of a split averaged first."]
     if most > 1:
         which = "Shaded" if len(banded) == len(used) else "Shaded, for the first and the last checkpoint only,"
         caption.append(f"{which} is {WHAT_THE_INTERVAL_IS}.")
     else:
         caption.append("With one split there is no interval.")
-    if len(auc) and fewest < most:
-        caption.append(f"Some splits have no AUC (as few as {fewest} of {most} have one) and are left out there.")
+    if len(scores) and fewest < most:
+        caption.append(f"Some splits have no {score} (as few as {fewest} of {most} have one) and are left out there.")
     last = [
         f"{look.label} {rows['mean'].iloc[-1]:.3f}"
         for key, look in used.items()
-        if len(rows := auc[(auc["encoder"] == key[0]) & (auc["checkpoint"] == key[1])])
+        if len(rows := scores[(scores["encoder"] == key[0]) & (scores["checkpoint"] == key[1])])
     ]
     return Part(
         name=name,
-        title=f"{task}: loss and AUC over the epochs",
+        title=f"{task}: loss and {score} over the epochs",
         caption=" ".join(caption),
-        alt=f"Training loss, validation loss and AUC by epoch on {task}. AUC at the last epoch: {', '.join(last)}.",
+        alt=f"Training loss, validation loss and {score} by epoch on {task}. "
+        f"{score} at the last epoch: {', '.join(last)}.",
         png=draw(WIDTH_INCH, 5.6, lambda figure: _paint(figure, points, used, banded)),
         table=points,
     )
@@ -105,8 +116,9 @@ def _paint(
     figure: Figure, points: pd.DataFrame, used: Mapping[tuple[str, str], Look], banded: set[tuple[str, str]]
 ) -> None:
     grid = figure.subplots(2, 2, sharex=False).ravel()
-    for axes, (metric, label) in zip(grid, METRICS.items()):
-        rows = points[points["metric"] == metric]
+    held = [name for name in METRICS if name not in SCORES or (points["metric"] == name).any()]
+    for axes, metric in zip(grid, held if len(held) > 2 else METRICS):
+        label, rows = METRICS[metric], points[points["metric"] == metric]
         for key, look in used.items():
             line = rows[(rows["encoder"] == key[0]) & (rows["checkpoint"] == key[1])]
             _line(axes, line, look, band=key in banded)

@@ -11,7 +11,8 @@ import pandas as pd
 from hpcssl.core.atomic import write_atomic
 from hpcssl.report.results import UNTRAINED, ReportError, read_results, short_step
 from hpcssl.report.style import Part
-from hpcssl.report.summary import difference_text, interval_text, summarise, verdict, verdict_text
+from hpcssl.report.summary import METRICS, difference_text, interval_text, summarise, verdict, verdict_text
+from hpcssl.report.tables import TablePart, comparison_tables, csv_text
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -47,14 +48,18 @@ def write_report(
         raise ReportError(f"{out}: is a file; expected a folder, new or old, for the report")
     table = None if results is None else read_results(results)
     summary = None if table is None else summarise(table)
-    sections = _sections(table, summary, runs, schedule)
-    page = _page(title, dict(notes or {}), sections, summary)
+    sections = _sections(table, summary, runs, schedule, results)
+    tables = [] if table is None or summary is None else comparison_tables(table, summary, runs)
+    page = _page(title, dict(notes or {}), sections, summary, tables)
     out.mkdir(parents=True, exist_ok=True)
+    for one in tables:
+        for name, text in one.files.items():
+            write_atomic(out / name, text)
     for part in (part for _, parts in sections for part in parts):
         write_atomic(out / f"{part.name}.png", part.png)
-        write_atomic(out / f"{part.name}.csv", _csv(part.table))
+        write_atomic(out / f"{part.name}.csv", csv_text(part.table))
     if summary is not None:
-        write_atomic(out / "summary.csv", _csv(summary))
+        write_atomic(out / "summary.csv", csv_text(summary))
         write_atomic(out / "verdict.txt", verdict_text(summary) + "\n")
     write_atomic(out / "report.html", page)
     return out / "report.html"
@@ -65,13 +70,14 @@ def summary_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
     Runs are told as splits × replicas.
     """
-    header = ["task", "encoder", "checkpoint", "AUC (95 % interval)", "difference to untrained", "runs"]
+    score = " or ".join(METRICS[metric] for metric in summary["metric"].unique())
+    header = ["task", "encoder", "checkpoint", f"{score} (95 % interval)", "difference to untrained", "runs"]
     rows = [
         [
             row["task"],
             row["encoder"],
             _checkpoint(row["checkpoint"]),
-            interval_text(row["auc"], row["auc_low"], row["auc_high"]),
+            interval_text(row["score"], row["score_low"], row["score_high"]),
             difference_text(row["difference"], row["difference_low"], row["difference_high"]),
             f"{row['splits']} × {row['replicas']}",
         ]
@@ -87,7 +93,11 @@ def _checkpoint(name: str) -> str:
 
 
 def _sections(
-    table: pd.DataFrame | None, summary: pd.DataFrame | None, runs: Sequence[Path], schedule: Path | None
+    table: pd.DataFrame | None,
+    summary: pd.DataFrame | None,
+    runs: Sequence[Path],
+    schedule: Path | None,
+    results: Path | None,
 ) -> list[tuple[str, list[Part]]]:
     """Return (heading, figures) in the order of the page; the figures' modules are imported where they are needed."""
     sections: list[tuple[str, list[Part]]] = []
@@ -104,6 +114,11 @@ def _sections(
         from hpcssl.report.curves import curve_parts
 
         sections.append(("Benchmark", [checkpoints_part(table, summary), *curve_parts(table)]))
+    if results is not None:
+        from hpcssl.report.attention import attention_parts
+
+        maps = attention_parts(results)
+        sections += [("Attention", maps)] if maps else []
     return sections
 
 
@@ -112,6 +127,7 @@ def _page(
     notes: Mapping[str, str],
     sections: list[tuple[str, list[Part]]],
     summary: pd.DataFrame | None,
+    tables: Sequence[TablePart],
 ) -> str:
     from jinja2 import Environment, StrictUndefined
 
@@ -122,12 +138,8 @@ def _page(
         title=title,
         notes=notes,
         sections=sections,
+        tables=tables,
         header=header,
         rows=rows,
         verdicts=[] if summary is None else verdict(summary),
     )
-
-
-def _csv(table: pd.DataFrame) -> str:
-    """Return a table as CSV; six digits, enough for every figure, and the same text whatever the last bits of a sum."""
-    return str(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))

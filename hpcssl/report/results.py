@@ -12,6 +12,8 @@ import pandas as pd
 from hpcssl.core.errors import UserError
 
 FILE_NAME = "results.csv"
+TASKS_NAME = "tasks.csv"
+SCORES = ("auc", "r2")  # a task is judged by the first of these that it has
 COLUMNS = ("task", "encoder", "checkpoint", "split", "replica", "epoch", "metric", "value")
 UNTRAINED = "0"
 _RUN = ["task", "encoder", "checkpoint", "split", "replica"]
@@ -33,6 +35,8 @@ class Arm(NamedTuple):
 def read_results(folder: Path) -> pd.DataFrame:
     """Read RESULTS/results.csv and check it (see `checked`).
 
+    Its `attrs` hold `val_per_train`: of every task in RESULTS/tasks.csv, validation slides for one training slide.
+
     Raises
     ------
     ReportError
@@ -47,6 +51,7 @@ def read_results(folder: Path) -> pd.DataFrame:
         raise ReportError(f"{path}: the file is empty; run `hpcssl mccv` again") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ReportError(f"{path}: not a CSV table ({error}); expected {', '.join(COLUMNS)}") from None
+    frame.attrs["val_per_train"] = _val_per_train(folder / TASKS_NAME)
     return checked(frame, where=str(path))
 
 
@@ -70,6 +75,7 @@ def checked(frame: pd.DataFrame, *, where: str = "results") -> pd.DataFrame:
         raise ReportError(f"{where}: an epoch is not a whole number; expected 1, 2, 3 …")
     result["epoch"] = epoch.astype("int64")
     result["value"] = _numbers(frame["value"], f"{where}: value")
+    result.attrs = dict(frame.attrs)
     twice = result.duplicated([*_RUN, "epoch", "metric"])
     if twice.any():
         row = result[twice].iloc[0]
@@ -92,9 +98,24 @@ def split_matrices(results: pd.DataFrame, metric: str) -> dict[Arm, pd.DataFrame
     return {arm: tables[arm].droplevel([0, 1, 2]).unstack("epoch") for arm in sorted(tables, key=arm_order)}
 
 
-def replicas_with_value(results: pd.DataFrame, metric: str = "auc") -> pd.Series:
-    """Return how many replicas have a value at the last epoch of their arm, by (task, encoder, checkpoint, split)."""
-    rows = results[results["metric"] == metric]
+def score_metrics(results: pd.DataFrame) -> dict[str, str]:
+    """Return the metric by which each task is judged: auc, or r2 where values are predicted."""
+    held = results.groupby("task")["metric"].unique()
+    chosen = {str(task): next((m for m in SCORES if m in metrics), None) for task, metrics in held.items()}
+    return {task: metric for task, metric in chosen.items() if metric}
+
+
+def score_matrices(results: pd.DataFrame) -> dict[Arm, pd.DataFrame]:
+    """Return `split_matrices` of each task's own metric."""
+    metrics = score_metrics(results)
+    found = {metric: split_matrices(results, metric) for metric in set(metrics.values())}
+    arms = {arm: m for metric, table in found.items() for arm, m in table.items() if metrics[arm.task] == metric}
+    return {arm: arms[arm] for arm in sorted(arms, key=arm_order)}
+
+
+def replicas_with_value(results: pd.DataFrame) -> pd.Series:
+    """Return how many replicas have a score at the last epoch of their arm, by (task, encoder, checkpoint, split)."""
+    rows = results[results["metric"] == results["task"].map(score_metrics(results))]
     last = rows.groupby(["task", "encoder", "checkpoint"])["epoch"].transform("max")
     return rows[rows["epoch"] == last].groupby(["task", "encoder", "checkpoint", "split"])["value"].count()
 
@@ -118,6 +139,17 @@ def short_step(checkpoint: str, digits: int = 3) -> str:
         return f"{int(checkpoint):,}" if checkpoint.isdigit() else checkpoint
     scale, unit = (1e6, "M") if int(checkpoint) >= 1_000_000 else (1e3, "k")
     return f"{int(checkpoint) / scale:.{digits}g}{unit}"
+
+
+def _val_per_train(path: Path) -> dict[str, float]:
+    """Return the ratio of every task; none where the results come from elsewhere."""
+    if not path.is_file():
+        return {}
+    try:
+        table = pd.read_csv(path, dtype={"task": str})
+        return dict(zip(table["task"], (table["val"] / table["train"]).astype(float)))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: not the table that `hpcssl mccv` writes ({error}); run it again") from None
 
 
 def _texts(column: pd.Series) -> pd.Series:

@@ -21,6 +21,7 @@ INK = "#222222"
 GREY = "#767676"
 # Okabe and Ito, "Color Universal Design" (2008), without yellow, which is faint on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vP"
 Dash = tuple[float, tuple[float, ...]]
 SOLID: Dash = (0, ())

@@ -1,7 +1,8 @@
 """What came out: one row per task, encoder and checkpoint, and a verdict in words.
 
-The figure of a run is the AUC of its last epoch, never the best one; replicas of a split are averaged first. A
-difference to the untrained weights is taken split by split, because all encoders share the splits.
+The score of a run is the AUC of its last epoch (R² where values are predicted), never the best one; replicas of a
+split are averaged first. A difference to the untrained weights is taken split by split, because all encoders share the
+splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.compare`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,29 @@ import numpy as np
 import pandas as pd
 
 from hpcssl.report.bootstrap import mean_interval
-from hpcssl.report.results import UNTRAINED, Arm, ReportError, checked, replicas_with_value, split_matrices
+from hpcssl.report.compare import VAL_PER_TRAIN, Difference, corrected
+from hpcssl.report.results import (
+    UNTRAINED,
+    Arm,
+    ReportError,
+    checked,
+    replicas_with_value,
+    score_matrices,
+    score_metrics,
+)
 
+METRICS = {"auc": "AUC", "r2": "R²"}
 COLUMNS = (
     "task",
     "encoder",
     "checkpoint",
+    "metric",
     "last_epoch",
     "splits",
     "replicas",
-    "auc",
-    "auc_low",
-    "auc_high",
+    "score",
+    "score_low",
+    "score_high",
     "difference",
     "difference_low",
     "difference_high",
@@ -38,38 +50,36 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    Columns: task, encoder, checkpoint; last_epoch; splits (with an AUC) and replicas (most that a split has); auc and
-    its 95 % interval auc_low, auc_high over the splits; difference (to checkpoint 0 of the same encoder and task, mean
-    over the splits that both have) with difference_low, difference_high and paired_splits. What cannot be computed is
-    NaN.
+    Columns: task, encoder, checkpoint; metric (auc or r2); last_epoch; splits (with a score) and replicas (most that a
+    split has); score and its 95 % bootstrap interval score_low, score_high over the splits; difference (to
+    checkpoint 0 of the same encoder and task, mean over the splits that both have) with its corrected interval
+    difference_low, difference_high, and paired_splits. What cannot be computed is NaN.
 
     Raises
     ------
     ReportError
-        If the table is not a results table, or holds no AUC.
+        If the table is not a results table, or holds no score.
     """
     table = checked(results)
-    matrices = split_matrices(table, "auc")
+    matrices, metrics = score_matrices(table), score_metrics(table)
     if not matrices:
-        raise ReportError("results: no rows of the metric auc; expected one for every epoch of every run")
+        raise ReportError("results: no rows of the metric auc or r2; expected one for every epoch of every run")
+    ratios = table.attrs.get("val_per_train", {})
     counts = replicas_with_value(table)
     rows = []
     for arm, matrix in matrices.items():
         base = matrices.get(arm._replace(checkpoint=UNTRAINED))
-        rows.append(_row(arm, matrix, base if arm.checkpoint != UNTRAINED else None, int(counts.loc[arm].max())))
+        base = base if arm.checkpoint != UNTRAINED else None
+        replicas, ratio = int(counts.loc[arm].max()), ratios.get(arm.task, VAL_PER_TRAIN)
+        rows.append([*arm, metrics[arm.task], *_row(arm, matrix, base, replicas, ratio)])
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _row(arm: Arm, matrix: pd.DataFrame, base: pd.DataFrame | None, replicas: int) -> list[object]:
+def _row(arm: Arm, matrix: pd.DataFrame, base: pd.DataFrame | None, replicas: int, ratio: float) -> list[object]:
     last = matrix.iloc[:, -1]
-    auc = [float(v[0]) for v in mean_interval(last.to_numpy()[:, None], arm.task)]
-    difference, paired = [np.nan] * 3, 0
-    if base is not None:
-        paired_values = (last - base.iloc[:, -1]).dropna()
-        paired = len(paired_values)
-        if paired:
-            difference = [float(v[0]) for v in mean_interval(paired_values.to_numpy()[:, None], arm.task)]
-    return [*arm, int(matrix.columns[-1]), int(last.notna().sum()), replicas, *auc, *difference, paired]
+    score = [float(v[0]) for v in mean_interval(last.to_numpy()[:, None], arm.task)]
+    difference = corrected([] if base is None else last - base.iloc[:, -1], ratio)
+    return [int(matrix.columns[-1]), int(last.notna().sum()), replicas, *score, *difference[:3], difference.splits]
 
 
 def verdict(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:
@@ -95,11 +105,8 @@ def verdict_text(summary: pd.DataFrame) -> str:
 
 
 def _outcome(row: pd.Series) -> str:
-    if np.isnan(row["difference_low"]):
-        return "unknown"
-    if row["difference_low"] > 0:
-        return "better"
-    return "worse" if row["difference_high"] < 0 else "unclear"
+    low, high = row["difference_low"], row["difference_high"]
+    return Difference(row["difference"], low, high, np.nan, row["paired_splits"]).outcome
 
 
 def _overall(encoder: str, outcomes: list[str]) -> str:
@@ -117,10 +124,12 @@ def _overall(encoder: str, outcomes: list[str]) -> str:
 def _told(row: pd.Series, rows: pd.DataFrame) -> str:
     untrained = rows[(rows["task"] == row["task"]) & (rows["checkpoint"] == UNTRAINED)].iloc[0]
     if np.isnan(row["difference"]):
-        return f"{row['task']}: nothing to compare (no split has an AUC of both untrained weights and last checkpoint)."
+        return (
+            f"{row['task']}: nothing to compare (no split has a score of both untrained weights and last checkpoint)."
+        )
     values = (
-        f"{row['task']}: AUC {row['auc']:.3f} after step {int(row['checkpoint']):,} against {untrained['auc']:.3f} "
-        f"untrained, difference {signed(row['difference'])}"
+        f"{row['task']}: {METRICS[row['metric']]} {row['score']:.3f} after step {int(row['checkpoint']):,} against "
+        f"{untrained['score']:.3f} untrained, difference {signed(row['difference'])}"
     )
     ending = {
         "better": "better than untrained",

@@ -15,25 +15,31 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hpcssl.report.results import ReportError
-from hpcssl.report.style import PALETTE, WIDTH_INCH, Part, draw, elided, say_empty
+from hpcssl.report.style import DASHES, PALETTE, WIDTH_INCH, Part, draw, elided, say_empty
+from hpcssl.report.times import times_part
 
 IMAGENET_IMAGES = 1_281_167
 _REQUIRED = ("step", "samples_seen", "pseudo_epoch", "loss")
 _SETTINGS = {"lr": "learning rate", "weight_decay": "weight decay", "momentum": "teacher momentum"}
 _SMOOTHED_SHARE = 1 / 30
 _MAX_ROWS = 4000
-_DASHES = ("-", "--", "-.", ":")
 # of a panel, in inches: its axes' height, and the room above (title) and below (three x-axes)
 _PANEL, _ABOVE, _BELOW, _AXIS = 2.2, 0.35, 1.45, 0.5
 
 
 def training_parts(runs: Sequence[Path]) -> list[Part]:
-    """Return the figure of the loss and, where runs recorded them, that of learning rate, weight decay and momentum."""
-    traces = {name: _trace(run) for name, run in zip(_names(runs), runs)}
+    """Return the figures of the loss and, where runs recorded them, of times and of the optimiser's values."""
+    from hpcssl.runs.metrics import read_metrics
+
+    recorded = {name: (run, read_metrics(run)) for name, run in zip(_names(runs), runs)}
+    traces = {name: _trace(run, frame) for name, (run, frame) in recorded.items()}
     parts = [_loss_part(traces)]
-    recorded = [s for s in _SETTINGS if any(s in t and t[s].notna().any() for t in traces.values())]
-    if recorded:
-        parts.append(_settings_part(traces, recorded))
+    times = times_part({name: frame for name, (_, frame) in recorded.items()}, _SMOOTHED_SHARE, _MAX_ROWS)
+    if times:
+        parts.append(times)
+    recorded_settings = [s for s in _SETTINGS if any(s in t and t[s].notna().any() for t in traces.values())]
+    if recorded_settings:
+        parts.append(_settings_part(traces, recorded_settings))
     return parts
 
 
@@ -47,11 +53,8 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return names
 
 
-def _trace(run: Path) -> pd.DataFrame:
-    """Read a run's metrics, smooth its loss, and thin a long run evenly, keeping its last step."""
-    from hpcssl.runs.metrics import read_metrics
-
-    frame = read_metrics(run)
+def _trace(run: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    """Smooth the loss in a run's metrics, and thin a long run evenly, keeping its last step."""
     missing = [name for name in _REQUIRED if name not in frame.columns]
     if missing:
         raise ReportError(f"{run}: its metrics lack {', '.join(missing)}; expected the folder of a pretraining run")
@@ -197,7 +200,7 @@ def _settings_part(traces: Mapping[str, pd.DataFrame], recorded: list[str]) -> P
 
 def _paint_settings(figure: Figure, traces: Mapping[str, pd.DataFrame], recorded: list[str]) -> None:
     looks: list[dict[str, Any]] = [
-        {"color": PALETTE[i % len(PALETTE)], "linestyle": _DASHES[i % len(_DASHES)]} for i in range(len(traces))
+        {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)]} for i in range(len(traces))
     ]
     panels = figure.subplots(1, len(recorded), squeeze=False, sharex=True).ravel()
     for axes, setting in zip(panels, recorded):

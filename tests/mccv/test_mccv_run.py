@@ -197,4 +197,54 @@ def test_a_slide_with_no_tiles_or_with_nan_is_named(inputs):
 def test_the_memory_bound_changes_no_number(inputs):
     parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
     assert run_parts(parts, PRESET, inputs / "a").equals(run_parts(parts, PRESET, inputs / "b", memory_gib=0))
-    assert sorted(p.name for p in (inputs / "b").iterdir()) == ["parts", "results.csv"]
+    assert sorted(p.name for p in (inputs / "b").iterdir()) == ["parts", "results.csv", "tasks.csv"]
+
+
+def validated(inputs):
+    """A slide that is in validation in split 2."""
+    table = pd.read_csv(inputs / "breast.csv")
+    return table["slide"][table["mccv2"] == "val"].iloc[0]
+
+
+def placed(folder, slide, tiles=4):
+    rng = np.random.default_rng(1)
+    write_slide(folder / f"{slide}.h5", rng.normal(size=(tiles, 6)), np.array([[224 * i, 0] for i in range(tiles)]))
+
+
+def test_attention_is_the_mean_over_the_heads_that_did_not_train_on_the_slide(inputs):
+    slide = validated(inputs)
+    placed(inputs / "trained", slide)
+    parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
+    full = run_parts(parts, PRESET, inputs / "plain")
+    table = run_parts(parts, PRESET, inputs / "out", attention=[slide])
+    assert table.equals(full)
+    row = parts[0].table.set_index("slide").loc[slide]
+    held_out = [k for k in (1, 2, 3) if row[f"mccv{k}"] == "val"]
+    assert held_out
+    path = inputs / "out" / "attention" / parts[0].name / f"{slide}.csv"
+    found = pd.read_csv(path)
+    assert found["x"].tolist() == [0, 224, 448, 672]
+    assert found["attention"].sum() == pytest.approx(1, abs=1e-5)
+    alone = []
+    for split in held_out:
+        for replica in (1, 2):
+            only = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET, only=(split, replica))
+            run_parts(only, PRESET, inputs / f"only{split}{replica}", attention=[slide])
+            (file,) = (inputs / f"only{split}{replica}" / "attention").glob(f"*/{slide}.csv")
+            alone.append(pd.read_csv(file)["attention"])
+    np.testing.assert_allclose(found["attention"], np.mean(alone, axis=0), atol=1e-6)
+    path.unlink()
+    run_parts(parts, PRESET, inputs / "out", attention=[slide])
+    assert path.exists()
+
+
+def test_no_map_without_places(inputs):
+    slide = validated(inputs)
+    write_slide(inputs / "trained" / f"{slide}.h5", np.ones((2, 6)), np.full((2, 2), -1))
+    parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
+    with pytest.raises(FeatureError, match="the places of its tiles are unknown"):
+        run_parts(parts, PRESET, inputs / "out", attention=[slide])
+    table = pd.read_csv(inputs / "breast.csv")
+    trained = table["slide"][(table[["mccv1", "mccv2", "mccv3"]] == "train").all(axis=1)].iloc[0]
+    with pytest.raises(ConfigError, match=f"slide {trained}: in validation in no run"):
+        run_parts(parts, PRESET, inputs / "out", attention=[trained])

@@ -87,5 +87,5 @@ def test_no_number_is_cut_off_on_a_narrow_terminal(make_results, demo_levels) ->
         text = printed_table(make_results(levels), 80)
         assert "…" not in text
         assert text.count("20 × 2") == len(summary)
-        for value in summary[["auc", "auc_low", "auc_high", "difference_high"]].stack().dropna():
+        for value in summary[["score", "score_low", "score_high", "difference_high"]].stack().dropna():
             assert f"{value:.3f}" in text

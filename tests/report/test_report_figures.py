@@ -146,7 +146,7 @@ def test_the_last_epoch_is_what_is_drawn(figures, make_results, demo_levels) -> 
     expected = results.query("metric == 'auc' and epoch == 5 and task == 'lung' and checkpoint == '200'")[
         "value"
     ].mean()
-    drawn = part.table.query("task == 'lung' and checkpoint == '200'")["auc"].mean()
+    drawn = part.table.query("task == 'lung' and checkpoint == '200'")["score"].mean()
     assert drawn == pytest.approx(expected)
     assert "lung: untrained 0.7" in part.alt
 

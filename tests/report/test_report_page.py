@@ -45,7 +45,7 @@ def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
     path = write_report(out, **inputs, title="A <title>", notes={"seed": "7", "tiles": "<b>&"})
     assert path == out / "report.html"
     expected = {f"{part}.{ending}" for part in PARTS for ending in ("png", "csv")}
-    assert {p.name for p in out.iterdir()} == expected | {"report.html", "summary.csv", "verdict.txt"}
+    assert {p.name for p in out.iterdir()} == expected | {"report.html", "summary.csv", "verdict.txt", "saturation.csv"}
     page = Page(path)
     assert len(page.sources) == len(page.alts) == len(PARTS)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
@@ -81,11 +81,11 @@ def test_numbers_beside_the_report(tmp_path: Path, inputs: dict) -> None:
     out = write_report(tmp_path / "out", **inputs, title="t").parent
     summary = pd.read_csv(out / "summary.csv").set_index(["task", "checkpoint"])
     assert summary.loc[("lung", 200), "difference_low"] > 0
-    by_checkpoint = pd.read_csv(out / "auc_by_checkpoint.csv").groupby(["task", "checkpoint"])["auc"].mean()
-    pd.testing.assert_series_equal(by_checkpoint, summary["auc"], rtol=1e-5, check_names=False)
+    by_checkpoint = pd.read_csv(out / "auc_by_checkpoint.csv").groupby(["task", "checkpoint"])["score"].mean()
+    pd.testing.assert_series_equal(by_checkpoint, summary["score"], rtol=1e-5, check_names=False)
     curves = pd.read_csv(out / "curves_lung.csv")
     last = curves.query("metric == 'auc' and epoch == 5").set_index("checkpoint")
-    assert last.loc[200, "low"] == pytest.approx(summary.loc[("lung", 200), "auc_low"])
+    assert last.loc[200, "low"] == pytest.approx(summary.loc[("lung", 200), "score_low"])
     assert pd.read_csv(out / "training.csv")["step"].tolist() == list(range(1, 61))
 
 

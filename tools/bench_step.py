@@ -6,8 +6,8 @@
 same DINO with four tiles and MAE ViT-B/16; `toy` checks in seconds that all of it runs, its ratios mean nothing. Both
 sides start from the same weights and see the same tiles, lying on the device, in the same precision. First each is
 run alone for a few steps without drop-path: the losses must agree, and the memory is measured. Then both are timed in
-turns. The peak is the rate of a matrix product (bf16, 8192³ on a GPU; fp32, 2048³ on a CPU) measured in the same run.
-Prints one JSON object last: rates, and the ratio's median and spread over the repeats.
+turns. The peak is the rate of a matrix product measured in the same run: bf16, 8192³ on a GPU; 2048³ in the precision of
+the steps on a CPU. Prints one JSON object last: rates, and the ratio's median and spread over the repeats.
 """
 
 from __future__ import annotations
@@ -184,9 +184,10 @@ def tflop_of_a_tile(recipe: PretrainConfig, encoder: Encoder) -> float:
     return (3 * sum(costs) + costs[0]) / 1e12
 
 
-def peak_tflops(device: torch.device) -> float:
+def peak_tflops(device: torch.device, precision: str) -> float:
     """Return the device's best rate of a large matrix product, in 10¹² operations a second."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    side = 8192 if device.type == "cuda" else 2048
+    dtype = torch.float32 if precision == "fp32" and device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rates = []
     for _ in range(6):
@@ -307,7 +308,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     size = args.size or ("paper" if on_gpu else "cpu")
     name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    peak = peak_tflops(device)
+    peaks = {precision: peak_tflops(device, precision) for precision in args.precision}
     told: dict[str, object] = {}
     for objective in args.objective:
         for precision in args.precision:
@@ -319,8 +320,10 @@ def main() -> None:
             except ConfigError as error:
                 sys.exit(str(error))
             case = Case(recipe, device)
-            told |= measure(case, f"{objective}_{precision}", args.repeats, args.steps or (10 if on_gpu else 1), peak)
-    told |= {"peak_tflops": round(peak, 3), "size": size, "repeats": args.repeats, "device": name, "settings": args.set}
+            steps = args.steps or (10 if on_gpu else 1)
+            told |= measure(case, f"{objective}_{precision}", args.repeats, steps, peaks[precision])
+    told |= {f"{precision}_peak_tflops": round(peak, 3) for precision, peak in peaks.items()}
+    told |= {"size": size, "repeats": args.repeats, "device": name, "settings": args.set}
     print(json.dumps(told | {"torch": torch.__version__, "timm": timm.__version__}))
 
 

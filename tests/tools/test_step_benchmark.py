@@ -32,7 +32,7 @@ def test_the_step_benchmark_runs_and_prints_its_figures_last(repository: Path) -
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["device"]
-    assert told["peak_tflops"] > 0
+    assert told["fp32_peak_tflops"] > 0
     for case in ("dino_fp32", "dino_bf16", "mae_fp32", "mae_bf16"):
         low, high = told[f"{case}_vs_plain_spread"]
         assert 0 < low <= told[f"{case}_vs_plain"] <= high

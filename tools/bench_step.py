@@ -6,8 +6,8 @@
 same DINO with four tiles and MAE ViT-B/16; `toy` checks in seconds that all of it runs, its ratios mean nothing. Both
 sides start from the same weights and see the same tiles, lying on the device, in the same precision. First each is
 run alone for a few steps without drop-path: the losses must agree, and the memory is measured. Then both are timed in
-turns. The peak is the rate of a matrix product measured in the same run: bf16, 8192³ on a GPU; 2048³ in the precision of
-the steps on a CPU. Prints one JSON object last: rates, and the ratio's median and spread over the repeats.
+turns. The peak is the rate of a matrix product measured in the same run: bf16, 8192³ on a GPU; 2048³ in the precision
+of the steps on a CPU. Prints one JSON object last: rates, and the ratio's median and spread over the repeats.
 """
 
 from __future__ import annotations

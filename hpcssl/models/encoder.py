@@ -176,8 +176,6 @@ def resample_position(position_ND: Tensor, native: tuple[int, int], grid: tuple[
 
 def _bicubic_weights(native: int, side: int, like: Tensor) -> Tensor:
     """Return the [side, native] matrix of a bicubic interpolation along one axis: its response to unit impulses."""
-    if side == native:
-        return torch.eye(native, dtype=like.dtype, device=like.device)
     impulses = torch.eye(native, dtype=like.dtype, device=like.device).reshape(1, native, native, 1)
     response = F.interpolate(impulses, scale_factor=((side + 0.1) / native, 1.0), mode="bicubic")
     return response[0, :, :, 0].T

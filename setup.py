@@ -12,6 +12,11 @@ REQUIRED = [
     "numba>=0.60",  # the hot loops of the schedule
     "pillow>=10",  # JPEG decoding and the reference augmentations
     "simplejpeg>=1.7",  # JPEG decoding by libjpeg-turbo
+    "tifffile>=2024.8",  # where the compressed blocks of a whole slide lie
+    "imagecodecs>=2024.6",  # decoding them
+    "openslide-python>=1.3",  # whole slides of other formats
+    "openslide-bin>=4",  # its library
+    "scipy>=1.11",  # tissue masks, t-tests
     "submitit>=1.5.2",  # launching on SLURM and on this machine
     "pydantic>=2.7",  # types of every configuration, checked with one clear message
     "pyyaml>=6",  # recipes, specs and profiles are YAML
@@ -34,9 +39,14 @@ EXTRAS = {
     # (it is compiled: needs a C compiler and the headers of libjpeg and zlib)
     "simd": ["pillow-simd>=9.5"],
     "numpy1": ["numpy>=1.26,<2", "pyarrow<22"],  # for a stack that is tied to numpy 1.26; later pyarrow needs numpy 2
-    "wsi": ["openslide-python>=1.3", "openslide-bin>=4"],  # whole slides
+    "remote": ["aiohttp>=3.9", "fsspec>=2024.5", "s3fs>=2024.5"],  # whole slides over HTTP and from S3
     "dev": [
         "nvidia-dali-cuda130>=1.50",  # its graph is tested on the CPU
+        "aiohttp>=3.9",
+        "fsspec>=2024.5",
+        "s3fs>=2024.5",
+        "moto[server]>=5",  # an S3 server for the tests
+        "tiffslide>=2.4",  # tools/bench_tiling.py stands beside it
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",

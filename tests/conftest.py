@@ -14,11 +14,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def _load_small() -> ModuleType:
-    """Load small.py by its path: with --import-mode=importlib the tests are no package that could be imported from."""
-    name = "hpcssl_tests_small"
+def _load(stem: str) -> ModuleType:
+    """Load a module by its path: with --import-mode=importlib the tests are no package that could be imported from."""
+    name = f"hpcssl_tests_{stem}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("small.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -30,7 +30,19 @@ def _load_small() -> ModuleType:
 @pytest.fixture(scope="session")
 def small() -> ModuleType:
     """Helpers that make small real inputs (tests/small.py)."""
-    return _load_small()
+    return _load("small")
+
+
+@pytest.fixture(scope="session")
+def online() -> ModuleType:
+    """Helpers that make small slides and serve them (tests/online.py)."""
+    return _load("online")
+
+
+@pytest.fixture(scope="session")
+def online_slides(online: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The table of four small slides that tests read and do not change."""
+    return online.draw_slides(tmp_path_factory.mktemp("slides"))
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,10 @@ class BadTileError(StoreError):
     """A tile that is missing or cannot be decoded; a loader takes another one for it."""
 
 
+class UnreachableTileError(BadTileError):
+    """A tile whose server does not answer; where its substitutes are so, too, nothing can be read any more."""
+
+
 class ScheduleError(UserError):
     """A schedule, or a spec that cannot be met."""
 

@@ -58,28 +58,34 @@ class BadTiles:
     What was found once stays so for the rest of the run, even if the file is mended meanwhile: a run that goes on from
     an earlier step takes the same substitutes.
 
+    A tile is bad wherever it stands, or, where its place is drawn from the position (`of_positions`), at that one.
+
     Raises
     ------
     StoreError
         From `add`, when more than `most` tiles are known.
     """
 
-    def __init__(self, path: Path | None, *, most: int):
+    def __init__(self, path: Path | None, *, most: int, of_positions: bool = False):
         self._path, self._most, self._lock = path, most, threading.Lock()
-        self._known: set[int] = set()
+        self._of_positions = of_positions
+        self._known: set[tuple[int, int]] = set()
         if path and path.exists():
             with path.open(newline="", encoding="utf-8") as stream:
                 rows = csv.reader(stream)
-                self._known = {int(row[0]) for row in rows if row and row[0].isdecimal()}
+                self._known = {self._key(int(row[0]), int(row[1])) for row in rows if row and row[0].isdecimal()}
 
-    def __contains__(self, tile: int) -> bool:
-        return tile in self._known
+    def __contains__(self, tile_and_position: tuple[int, int]) -> bool:
+        return self._key(*tile_and_position) in self._known
+
+    def _key(self, tile: int, position: int) -> tuple[int, int]:
+        return tile, position if self._of_positions else -1
 
     def add(self, tile: int, position: int, file: str, reason: str) -> None:
         """Record a tile, once."""
         with self._lock:
-            if tile not in self._known:
-                self._known.add(tile)
+            if (tile, position) not in self:
+                self._known.add(self._key(tile, position))
                 self._append(tile, position, file, reason)
             if len(self._known) > self._most:
                 where = f"all are in {self._path}" if self._path else f"the last is {file}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcssl.schedule.kernels import compiled
+from hpcssl.core.compiled import compiled
 
 Planes = NDArray[np.float32]
 _F = np.float32

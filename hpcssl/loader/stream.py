@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcssl.core.errors import BadTileError, ConfigError, StoreError
+from hpcssl.core.errors import BadTileError, ConfigError, StoreError, UnreachableTileError
 from hpcssl.core.world import World
 from hpcssl.loader.execute import Decode, Finish, open_executor
 from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
@@ -28,6 +28,7 @@ from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
 
+_MOST_UNREACHABLE = 3  # tiles tried at a position; each may take a minute, and then no server answers
 BACKENDS = {"auto": "cpu", "cpu": "cpu", "pillow": "pillow", "dali": "dali"}
 
 
@@ -36,8 +37,8 @@ class LoaderConfig:
     """How tiles are read; none of it changes what is read.
 
     The schedule says which tiles come next, so reading is ahead of decoding, and decoding ahead of training. Memory is
-    bound to 1 + prefetch_steps batches of uint8 views and the JPEG bytes of 1 + prefetch_steps + 2 · read_ahead_steps
-    batches, whatever the sizes of store and schedule.
+    bound to 1 + prefetch_steps batches of uint8 views and the tiles' bytes of 1 + prefetch_steps + 2 · read_ahead_steps
+    batches, JPEG or, from slides, pixels, whatever the sizes of store and schedule.
 
     Attributes
     ----------
@@ -48,7 +49,8 @@ class LoaderConfig:
     reads_in_flight : tiles read at a time, for every rank; a parallel file system answers many at once, each late
     read_ahead_steps : steps read together, while the same number before them is decoded
     read_by_slide : read the tiles of these steps slide by slide, for disks that seek and for caches of whole slides
-    max_bad_tiles : share of the store's tiles that may turn out unusable before the run stops; one always may
+    max_bad_tiles : share of the store's tiles, or of the schedule's positions where these draw places, that may be
+        unusable before the run stops; one always may
     """
 
     backend: str = "auto"
@@ -95,7 +97,7 @@ class StreamStats:
     Attributes
     ----------
     tiles : given to the consumer so far
-    read_s, decode_s, augment_s : of the threads, summed; DALI's decoding is in augment_s
+    read_s, decode_s, augment_s : of the threads, summed; DALI's decoding is in augment_s, that of slides in read_s
     read_wait_s : the consumer waited for tiles
     consumer_s : the stream waited for the consumer
     """
@@ -117,8 +119,9 @@ class StreamStats:
 class TileStream:
     """Iterates over the batches of one rank for the steps [start_step, stop_step), in order.
 
-    A tile that cannot be used is recorded in the file `bad_tiles`, and its place taken by the tile at another position
-    of the same pseudo-epoch, a function of the position alone; so nothing that the schedule keeps out comes in.
+    The schedule says which tile stands at a position and, by its seed and MPP weights, where that is on a slide. A tile
+    that cannot be used is recorded in the file `bad_tiles`, and its place taken by the tile at another position of the
+    same pseudo-epoch, a function of the position alone; so nothing that the schedule keeps out comes in.
     """
 
     def __init__(
@@ -137,13 +140,16 @@ class TileStream:
         bad_tiles: Path | None = None,
         device: torch.device | None = None,
     ):
-        self._store, self._schedule, self._recipe = store, schedule, recipe
+        self._store = store.drawn_by(schedule.seed, schedule.mpp_weights)
+        self._schedule, self._recipe = schedule, recipe
         self._seed, self._global_batch, self._world = seed, global_batch, world
         self._steps = range(start_step, stop_step)
         self._num_patches = num_patches
         self._config = config or LoaderConfig()
         self._device = device or torch.device("cpu")
-        self._bad = BadTiles(bad_tiles, most=max(1, int(self._config.max_bad_tiles * store.num_tiles)))
+        drawn = self._store.drawn
+        most = self._config.max_bad_tiles * (schedule.num_positions if drawn else store.num_tiles)
+        self._bad = BadTiles(bad_tiles, most=max(1, int(most)), of_positions=drawn)
         self.stats = StreamStats()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -187,7 +193,12 @@ class TileStream:
             reads.append(
                 _Reads(step, np.arange(share.start, share.stop), self._schedule.tiles_at(share.start, share.stop))
             )
-        places = [(tile, r, i) for r in reads for i, tile in enumerate(r.tiles.tolist()) if tile not in self._bad]
+        places = [
+            (tile, r, i)
+            for r in reads
+            for i, (tile, position) in enumerate(zip(r.tiles.tolist(), r.positions.tolist()))
+            if (tile, position) not in self._bad
+        ]
         if self._config.read_by_slide:
             places.sort(key=lambda place: place[0])
         readers.submit(self._store.expect, [tile for tile, _, _ in places])
@@ -203,8 +214,9 @@ class TileStream:
         """Return the decoded tile of a position, or of its substitute, and the seconds of reading and of decoding."""
         position, tile = int(reads.positions[index]), int(reads.tiles[index])
         read_s = decode_s = 0.0
+        unreachable = 0
         for candidate in itertools.chain([tile], substitutes(self._schedule, self._seed, position)):
-            if candidate in self._bad:
+            if (candidate, position) in self._bad:
                 continue
             try:
                 ahead = reads.jpegs[index].result() if candidate == tile else None
@@ -214,7 +226,13 @@ class TileStream:
                 image = decode(jpeg, name=str(self._store.file_of(candidate)))
                 return image, read_s, decode_s + time.perf_counter() - begun
             except BadTileError as error:
-                self._bad.add(candidate, position, str(self._store.file_of(candidate)), str(error))
+                self._bad.add(candidate, position, self._store.files_of(np.array([candidate]))[0], str(error))
+                unreachable += isinstance(error, UnreachableTileError)
+                if unreachable == _MOST_UNREACHABLE:
+                    raise StoreError(
+                        f"position {position}: neither its tile nor {unreachable - 1} substitutes can be reached; last:"
+                        f" {error}; see to the servers, then run the same command again"
+                    ) from None
         raise StoreError(f"position {position}: neither its tile {tile} nor any of its substitutes can be used")
 
     def _give(self, reads: _Reads, plan: Plan, finish: Finish) -> Iterator[Batch]:

@@ -95,6 +95,8 @@ def schedule_identity(builder: Builder) -> dict[str, Any]:
     spec = to_mapping(builder.spec)
     for name in ("organ_weights", "include", "exclude"):  # the order in which they were written down changes nothing
         spec[name] = dict(sorted(spec[name].items()))
+    if not spec["mpp_weights"]:  # so that schedules of tiles stay what they were before there were stores of slides
+        del spec["mpp_weights"]
     if spec["hold_out"]:
         spec["hold_out"] = HOLD_OUT
     who = builder.slides["slide_id"][builder.eligible]

@@ -27,8 +27,8 @@ def compare_schedules(first: Path, second: Path) -> list[str]:
     a, b = Schedule.open(first), Schedule.open(second)
     lines = []
     spec_a, spec_b = a.header["spec"], b.header["spec"]
-    for key in spec_a:
-        differs = first_difference({key: spec_a[key]}, {key: spec_b.get(key)})
+    for key in {**spec_a, **spec_b}:
+        differs = first_difference({key: spec_a.get(key)}, {key: spec_b.get(key)})
         if differs:
             lines.append(f"spec: {differs[0]} is {differs[1]!r} in A and {differs[2]!r} in B")
     told = {"slides_digest": "slide tables", "eligible": "slides that enter", "hold_out_sha256": "hold-out lists"}

@@ -94,6 +94,8 @@ class Schedule:
     Attributes
     ----------
     header : content of `schedule.json`
+    seed : of all its draws
+    mpp_weights : MPP → share of the positions, for stores of slides; empty for all alike
     num_positions : int, over all pseudo-epochs
     positions_per_pseudo_epoch, num_pseudo_epochs : int
     """
@@ -101,6 +103,8 @@ class Schedule:
     def __init__(self, path: Path, header: dict[str, Any]):
         self.path = path
         self.header = header
+        self.seed: int = header["spec"]["seed"]
+        self.mpp_weights = {float(mpp): weight for mpp, weight in header["spec"].get("mpp_weights", {}).items()}
         self.positions_per_pseudo_epoch: int = header["spec"]["positions_per_pseudo_epoch"]
         self.num_pseudo_epochs: int = header["spec"]["num_pseudo_epochs"]
         self.num_positions = self.positions_per_pseudo_epoch * self.num_pseudo_epochs

@@ -5,13 +5,10 @@ All of them release the interpreter lock. Integers only, so that every machine c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcssl.core.compiled import compiled
 from hpcssl.core.rng import KEY_STEPS, ROUND_MULTIPLIERS, ROUNDS, SHORTEST_SIDE
 
 _U32, _U64 = np.uint32, np.uint64
@@ -19,15 +16,6 @@ _MASK32, _SHIFT32 = _U64(0xFFFFFFFF), _U64(32)
 _M0, _M1 = ROUND_MULTIPLIERS
 _W0, _W1 = _U64(KEY_STEPS[0]), _U64(KEY_STEPS[1])
 _BLOCK = 4096  # places at a time: they stay in the fastest cache while all rounds go over them
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function of numbers and arrays, kept between processes where there is a folder to keep it in."""
-    options: Any = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(**options)(function)
 
 
 def tables_for(size: int) -> NDArray[np.uint32]:

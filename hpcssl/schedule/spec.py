@@ -33,6 +33,8 @@ class ScheduleSpec:
     include : column of the slide table → values; only slides that have one of them enter
     exclude : column of the slide table → values; slides that have one of them never enter
     hold_out : CSV file with columns slide_id and/or patient_id; none of these slides and patients ever enters
+    mpp_weights : MPP → share of the positions read at it, any positive unit; only for a store of slides, and there by
+        default all its MPPs alike. A slide that lacks one shares its positions among the others
     """
 
     seed: int = 0
@@ -47,6 +49,7 @@ class ScheduleSpec:
     include: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
     exclude: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
     hold_out: str = ""
+    mpp_weights: Mapping[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_pseudo_epochs", "positions_per_pseudo_epoch", "num_groups", "max_repeats"):
@@ -64,6 +67,14 @@ class ScheduleSpec:
         for name in ("include", "exclude"):  # a number in YAML is the text of it in the table
             texts = {column: [str(value) for value in values] for column, values in getattr(self, name).items()}
             object.__setattr__(self, name, texts)
+        weights = {float(mpp): float(weight) for mpp, weight in sorted(self.mpp_weights.items())}
+        object.__setattr__(self, "mpp_weights", weights)
+        for mpp, weight in weights.items():
+            if not (0.01 <= mpp <= 100 and 1e-6 <= weight <= 1e6):
+                raise ConfigError(
+                    f"schedule spec: mpp_weights: {{{mpp}: {weight}}}; expected microns per pixel, 0.01 to 100, and for"
+                    " each a weight, 0.000001 to 1000000; to leave an MPP out, do not name it"
+                )
         for organ, weight in self.organ_weights.items():
             if not (math.isfinite(weight) and 1e-6 <= weight <= 1e6):
                 raise ConfigError(

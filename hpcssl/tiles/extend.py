@@ -19,6 +19,8 @@ def extended(base: Store, slides: pd.DataFrame, tiles: Path, *, counted: bool) -
 
     Of a slide that both know, the other columns are the new table's; one that the table does not list keeps its own.
     """
+    if base.header["kind"] == "slides":
+        raise StoreError(f"{base.path}: a store of slides; to extend it with slides, give --online, too")
     if not base.packed and tiles.resolve() != base.root:
         raise StoreError(f"{base.path}: its tiles are below {base.root}; extend it with tiles below that, not {tiles}")
     old = base.slides.drop(columns="first_tile")

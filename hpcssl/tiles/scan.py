@@ -102,7 +102,7 @@ def build_store(
         if base is not None:
             slides = extended(base, slides, tiles, counted=counted)
         on_total(len(slides))
-        build = _Build(tiles, out, slides, base, options, on_progress)
+        build = Build(tiles, out, slides, base, options, on_progress)
         if base is not None:
             check_unchanged(base, tiles, threads=options.threads, on_progress=on_progress)
             if slides.equals(base.slides.drop(columns="first_tile")):
@@ -112,8 +112,8 @@ def build_store(
     return Store.open(out)
 
 
-class _Build:
-    """One build, or one extension of `base`."""
+class Build:
+    """One build, or one extension of `base`; `in_place`: in the folder `out`, which is there already."""
 
     def __init__(
         self,
@@ -123,16 +123,19 @@ class _Build:
         base: Store | None,
         options: BuildOptions,
         on_progress: Callable[[int], None],
+        *,
+        in_place: bool = False,
     ):
         self.tiles, self.out, self.slides, self.base, self.options = tiles, out, slides, base, options
         self.on_progress = on_progress
+        self.in_place = in_place or base is not None
         self.partial = out.with_name(f".{out.name}.partial")
         self.folders = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"])]
         self.packed = base.packed if base else options.pack
         self.shards: ShardWriter | None = None
         if self.packed:
             old = len(base.header["shards"]) if base else 0
-            self.shards = ShardWriter(out if base else self.partial, int(options.shard_gb * 1e9), first=old)
+            self.shards = ShardWriter(out if self.in_place else self.partial, int(options.shard_gb * 1e9), first=old)
         about = {"format": FORMAT, "root": str(tiles.resolve()), "packed": self.packed, "check": options.check}
         about |= {"shard_gb": options.shard_gb, "base": base.digest if base else None}
         self.writer = StoreWriter(self.partial, self.shards, about=about)
@@ -152,8 +155,8 @@ class _Build:
         """Remove what this build, or a killed one before it, has done so far."""
         self.writer.close()
         shutil.rmtree(self.partial, ignore_errors=True)
-        if self.base is not None and self.shards is not None:
-            self.shards.drop_from(len(self.base.header["shards"]))
+        if self.in_place and self.shards is not None:
+            self.shards.drop_from(len(self.base.header["shards"]) if self.base else 0)
 
     def _fill(self) -> None:
         done = self.writer.resume(self.folders)
@@ -224,14 +227,14 @@ class _Build:
         slides = self.slides.assign(num_tiles=counts, first_tile=np.cumsum(counts) - counts)
         slides.to_parquet(self.partial / "slides.parquet", index=False)
         header = self._header(slides, writer.digests())
-        if self.base is None:
+        if self.in_place:
+            self._replace(header)
+        else:
             write_atomic(self.partial / "store.json", header)
             writer.forget()
             sync_dir(self.partial)
             os.replace(self.partial, self.out)
             sync_dir(self.out.parent)
-        else:
-            self._replace(self.base, header)
 
     def _header(self, slides: pd.DataFrame, files: dict[str, str]) -> str:
         header: dict[str, Any] = {"format": FORMAT, "kind": "packed" if self.packed else "loose"}
@@ -239,14 +242,15 @@ class _Build:
             header["shards"] = [*(self.base.header["shards"] if self.base else []), *self.shards.sizes]
         else:
             header["root"] = str(self.tiles.resolve())
-        if self.base:
+        if self.in_place:
             header["index"] = _next_index(self.base)
         header |= {"num_slides": len(slides), "num_tiles": int(slides["num_tiles"].sum())}
         return json.dumps(header | identity(slides, files) | {"files": files}, indent=1) + "\n"
 
-    def _replace(self, base: Store, header: str) -> None:
+    def _replace(self, header: str) -> None:
         """Give the store its new index; the one before stays until the next time, for those who have it open."""
-        new = self.out / _next_index(base)
+        before = self.base.index if self.base else None
+        new = self.out / _next_index(self.base)
         self.writer.forget()
         sync_dir(self.partial)
         shutil.rmtree(new, ignore_errors=True)  # a try that was killed before it wrote store.json
@@ -255,15 +259,15 @@ class _Build:
         remove_temporary(self.out)
         write_atomic(self.out / "store.json", header)
         for folder in self.out.glob("index-*"):
-            if folder not in (new, base.index):
+            if folder not in (new, before):
                 shutil.rmtree(folder, ignore_errors=True)
-        if base.index != self.out:
+        if before != self.out:
             for name in index_files(packed=self.packed):
                 (self.out / name).unlink(missing_ok=True)
 
 
-def _next_index(base: Store) -> str:
-    before = int(base.index.name.removeprefix("index-")) if base.index != base.path else 0
+def _next_index(base: Store | None) -> str:
+    before = int(base.index.name.removeprefix("index-")) if base and base.index != base.path else 0
     return f"index-{before + 1:06d}"
 
 

@@ -29,14 +29,18 @@ def read_slides(path: Path) -> pd.DataFrame:
         Naming the row: a missing column, a duplicate or blank slide_id, a blank organ, a count that is no positive
         integer.
     """
+    return check_slides(read_table(path), where=str(path))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read CSV or Parquet as text, blank = "", unchecked; SlideError where that cannot be done."""
     try:
         is_parquet = path.suffix == ".parquet"
-        frame = _texts(pd.read_parquet(path, dtype_backend="pyarrow")) if is_parquet else read_csv(path)
+        return _texts(pd.read_parquet(path, dtype_backend="pyarrow")) if is_parquet else read_csv(path)
     except FileNotFoundError:
         raise SlideError(f"{path}: no such slide table") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
         raise SlideError(f"{path}: not a slide table ({' '.join(str(error).split())})") from None
-    return check_slides(frame, where=str(path))
 
 
 def _texts(frame: pd.DataFrame) -> pd.DataFrame:

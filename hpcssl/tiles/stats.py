@@ -30,6 +30,13 @@ def per_organ(store: Store) -> pd.DataFrame:
     return grouped[["slides", "tiles", "bytes"]].sum()
 
 
+def tissue_per_organ(store: Store) -> pd.DataFrame:
+    """Return a row an organ of a store of slides: `organ, slides, tiles, tissue_mm2`, by organ."""
+    slides = store.slides
+    grouped = slides.assign(slides=1, tiles=slides["num_tiles"]).groupby("organ", as_index=False)
+    return grouped[["slides", "tiles", "tissue_mm2"]].sum()
+
+
 def spread_of(values: np.ndarray) -> Spread:
     """Return the spread of some uint32, by counting: no copy of them is sorted.
 

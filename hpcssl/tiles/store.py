@@ -14,6 +14,8 @@ A store is a folder:
 
 Tile number t is global: its slide's first tile + its index in the slide. All but `slides.parquet` are memory-mapped, so
 that opening costs the same for a thousand tiles and for three billion.
+
+Stores of slides, the third kind, are in `hpcssl.tiles.online`.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ class Texts:
 
 
 class Store:
-    """An opened store, loose or packed. Threads may share it; pickling it opens it again.
+    """An opened store, loose or packed, or an `OnlineStore`. Threads may share it; pickling it opens it again.
 
     Attributes
     ----------
@@ -107,28 +109,33 @@ class Store:
     digest : str, SHA-256 over slide table, names and sizes; the store's identity
     """
 
+    sizes: np.ndarray
+
     def __init__(self, path: Path, header: dict[str, Any]):
         self.path = path
         self.header = header
         self.index = path / header.get("index", "")
         self.packed: bool = header["kind"] == "packed"
-        self.root = path if self.packed else Path(header["root"])
         self.num_tiles: int = header["num_tiles"]
         self.num_slides: int = header["num_slides"]
         self.digest: str = header["digest"]
+        self.shards: Shards | None = None
+        self._open_index()
+
+    def _open_index(self) -> None:
+        self.root = self.path if self.packed else Path(self.header["root"])
         self._folders = Texts(self.index, "folders", self.num_slides)
         self._names = Texts(self.index, "names", self.num_tiles)
-        self.sizes = self._per_tile("sizes.npy", "<u4")
-        self.shards: Shards | None = None
+        self.sizes = self._array("sizes.npy", "<u4", self.num_tiles)
         if self.packed:
-            self._offsets = self._per_tile("offsets.npy", "<u8")
-            self.shards = Shards(path, header["shards"])
+            self._offsets = self._array("offsets.npy", "<u8", self.num_tiles)
+            self.shards = Shards(self.path, self.header["shards"])
             self.shards.check()
 
-    def _per_tile(self, name: str, dtype: str) -> np.ndarray:
+    def _array(self, name: str, dtype: str, length: int) -> np.ndarray:
         array = _mapped(self.index / name, dtype)
-        if len(array) != self.num_tiles:
-            raise StoreError(f"{self.index / name}: {len(array)} entries, not {self.num_tiles}; build the store anew")
+        if len(array) != length:
+            raise StoreError(f"{self.index / name}: {len(array)} entries, not {length}; build the store anew")
         return array
 
     def __reduce__(self) -> tuple[Callable[[Path], Store], tuple[Path]]:
@@ -146,15 +153,42 @@ class Store:
             ) from None
         if header.get("format") != FORMAT:
             raise StoreError(f"{path}: store format {header.get('format')}; this version reads {FORMAT}")
-        if header.get("kind") not in ("loose", "packed"):
+        opened, files = Store, index_files(packed=header.get("kind") == "packed")
+        if header.get("kind") == "slides":
+            from hpcssl.tiles import online  # which is built on this module, and on readers of slides
+
+            opened, files = online.OnlineStore, online.INDEX_FILES
+        elif header.get("kind") not in ("loose", "packed"):
             raise StoreError(
-                f"{path}: a store of kind {header.get('kind')!r}; this version reads loose and packed ones"
+                f"{path}: a store of kind {header.get('kind')!r}; this version reads loose, packed and slides"
             )
         index = path / header.get("index", "")
-        missing = [n for n in index_files(packed=header["kind"] == "packed") if not (index / n).is_file()]
+        missing = [n for n in files if not (index / n).is_file()]
         if missing:
             raise StoreError(f"{index}: {missing[0]} is missing; build the store anew")
-        return cls(path, header)
+        return opened(path, header)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a tile's place is a function of its position."""
+        return False
+
+    def drawn_by(self, seed: int, mpp_weights: Mapping[float, float]) -> Store:
+        """Return the store as the positions of a schedule see it: a store of slides draws places, any other is itself.
+
+        Parameters
+        ----------
+        seed : of the schedule
+        mpp_weights : MPP → share of the positions; empty for all MPPs alike
+
+        Raises
+        ------
+        StoreError
+            If the store has no places at one of these MPPs.
+        """
+        if mpp_weights:
+            raise StoreError(f"{self.path}: a store of tiles of one MPP; mpp_weights is for stores of slides")
+        return self
 
     @cached_property
     def slides(self) -> pd.DataFrame:
@@ -203,13 +237,17 @@ class Store:
             return [f"{self.root}/{folders[slide]}/{names[tile]}" for slide, tile in pairs]
         return [f"{self._prefix(tile)}{folders[slide]}/{names[tile]}" for slide, tile in pairs]
 
+    def name_of(self, position: int, tile: int) -> str:
+        """Return what tells people which tile stands at a position: `<organ>/<slide_id>/<name>`."""
+        return str(self.file_of(tile).relative_to(self.root))
+
     def coordinates_of(self, tile: int) -> tuple[int, int]:
         """Return a tile's corner (x, y) in level-0 pixels, from a name that ends in `_x<x>_y<y>.jpg`; else (-1, -1)."""
         match = _COORDINATES.search(self._names[tile])
         return (int(match[1]), int(match[2])) if match else (-1, -1)
 
     def fetch(self, position: int, tile: int) -> bytes:
-        """Return the JPEG bytes of a tile, by one read; `position` matters to stores that draw the place from it.
+        """Return the bytes of a tile's JPEG, by one read; `position` matters to stores that draw the place from it.
 
         Raises
         ------
@@ -253,9 +291,15 @@ class Store:
         for name, digest in self.header["files"].items():
             if digest_file(self.index / name) != digest:
                 raise StoreError(f"{self.index / name}: not what was written (checksum differs); build the store anew")
-        for key, value in identity(self.slides, self.header["files"]).items():
+        for key, value in self._identity().items():
             if self.header[key] != value:
                 raise StoreError(f"{self.path / 'store.json'}: {key} is not that of its files; build the store anew")
+        self._check_tiles(on_progress, deep=deep, threads=threads)
+
+    def _identity(self) -> dict[str, str]:
+        return identity(self.slides, self.header["files"])
+
+    def _check_tiles(self, on_progress: Callable[[int], None], *, deep: bool, threads: int) -> None:
         if self.shards is not None:
             self.shards.check()
             if not deep:

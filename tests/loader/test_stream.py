@@ -145,6 +145,11 @@ class _Slow:
         time.sleep(self._wait_s)
         return self._store.fetch(position, tile)
 
+    drawn = False
+
+    def drawn_by(self, seed, mpp_weights):
+        return self
+
     def expect(self, tiles) -> None:
         self._store.expect(tiles)
 

@@ -275,7 +275,7 @@ def test_verify_finds_a_changed_index(packed: Store, name: str) -> None:
 def test_a_store_of_another_kind_is_refused(packed: Store) -> None:
     text = (packed.path / "store.json").read_text()
     (packed.path / "store.json").write_text(text.replace('"packed"', '"online"'))
-    with pytest.raises(StoreError, match="a store of kind 'online'; this version reads loose and packed ones"):
+    with pytest.raises(StoreError, match="a store of kind 'online'; this version reads loose, packed and slides"):
         Store.open(packed.path)
 
 

@@ -1,0 +1,299 @@
+"""Whole slides into a store of tiles: `hpcssl tile`.
+
+    TILES/<organ>/<slide_id>/000007_x448_y0.jpg   loose: number in the slide, corner in level-0 pixels
+    TILES/tiles-000000.tar                        packed
+    TILES/store.json, index-000001/               the store: it is whole when store.json names it
+    TILES/slides.csv                              the slide table, with what reading told
+    TILES/qc/<slide_id>.jpg                       a picture of every slide: tissue, pen, tiles
+    TILES/failed_slides.csv                       slides that could not be read, with the reason
+    TILES/tiling.json                             what tiles are cut
+    TILES/.tiling/<slide_id>-….json               slides that are cut, until the store holds them
+
+A slide is cut as a whole or not at all; the same command after a kill goes on with the next one, tries those again that
+failed, and leaves the same bytes as one that was not killed. Slides that are new in the table are added at the store's
+end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+
+from hpcssl.core.atomic import alone, atomic_dir, atomic_file, digest_bytes, read_json, remove_temporary, write_atomic
+from hpcssl.core.config import first_difference
+from hpcssl.core.errors import SlideError, StoreError
+from hpcssl.tiles.listing import Tiles, in_order
+from hpcssl.tiles.scan import Build, BuildOptions
+from hpcssl.tiles.store import Store
+from hpcssl.tiles.wsi.cutting import Cut, CutOptions, plan_cut, tile_name
+from hpcssl.tiles.wsi.qc import qc_picture
+from hpcssl.tiles.wsi.source import FAILED, slides_to_read, write_failed
+
+_SLIDES_AT_A_TIME = 4  # while one is opened or written, the others are cut
+_TOGETHER = 256  # tiles that are copied into a shard at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilingOptions:
+    """How slides are tiled.
+
+    Attributes
+    ----------
+    cut : what tiles are cut
+    pack : write tar shards instead of a file a tile
+    shard_gb : size from which on a shard ends with the slide that fills it, in 10^9 bytes
+    threads : that decode and encode
+    """
+
+    cut: CutOptions = field(default_factory=CutOptions)
+    pack: bool = False
+    shard_gb: float = 16.0
+    threads: int = 4
+
+    def __post_init__(self) -> None:
+        BuildOptions(shard_gb=self.shard_gb, threads=self.threads)  # checks them
+
+
+def tile_slides(
+    slides: pd.DataFrame,
+    out: Path,
+    options: TilingOptions,
+    *,
+    share: tuple[int, int] | None = None,
+    on_total: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[int], None] = lambda n: None,
+) -> tuple[Store | None, list[dict[str, str]]]:
+    """Cut slides into tiles and write their store.
+
+    Parameters
+    ----------
+    slides : `slide_id, organ, path, mpp` and other columns, as `hpcssl.tiles.wsi.source.slides_to_read` gives them
+    out : folder of the tiles and their store
+    share : (k, n): only cut every n-th slide from the k-th on, from 0, and leave the store to a call without it
+    on_total : called once with the number of slides to cut
+    on_progress : called with 1 after every slide
+
+    Returns
+    -------
+    (store, failed) : the store, None if there is none yet; the rows of `failed_slides.csv`
+
+    Raises
+    ------
+    StoreError
+        If `out` holds something else, or tiles that were cut otherwise.
+    """
+    if share and not 0 <= share[0] < share[1]:
+        raise StoreError(f"--share {share[0] + 1}/{share[1]}; expected K/N with K from 1 to N")
+    _claim(out, options)
+    with alone(out / ".tiling" / ("all" if share is None else f"share-{share[0]}")):
+        base, rows = _rows_to_hold(slides, out)
+        todo = [row for row in (rows[share[0] :: share[1]] if share else rows) if not _file(out, row, ".json").exists()]
+        on_total(len(todo))
+        failed = _cut_all(todo, out, options, on_progress)
+        if share is None:
+            lost = {row["slide_id"] for row in failed}
+            whole = [row for row in rows if row["slide_id"] not in lost]
+            if whole:
+                _assemble(whole, out, base, options)
+            _finish(out, failed)
+        return _store_at(out), failed
+
+
+def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
+    """Take the folder for a job array, and return the ids of the slides that are not cut yet."""
+    _claim(out, options)
+    return [row["slide_id"] for row in _rows_to_hold(slides, out)[1] if not _file(out, row, ".json").exists()]
+
+
+def cut_slides(source: Path, out: Path, options: TilingOptions, slide_ids: Sequence[str]) -> None:
+    """Cut some slides of a table or folder: one task of a job array, after which `tile_source` writes the store.
+
+    A slide that cannot be read is left to that, too, which tries it again and records it.
+    """
+    wanted = set(slide_ids)
+    rows = [row for row in _rows_to_hold(slides_to_read(source), out)[1] if row["slide_id"] in wanted]
+    _cut_all([row for row in rows if not _file(out, row, ".json").exists()], out, options, lambda n: None)
+
+
+def tile_source(source: Path, out: Path, options: TilingOptions) -> None:
+    """Tile a table or folder of slides; SlideError, after all is done, where slides failed."""
+    slides = slides_to_read(source)
+    _, failed = tile_slides(slides, out, options)
+    if failed:
+        raise SlideError(describe_failed(failed, len(slides), f"all are in {out / FAILED}"))
+
+
+def describe_failed(failed: Sequence[Mapping[str, str]], num_slides: int, what_next: str) -> str:
+    """Say in one line how many slides failed, and why the first one did."""
+    return f"{len(failed)} of {num_slides} slides failed ({what_next}); first: {failed[0]['reason']}"
+
+
+def _rows_to_hold(slides: pd.DataFrame, out: Path) -> tuple[Store | None, list[dict[str, Any]]]:
+    """Return the store, if there is one yet, and the rows of the slides that it lacks."""
+    base = _store_at(out)
+    held = set(base.slides["slide_id"]) if base else set()
+    table: Any = slides.to_dict("records")
+    return base, [row for row in table if row["slide_id"] not in held]
+
+
+def _store_at(out: Path) -> Store | None:
+    return Store.open(out) if (out / "store.json").exists() else None
+
+
+def _claim(out: Path, options: TilingOptions) -> None:
+    """Take the folder for these tiles; refuse one of something else, or of tiles that were cut otherwise."""
+    note, asked = out / "tiling.json", asdict(options.cut) | {"pack": options.pack, "shard_gb": options.shard_gb}
+    if note.exists():
+        found = read_json(note, StoreError(f"{note}: damaged; remove {out} or choose another --out"))
+        if difference := first_difference(found, asked):
+            key, before, now = difference
+            raise StoreError(f"{out}: tiles cut with {key} = {before}, asked for is {now}; choose another --out")
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise StoreError(f"{out}: not empty, and nothing of hpcssl tile; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(note, json.dumps(asked, indent=1) + "\n")
+    for folder in (out / "qc", out / ".tiling"):
+        folder.mkdir(exist_ok=True)
+
+
+def _file(out: Path, row: Mapping[str, Any], suffix: str) -> Path:
+    """Return a file of a slide that is cut; its name says from which row, so that a changed row is cut again.
+
+    `.jpegs` are the tiles for a packed store, `.npy` their corners and sizes, and `.json`, written last, the facts.
+    """
+    cut_from = repr([str(row[key]) for key in ("organ", "path", "mpp")])
+    return out / ".tiling" / f"{row['slide_id']}-{digest_bytes(cut_from.encode())[:16]}{suffix}"
+
+
+def _cut_all(
+    rows: list[dict[str, Any]], out: Path, options: TilingOptions, on_progress: Callable[[int], None]
+) -> list[dict[str, str]]:
+    """Cut slides, several at a time; returns those that cannot be read, with the reason."""
+    failed = []
+    at_a_time = min(_SLIDES_AT_A_TIME, options.threads)
+    stop = threading.Event()
+    with ThreadPoolExecutor(options.threads) as pool, ThreadPoolExecutor(at_a_time) as slides:
+
+        def cut(row: dict[str, Any]) -> str | None:
+            if stop.is_set():
+                return None
+            try:
+                _cut_slide(row, out, options, pool)
+            except SlideError as error:
+                return str(error)
+            return None
+
+        try:
+            for row, fault in in_order(slides, cut, rows, window=2 * at_a_time):
+                if fault:
+                    failed.append({key: row[key] for key in ("slide_id", "organ", "path")} | {"reason": fault})
+                on_progress(1)
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error: slides under way are not finished
+    return failed
+
+
+def _cut_slide(row: Mapping[str, Any], out: Path, options: TilingOptions, pool: ThreadPoolExecutor) -> None:
+    """Cut one slide: first its picture, then the tiles, then where they are, last the record that it is done."""
+    cut = plan_cut(row, options.cut, pool)
+    write_atomic(out / "qc" / f"{row['slide_id']}.jpg", qc_picture(cut.foreground, cut.corners, cut.sampling.side))
+    if not len(cut.corners):
+        raise SlideError(
+            f"{row['path']}: no tile of which {100 * options.cut.min_tissue:g} % is tissue"
+            f" ({cut.foreground.tissue_mm2:.3f} mm² of tissue in it); see its picture in {out / 'qc'}"
+        )
+    jpegs = cut.jpegs(pool, window=2 * options.threads)
+    if options.pack:
+        with atomic_file(_file(out, row, ".jpegs")) as temporary, temporary.open("wb") as stream:
+            sizes = _write_joined(jpegs, stream)
+    else:
+        folder = out / row["organ"] / row["slide_id"]
+        shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed before its record
+        with atomic_dir(folder) as partial:
+            sizes = _write_files(jpegs, cut, partial)
+    with atomic_file(_file(out, row, ".npy")) as temporary, temporary.open("wb") as stream:
+        np.save(stream, np.column_stack([cut.corners, sizes]))
+    write_atomic(_file(out, row, ".json"), json.dumps(cut.facts) + "\n")
+
+
+def _write_joined(jpegs: Iterator[list[bytes]], stream: BinaryIO) -> list[int]:
+    sizes = []
+    for some in jpegs:
+        stream.writelines(some)
+        sizes += [len(jpeg) for jpeg in some]
+    return sizes
+
+
+def _write_files(jpegs: Iterator[list[bytes]], cut: Cut, folder: Path) -> list[int]:
+    sizes: list[int] = []
+    for some in jpegs:
+        for jpeg in some:
+            x, y = cut.corners[len(sizes)].tolist()
+            with open(f"{folder}/{tile_name(len(sizes), x, y)}", "wb") as stream:
+                stream.write(jpeg)
+            sizes.append(len(jpeg))
+    return sizes
+
+
+def _assemble(rows: list[dict[str, Any]], out: Path, base: Store | None, options: TilingOptions) -> None:
+    """Add the slides that are cut to the store."""
+    damaged = StoreError(f"{out}: damaged; choose another --out")
+    facts = [read_json(_file(out, row, ".json"), damaged) for row in rows]
+    slides = pd.DataFrame(rows).assign(num_tiles=1).drop(columns="mpp")
+    slides = pd.concat([slides, pd.DataFrame(facts)], axis=1)
+    if base:
+        slides = pd.concat([base.slides.drop(columns="first_tile"), slides], ignore_index=True).fillna("")
+    _Assembly(out, slides, [_file(out, row, "") for row in rows], base, options).run(counted=False)
+
+
+def _finish(out: Path, failed: list[dict[str, str]]) -> None:
+    """Write the tables, and remove what the store holds now."""
+    write_failed(out, failed)
+    if store := _store_at(out):
+        write_atomic(out / "slides.csv", store.slides.drop(columns="first_tile").to_csv(index=False))
+    for folder in (out, out / "qc", out / ".tiling"):
+        remove_temporary(folder)
+    for suffix in ("json", "npy", "jpegs"):
+        for path in (out / ".tiling").glob(f"*.{suffix}"):
+            path.unlink()
+
+
+class _Assembly(Build):
+    """The build of a store from slides that are cut: names and sizes are known, nothing is listed or opened."""
+
+    def __init__(self, out: Path, slides: pd.DataFrame, stems: list[Path], base: Store | None, options: TilingOptions):
+        """`stems` are the files of the slides that `base` lacks, without their suffix."""
+        build = BuildOptions(pack=options.pack, shard_gb=options.shard_gb, check=False, threads=1)
+        super().__init__(out, out, slides, base, build, lambda n: None, in_place=True)
+        self._stems = dict(zip(self.folders[len(slides) - len(stems) :], stems, strict=True))
+
+    def _tiles(self, folder: str) -> Tiles:
+        table = np.load(f"{self._stems[folder]}.npy").tolist()
+        names = [tile_name(n, x, y).encode() for n, (x, y, _) in enumerate(table)]
+        return Tiles(names=names, sizes=[size for _, _, size in table])
+
+    def _index(self, pool: ThreadPoolExecutor, done: int) -> Iterator[tuple[str, Tiles, list[tuple[int, int]]]]:
+        for folder in self.folders[done:]:
+            yield folder, self._tiles(folder), []
+
+    def _pack(self, pool: ThreadPoolExecutor, done: int) -> Iterator[tuple[str, Tiles, list[tuple[int, int]]]]:
+        assert self.shards is not None
+        for folder in self.folders[done:]:
+            tiles, places = self._tiles(folder), []
+            self.shards.begin_slide()
+            with open(f"{self._stems[folder]}.jpegs", "rb") as stream:
+                for first in range(0, len(tiles.names), _TOGETHER):
+                    some = slice(first, first + _TOGETHER)
+                    jpegs = [stream.read(size) for size in tiles.sizes[some]]
+                    places += self.shards.write(folder, tiles.names[some], jpegs)
+            yield folder, tiles, places

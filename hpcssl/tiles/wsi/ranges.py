@@ -1,0 +1,171 @@
+"""Ranges of bytes of one file, on a local disk or behind a URL (HTTP, S3 and what else fsspec knows).
+
+A local read is one `pread`. A remote one is bounded: it may take `TIMEOUT_S`, and is tried `TRIES` times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, BinaryIO
+
+from hpcssl.core.errors import SlideError
+
+TIMEOUT_S = 20.0
+TRIES = 3
+_PAUSE_S = 0.25  # before the second try; doubled for every further one
+_HEADER_BUFFER = 1 << 18
+
+
+def is_remote(path: str) -> bool:
+    """Say whether a path is a URL.
+
+    >>> is_remote("s3://bucket/a.svs"), is_remote("/data/a.svs"), is_remote("file:///data/a.svs")
+    (True, False, True)
+    """
+    return "://" in path
+
+
+class Ranges:
+    """An opened file of bytes; threads may share it.
+
+    Attributes
+    ----------
+    path : path or URL
+    size : bytes
+    """
+
+    path: str
+    size: int
+
+    @classmethod
+    def open(cls, path: str) -> Ranges:
+        """Open a local or remote file; SlideError where there is none."""
+        try:
+            return _Remote(path) if is_remote(path) else _Local(path)
+        except FileNotFoundError:
+            raise SlideError(f"{path}: no such slide") from None
+
+    def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes at some (offset, size), together where that is faster.
+
+        Raises
+        ------
+        SlideError
+            If a local file ends before: it is truncated.
+        OSError
+            If the disk or the server fails: it may answer another time.
+        """
+        raise NotImplementedError
+
+    def stream(self) -> BinaryIO:
+        """Return a seekable stream, for reading headers."""
+        return io.BufferedReader(_Stream(self), _HEADER_BUFFER)
+
+
+class _Local(Ranges):
+    def __init__(self, path: str):
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._fd).st_size
+
+    def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        found = [os.pread(self._fd, size, offset) for offset, size in places]
+        for data, (offset, size) in zip(found, places, strict=True):
+            if len(data) != size:
+                raise SlideError(f"{self.path}: ends within the block at byte {offset} (truncated); copy it again")
+        return found
+
+    def __del__(self) -> None:  # and not before: another thread may be reading
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+class _Remote(Ranges):
+    def __init__(self, path: str):
+        from fsspec.core import url_to_fs
+
+        self.path = path
+        try:
+            self._fs, self._name = url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise SlideError(f"{path}: cannot be reached ({' '.join(str(error).split())})") from None
+        size = self._tried(self._size)
+        if size is None:
+            raise SlideError(f"{path}: its server does not tell the file's size; copy it to a disk")
+        self.size = int(size)
+
+    def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        return self._tried(lambda: self._bytes(places))
+
+    async def _size(self) -> int | None:
+        found = await self._fs._info(self._name) if self._fs.async_impl else self._fs.info(self._name)
+        return found["size"]
+
+    async def _bytes(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        spans = [{"start": offset, "end": offset + size} for offset, size in places]
+        if self._fs.async_impl:  # not its _cat_ranges, whose requests go on when it is cancelled
+            found = await asyncio.gather(*(self._fs._cat_file(self._name, **span) for span in spans))
+        else:
+            found = [self._fs.cat_file(self._name, **span) for span in spans]
+        for data, (_, size) in zip(found, places, strict=True):
+            if len(data) != size:
+                raise OSError(f"{len(data)} bytes came, not {size}")
+        return found
+
+    def _tried(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Do some work on the file system's event loop, several times if need be."""
+        from fsspec.asyn import get_loop, sync
+
+        async def bounded() -> Any:
+            return await asyncio.wait_for(work(), TIMEOUT_S)
+
+        pause = _PAUSE_S
+        for left in reversed(range(TRIES)):
+            try:
+                return sync(self._fs.loop if self._fs.async_impl else get_loop(), bounded)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # file systems raise what their libraries do: aiohttp, botocore, …
+                if not left:
+                    kind = TimeoutError if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else OSError
+                    text = " ".join(str(error).split()) or type(error).__name__
+                    raise kind(None, f"does not answer after {TRIES} tries ({text})", self.path) from error
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError
+
+
+class _Stream(io.RawIOBase):
+    """A stream over ranges."""
+
+    def __init__(self, ranges: Ranges):
+        self._ranges, self._at = ranges, 0
+
+    def close(self) -> None:
+        """Forget the file: what was read by the stream may be kept without keeping that open."""
+        self.__dict__.pop("_ranges", None)
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ranges.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._ranges.size - self._at))
+        if size:
+            buffer[:size] = self._ranges.read_many([(self._at, size)])[0]
+            self._at += size
+        return size

@@ -1,0 +1,117 @@
+"""What a whole slide offers, whoever reads it.
+
+Two coordinate systems, both with x to the right and y down: *level-0 pixels*, which tile names and tables hold, and the
+pixels of one level, which `Slide.read` takes. A level's pixel covers `downsample` level-0 pixels a side.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FINEST_MPP, _COARSEST_MPP = 0.05, 20.0  # what a scanner may have meant; outside, it is the resolution of a printer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One picture of the pyramid.
+
+    Attributes
+    ----------
+    width, height : pixels
+    downsample : level-0 pixels a side of one pixel; 1 for level 0, which is the finest
+    """
+
+    width: int
+    height: int
+    downsample: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a file says of itself.
+
+    Attributes
+    ----------
+    mpp : microns per pixel of level 0, None where the file does not say
+    mpp_places : where it was looked for, to be told when it is not there
+    scanner : manufacturer and device as far as told, else ""
+    """
+
+    mpp: float | None
+    mpp_places: str
+    scanner: str
+
+
+class Slide(ABC):
+    """An opened slide; threads may share it. Its files are closed when nobody holds it any more.
+
+    Attributes
+    ----------
+    path : as it was given, a path or a URL
+    reader : "tiff" (blocks read directly) or "openslide"
+    levels : finest first
+    about : MPP and scanner
+    """
+
+    reader: str
+
+    def __init__(self, path: str, levels: Sequence[Level], about: About):
+        self.path, self.levels, self.about = path, tuple(levels), about
+
+    @property
+    def width(self) -> int:
+        """Level-0 pixels."""
+        return self.levels[0].width
+
+    @property
+    def height(self) -> int:
+        """Level-0 pixels."""
+        return self.levels[0].height
+
+    @property
+    def mpp(self) -> float | None:
+        """Microns per pixel of level 0, None where the file does not say."""
+        return self.about.mpp
+
+    @abstractmethod
+    def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Return a rectangle of a level, (height, width, 3) RGB; white outside the slide and where nothing was scanned.
+
+        Parameters
+        ----------
+        x, y : upper left corner in pixels of that level; may lie outside
+
+        Raises
+        ------
+        SlideError
+            For blocks that cannot be decoded or are not there: reading again will not help.
+        OSError
+            For a disk or server that does not answer: reading again may help. TimeoutError is one of them.
+        """
+
+
+def plausible_mpp(mpp: float) -> float | None:
+    """Return an MPP that a slide may have, None for others: placeholders and resolutions of printers.
+
+    >>> plausible_mpp(0.25), plausible_mpp(352.8), plausible_mpp(float("nan"))
+    (0.25, None, None)
+    """
+    return mpp if _FINEST_MPP <= mpp <= _COARSEST_MPP else None
+
+
+def nominal_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float:
+    """Return how many level-0 pixels a pixel covers; a whole number where rounding of the level's size explains it.
+
+    >>> nominal_downsample((3236, 2638), (404, 329)), nominal_downsample((46000, 32914), (11500, 8228))
+    (8, 4)
+    >>> round(nominal_downsample((1000, 1000), (300, 300)), 3)
+    3.333
+    """
+    ratio = sum(f / r for f, r in zip(full, reduced, strict=True)) / 2
+    whole = max(1, round(ratio))
+    return whole if all(abs(f / whole - r) < 1 for f, r in zip(full, reduced, strict=True)) else ratio

@@ -1,0 +1,92 @@
+"""Which slides there are to read: a folder of them, or a slide table that says where they are; and their MPP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hpcssl.core.atomic import write_atomic
+from hpcssl.core.errors import SlideError
+from hpcssl.tiles.slides import check_slides, read_table
+from hpcssl.tiles.wsi.ranges import is_remote
+from hpcssl.tiles.wsi.slide import Slide, plausible_mpp
+
+FAILED = "failed_slides.csv"
+_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
+_FAILED_COLUMNS = ["slide_id", "organ", "path", "reason"]
+_MEASURED = ["num_tiles", "scanner", "reader", "tissue_mm2"]  # what reading tells; a table's own are not taken
+
+
+def slides_to_read(source: Path) -> pd.DataFrame:
+    """Return the slides of a table, or of a folder: `slide_id, organ, path, mpp` and what else the table has, as text.
+
+    A table's paths count from its own folder; they may be URLs. In a folder, the name of the folder that holds a slide
+    is its organ, and its own name without the ending is its slide_id.
+
+    Raises
+    ------
+    SlideError
+        For a folder without slides, or a table that lacks a column or a path.
+    """
+    if source.is_dir():
+        files = sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
+        if not files:
+            raise SlideError(f"{source}: no slides in it; expected files that end in {', '.join(_SUFFIXES)}")
+        rows = [{"slide_id": f.stem, "organ": f.resolve().parent.name, "path": str(f), "mpp": ""} for f in files]
+        return _checked(pd.DataFrame(rows), str(source))
+    frame = read_table(source)
+    if "path" not in frame.columns:
+        raise SlideError(f"{source}: no column path; expected slide_id, organ, path and, where a file lacks it, mpp")
+    blank = frame.index[frame["path"].str.strip() == ""]
+    if len(blank):
+        raise SlideError(f"{source}: row {blank[0] + 1} has no path")
+    base = source.resolve().parent
+    paths = [path if is_remote(path) else str(base / path) for path in frame["path"]]
+    frame = frame.assign(path=paths, mpp=frame["mpp"] if "mpp" in frame.columns else "")
+    for row in frame.to_dict("records"):
+        _stated_mpp(row, str(source))
+    return _checked(frame, str(source))
+
+
+def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    frame = frame.drop(columns=_MEASURED, errors="ignore").assign(num_tiles="1")  # not known yet
+    return check_slides(frame, where=where).drop(columns="num_tiles")
+
+
+def _stated_mpp(row: Mapping[str, Any], where: str) -> float | None:
+    text = str(row["mpp"]).strip()
+    if not text:
+        return None
+    try:
+        mpp = plausible_mpp(float(text))
+    except ValueError:
+        mpp = None
+    if mpp is None:
+        raise SlideError(f"{where}: slide {row['slide_id']} has mpp {text!r}; expected microns per pixel, 0.05 to 20")
+    return mpp
+
+
+def mpp_of(slide: Slide, row: Mapping[str, Any], assumed: float | None = None) -> float:
+    """Return microns per pixel of level 0: what the table says, else the file, else what is to be assumed.
+
+    Raises
+    ------
+    SlideError
+        Naming the slide and the column to add, where nothing says it.
+    """
+    mpp = _stated_mpp(row, slide.path) or slide.mpp or assumed
+    if mpp is None:
+        raise SlideError(
+            f"{slide.path}: no MPP in its metadata (looked in {slide.about.mpp_places}); give slide"
+            f" {row['slide_id']} one in a column mpp of the slide table, or say --assume-mpp"
+        )
+    return mpp
+
+
+def write_failed(folder: Path, failed: Sequence[Mapping[str, str]]) -> None:
+    """Write `failed_slides.csv`: slide_id, organ, path, reason; where nothing failed, only the header."""
+    table = pd.DataFrame(list(failed), columns=_FAILED_COLUMNS).fillna("")
+    write_atomic(folder / FAILED, table.to_csv(index=False))

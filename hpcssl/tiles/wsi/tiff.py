@@ -1,0 +1,273 @@
+"""Tiled TIFF pyramids (Aperio, Philips, OME, generic), read block by block: only what is needed, no process-wide lock.
+
+The blocks' places are taken from the file's directories once; a read is then one `pread` or one ranged request for each
+block, and one call of its codec, which leaves Python's lock to the other threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from hpcssl.core.errors import SlideError
+from hpcssl.tiles.wsi.ranges import Ranges
+from hpcssl.tiles.wsi.slide import About, Level, Slide, nominal_downsample, plausible_mpp
+from hpcssl.tiles.wsi.untransformed import decode_untransformed, holds_rgb
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its complaints come as our errors
+
+_BACKGROUND = 255
+_MOST_BLOCK_PX = 4096  # a side; larger blocks (whole images in one strip) are left to others
+_LOOKED_AT = 16  # blocks of the coarsest level, to see whether its colours are what the file says
+_JPEG = (6, 7)
+_YCBCR = 6
+_FOREIGN = ("is_ndpi", "is_bif", "is_scn", "is_lsm", "is_stk", "is_eer")  # blocks there are no places in the image
+_MICRONS = {"m": 1e6, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3}
+_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit: inch, centimetre; in microns
+
+
+class UnfitTiffError(Exception):
+    """A file that this reader leaves to others; says why."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Where the blocks of a level are, and how they are decoded."""
+
+    page: Any  # tifffile.TiffPage: its decoder is a function of bytes, shared by threads
+    tables: bytes | None  # of JPEG, common to all blocks
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]  # 0: nothing was scanned there
+    width: int
+    height: int
+    columns: int
+
+
+class TiffSlide(Slide):
+    """A tiled TIFF pyramid.
+
+    Attributes
+    ----------
+    blocks_decoded : compressed blocks decoded so far, for counters
+    """
+
+    reader = "tiff"
+
+    def __init__(self, path: str, *, cache_mb: float):
+        """Open a file; `cache_mb` of decoded blocks are kept, those used last, for reads that touch each other.
+
+        Raises
+        ------
+        UnfitTiffError
+            If the file is no TIFF, or one whose blocks cannot be read alone.
+        SlideError
+            If it is not there, or truncated.
+        """
+        self._ranges = Ranges.open(path)
+        try:
+            with self._ranges.stream() as stream, tifffile.TiffFile(stream, name=path) as file:
+                _check_chain(file, path)
+                pages = _pyramid(file)
+                about = _about(file, pages[0])
+                self._levels = [_blocks(page) for page in pages]
+                sizes = [(page.imagewidth, page.imagelength) for page in pages]
+                padded = file.is_philips  # its levels are filled up to whole blocks
+        except (SlideError, OSError, UnfitTiffError):
+            raise
+        except Exception as error:  # what tifffile raises on damage is not told apart: any of a dozen
+            raise UnfitTiffError(" ".join(str(error).split()) or type(error).__name__) from error
+        for level, blocks in enumerate(self._levels):
+            end = int((blocks.offsets + blocks.sizes).max())
+            if end > self._ranges.size:
+                raise SlideError(
+                    f"{path}: truncated (level {level} ends at byte {end:,}, the file at {self._ranges.size:,});"
+                    " copy it again"
+                )
+        steps = [nominal_downsample(sizes[0], size) for size in sizes]
+        if padded:
+            steps = [float(2 ** round(np.log2(step))) for step in steps]
+        levels = [Level(width=w, height=h, downsample=d) for (w, h), d in zip(sizes, steps, strict=True)]
+        super().__init__(path, levels, about)
+        self.blocks_decoded = 0
+        self._untransformed = False
+        self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
+        self._cached_bytes, self._cache_bytes = 0, int(cache_mb * 1e6)
+        self._lock = threading.Lock()
+        self._untransformed = self._holds_rgb()
+        if self._untransformed:
+            self.reader = "tiff (RGB tagged as YCbCr)"
+
+    def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        """See `Slide.read`."""
+        out = np.full((height, width, 3), _BACKGROUND, np.uint8)
+        blocks, size = self._levels[level], self.levels[level]
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + width, size.width), min(y + height, size.height)
+        if left >= right or top >= bottom:
+            return out
+        wanted = [
+            row * blocks.columns + column
+            for row in range(top // blocks.height, (bottom - 1) // blocks.height + 1)
+            for column in range(left // blocks.width, (right - 1) // blocks.width + 1)
+        ]
+        for index, pixels in self._decoded(level, wanted).items():
+            row, column = divmod(index, blocks.columns)
+            x0, y0 = column * blocks.width, row * blocks.height
+            x1, y1 = min(x0 + pixels.shape[1], right), min(y0 + pixels.shape[0], bottom)
+            xs, ys = max(x0, left), max(y0, top)
+            out[ys - y : y1 - y, xs - x : x1 - x] = pixels[ys - y0 : y1 - y0, xs - x0 : x1 - x0]
+        return out
+
+    def _decoded(self, level: int, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
+        """Return pixels of the wanted blocks that hold any; those that are not cached are read together."""
+        blocks = self._levels[level]
+        held = [index for index in wanted if blocks.sizes[index]]
+        found: dict[int, NDArray[np.uint8]] = {}
+        if self._cache_bytes:
+            with self._lock:
+                for index in held:
+                    if (level, index) in self._cache:
+                        self._cache.move_to_end((level, index))
+                        found[index] = self._cache[level, index]
+        missing = [index for index in held if index not in found]
+        places = [(int(blocks.offsets[index]), int(blocks.sizes[index])) for index in missing]
+        for index, data in zip(missing, self._ranges.read_many(places) if places else (), strict=True):
+            found[index] = self._decode(level, index, data)
+        if missing:
+            with self._lock:
+                self.blocks_decoded += len(missing)
+                if self._cache_bytes:
+                    self._keep({(level, index): found[index] for index in missing})
+        return found
+
+    def _decode(self, level: int, index: int, data: bytes) -> NDArray[np.uint8]:
+        blocks = self._levels[level]
+        try:
+            if self._untransformed:
+                return decode_untransformed(data, blocks.tables)
+            return blocks.page.decode(data, index, jpegtables=blocks.tables)[0][0]
+        except Exception as error:  # every codec has errors of its own
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise SlideError(f"{self.path}: block {index} of level {level} cannot be decoded ({text})") from error
+
+    def _holds_rgb(self) -> bool:
+        """Say whether some blocks of the coarsest level hold RGB though the file says YCbCr."""
+        level = len(self._levels) - 1
+        blocks = self._levels[level]
+        if blocks.page.photometric != _YCBCR or blocks.page.compression not in _JPEG:
+            return False
+        held = np.flatnonzero(blocks.sizes)
+        some = held[:: max(1, len(held) // _LOOKED_AT)].tolist()
+        data = self._ranges.read_many([(int(blocks.offsets[i]), int(blocks.sizes[i])) for i in some])
+        return holds_rgb(data, blocks.tables, lambda block: self._decode(level, some[0], block))
+
+    def _keep(self, new: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
+        for key, pixels in new.items():
+            if key not in self._cache:
+                self._cache[key] = pixels
+                self._cached_bytes += pixels.nbytes
+        while self._cached_bytes > self._cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+
+
+def _check_chain(file: tifffile.TiffFile, path: str) -> None:
+    """Raise SlideError if the last directory that is there names another one: the file ends before it."""
+    kind, stream = file.tiff, file.filehandle
+    stream.seek(file.pages[-1].offset)
+    (count,) = struct.unpack(kind.tagnoformat, stream.read(kind.tagnosize))
+    stream.seek(count * kind.tagsize, 1)
+    (following,) = struct.unpack(kind.offsetformat, stream.read(kind.offsetsize))
+    if following:
+        raise SlideError(f"{path}: truncated (a level's directory should be at byte {following:,}); copy it again")
+
+
+def _pyramid(file: tifffile.TiffFile) -> list[Any]:
+    """Return the pages of the levels, finest first; of a series without a reduced picture, one."""
+    foreign = next((flag for flag in _FOREIGN if getattr(file, flag)), None)
+    if foreign:
+        raise UnfitTiffError(f"a TIFF of the kind {foreign.removeprefix('is_')}")
+    first: Any = file.pages.first
+    if str(first.software).startswith("MedScan"):
+        raise UnfitTiffError("a TIFF of Trestle: its blocks overlap")
+    series = file.series[0]
+    pages = [level.keyframe for level in series.levels if level.axes == "YXS" and _is_fit(level.keyframe)]
+    if not pages or pages[0].shape != series.shape:
+        raise UnfitTiffError(f"a TIFF whose image {series.shape} {series.dtype} does not stand in blocks of RGB")
+    return pages
+
+
+def _is_fit(page: Any) -> bool:
+    """Say whether a page is 8-bit RGB in blocks of a fit size."""
+    return (
+        page.is_tiled
+        and page.dtype == np.uint8
+        and page.samplesperpixel == 3
+        and page.planarconfig == 1
+        and max(page.tilewidth, page.tilelength) <= _MOST_BLOCK_PX
+    )
+
+
+def _blocks(page: Any) -> _Blocks:
+    offsets, sizes = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+    columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    if len(offsets) != columns * rows or len(sizes) != columns * rows:
+        raise UnfitTiffError(f"a TIFF with {len(offsets)} blocks where {columns} × {rows} are needed")
+    page.decode  # noqa: B018 builds the decoder while the file is open
+    return _Blocks(page, page.jpegtables, offsets, sizes, page.tilewidth, page.tilelength, columns)
+
+
+def _about(file: tifffile.TiffFile, page: Any) -> About:
+    """Return MPP and scanner; each kind of file says them elsewhere."""
+    text = page.description
+    if file.is_svs:
+        said = dict(re.findall(r"\|\s*([\w ]+?)\s*=\s*([^|;\r\n]*)", text))
+        scanner = " ".join(filter(None, ("Aperio", said.get("ScanScope ID", "").strip())))
+        return About(mpp=_number(said.get("MPP")), mpp_places="MPP in its ImageDescription", scanner=scanner)
+    if file.is_philips:
+        return _about_philips(text)
+    if file.is_ome:
+        pixels = next(e for e in ElementTree.fromstring(file.ome_metadata or "<a/>").iter() if e.tag.endswith("Pixels"))
+        unit = _MICRONS.get(pixels.get("PhysicalSizeXUnit", "µm"), float("nan"))
+        return About(
+            mpp=_number(pixels.get("PhysicalSizeX"), unit), mpp_places="PhysicalSizeX in its OME-XML", scanner=""
+        )
+    maker = " ".join(str(page.tags[name].value).strip() for name in ("Make", "Model") if name in page.tags)
+    return About(mpp=_resolution(page), mpp_places="XResolution and ResolutionUnit", scanner=maker)
+
+
+def _about_philips(text: str) -> About:
+    said: dict[str, list[str]] = {}
+    for element in ElementTree.fromstring(text).iter("Attribute"):
+        said.setdefault(element.get("Name", ""), []).append((element.text or "").replace('"', " ").strip())
+    spacings = [_number(part, 1e3) for told in said.get("DICOM_PIXEL_SPACING", []) for part in told.split()]
+    names = (said.get(name, [""])[0] for name in ("DICOM_MANUFACTURER", "DICOM_MANUFACTURERS_MODEL_NAME"))
+    return About(
+        mpp=min((spacing for spacing in spacings if spacing), default=None),  # of all levels; level 0 is the finest
+        mpp_places="DICOM_PIXEL_SPACING in its ImageDescription",
+        scanner=" ".join(filter(None, names)),
+    )
+
+
+def _resolution(page: Any) -> float | None:
+    unit = _PER_UNIT.get(int(page.resolutionunit))
+    if unit is None or "XResolution" not in page.tags:
+        return None
+    numerator, denominator = page.tags["XResolution"].value
+    return plausible_mpp(unit * denominator / numerator) if numerator else None
+
+
+def _number(text: str | None, unit: float = 1.0) -> float | None:
+    try:
+        return plausible_mpp(float(text or "nan") * unit)
+    except ValueError:
+        return None

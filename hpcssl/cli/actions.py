@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Actions:
-    """The actions of a command; the command line must name one."""
+    """The actions of a command; the command line must name one, unless it is not `required`."""
 
-    def __init__(self, parser: argparse.ArgumentParser):
-        self._parsers = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    def __init__(self, parser: argparse.ArgumentParser, *, required: bool = True):
+        self._parsers = parser.add_subparsers(title="actions", metavar="ACTION", required=required)
 
     def add(
         self, name: str, text: str, *, example: str, run: Callable[[argparse.Namespace], int]

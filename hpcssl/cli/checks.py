@@ -10,7 +10,7 @@ from typing import Any
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 SLURM_TIMEOUT_S = 5.0
-_VOLTA_PINS = (
+VOLTA_PINS = (
     "install the last builds that hold Volta code: 'torch<=2.14' built for CUDA 12.6"
     " (--index-url https://download.pytorch.org/whl/cu126) and, for DALI, nvidia-dali-cuda120"
 )
@@ -87,7 +87,7 @@ def check_gpu(index: int, name: str, capability: tuple[int, int], memory_gib: fl
     where, sm = f"gpu {index}", f"sm_{capability[0]}{capability[1]}"
     detail = f"{name}, {memory_gib:.0f} GiB, {sm}"
     if not _holds_code(capability, arch_list):
-        fix = _VOLTA_PINS if capability == (7, 0) else f"install a torch whose torch.cuda.get_arch_list() holds {sm}"
+        fix = VOLTA_PINS if capability == (7, 0) else f"install a torch whose torch.cuda.get_arch_list() holds {sm}"
         held = f"this torch holds no code for it, only {' '.join(arch_list) or 'none'}"
         return Check(name=where, status=FAIL, detail=f"{detail}; {held}", fix=fix)
     precision = "bf16" if capability >= (8, 0) else "fp16 with loss scaling (no bf16)"
@@ -128,9 +128,7 @@ def check_openslide(version: str | None, failure: str | None) -> Check:
     if failure is None:
         return Check(name="openslide", status=PASS, detail=version or "found")
     detail = f"not usable ({failure}); not needed for JPEG tiles"
-    return Check(
-        name="openslide", status=WARN, detail=detail, fix="pip install '.[wsi]' (openslide-python and openslide-bin)"
-    )
+    return Check(name="openslide", status=WARN, detail=detail, fix="pip install openslide-python openslide-bin")
 
 
 def check_slurm(missing: Sequence[str], answer: str | None) -> Check:

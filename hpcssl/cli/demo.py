@@ -1,4 +1,4 @@
-"""`hpcssl demo`: from JPEG tiles to a benchmark report, on this machine's CPU, by the code that a cluster run uses.
+"""`hpcssl demo`: from whole slides or tiles to a benchmark report, on this machine's CPU, by the code of a cluster run.
 
 Every stage leaves its result whole or not at all, and one that is there is not computed again; so a demo that was
 stopped goes on.
@@ -37,19 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-out"), help="folder for everything; continued where it was (%(default)s)"
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--slides", type=Path, metavar="TABLE", help="slide table of whole slides: slide_id, organ, path, mpp, label"
+    )
+    source.add_argument(
         "--tiles",
         type=Path,
         help="JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)",
     )
-    parser.add_argument("--label", metavar="COLUMN", help="column of slides.csv to predict (default: label, if there)")
+    parser.add_argument(
+        "--label", metavar="COLUMN", help="column of the slide table to predict (default: label, if there)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages that are not done."""
     begun = time.monotonic()
-    demo = Demo(args.out, args.tiles, args.label, args.seed)
+    demo = Demo(args.out, args.tiles, args.slides, args.label, args.seed)
     demo.claim()
     print(
         "about 5 minutes on 2 cores; stop it whenever you like: the same command goes on where it was", file=sys.stderr
@@ -72,6 +78,7 @@ class Demo:
 
     out: Path
     user_tiles: Path | None
+    user_slides: Path | None
     label: str | None
     seed: int
 
@@ -84,7 +91,7 @@ class Demo:
         if self.user_tiles and not self.user_tiles.is_dir():
             raise StoreError(f"{self.user_tiles}: no such folder of tiles")
         asked: dict[str, Any] = {
-            "tiles": str(self.user_tiles.resolve()) if self.user_tiles else "drawn",
+            "tiles": self._source,
             "label": self.label,
             "seed": self.seed,
         }
@@ -100,8 +107,18 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(asked, indent=1) + "\n")
 
+    @property
+    def _source(self) -> str:
+        """Where the tiles are from, in words that `demo.json` keeps."""
+        if self.user_slides:
+            return f"cut from {self.user_slides.resolve()}"
+        return str(self.user_tiles.resolve()) if self.user_tiles else "drawn"
+
     def prepare_tiles(self) -> None:
-        """Draw tiles where the user has none."""
+        """Cut tiles from the user's slides, or draw them where the user has neither."""
+        if self.user_slides:
+            self._cut_tiles(self.user_slides)
+            return
         if self.user_tiles:
             _stage(1, f"tiles: {self.user_tiles}")
             return
@@ -112,6 +129,24 @@ class Demo:
         total = sum(s.num_tiles for s in plan_slides(self.seed))
         with progress("drawing", total=total, unit="tiles") as advance:
             draw_tiles(self._tiles, seed=self.seed, on_progress=advance)
+
+    def _cut_tiles(self, table: Path) -> None:
+        from hpcssl.cli.progress import progress
+        from hpcssl.core.errors import SlideError
+        from hpcssl.tiles.tiling import TilingOptions, tile_slides
+        from hpcssl.tiles.wsi.source import FAILED, slides_to_read
+
+        _stage(1, f"tiles: cutting the slides of {table} at 0.5 MPP")
+        if (self._store_path / "store.json").exists():
+            return
+        slides = slides_to_read(table)
+        with progress("cutting", total=len(slides), unit="slides") as advance:
+            store, failed = tile_slides(slides, self._store_path, TilingOptions(threads=_cores()), on_progress=advance)
+        if store is None:
+            raise SlideError(f"{table}: none of {len(slides)} slides can be used; first: {failed[0]['reason']}")
+        if failed:
+            told = f"{self._store_path / FAILED}; first: {failed[0]['reason']}"
+            _say(f"{len(failed)} of {len(slides)} slides are left out, see {told}")
 
     def build_store(self) -> None:
         """Index the tiles and check that they are as indexed."""
@@ -249,7 +284,7 @@ class Demo:
         left_out = json.loads((self.out / "splits" / "left_out.json").read_text(encoding="utf-8"))
         per_organ = ", ".join(f"{organ} {n}" for organ, n in slides["organ"].value_counts().sort_index().items())
         return {
-            "tiles": str(self.user_tiles) if self.user_tiles else f"{self._tiles}, drawn by the demo",
+            "tiles": f"{self._tiles}, drawn by the demo" if self._source == "drawn" else self._source,
             "slides": f"{self.store.num_slides} ({per_organ})",
             "number of tiles": f"{self.store.num_tiles:,}",
             "recipe": f"{RECIPE}, global batch {self.recipe.global_batch}, {_PROCESSES} processes",

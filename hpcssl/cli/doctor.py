@@ -41,7 +41,7 @@ from hpcssl.cli.checks import (
 from hpcssl.core.provenance import version_of
 
 SUMMARY = "say what works here, what is missing, and how to fix it"
-EXAMPLE = "hpcssl doctor --out /scratch/me"
+EXAMPLE = "hpcssl doctor --out /scratch/me\n  hpcssl doctor --profile my-a100.yaml --out /shared/me"
 
 _COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
 _GIB = 1 << 30
@@ -50,11 +50,22 @@ _GIB = 1 << 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", type=Path, default=Path(), help="folder whose disk is looked at (default: this one)")
+    parser.add_argument(
+        "--profile",
+        help="check a cluster profile, by name or a YAML file, against the cluster of this machine instead: partition,"
+        " limits, account, Python and --out on a node",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Report; 0 when nothing failed, 2 otherwise."""
-    checks = diagnose(args.out)
+    if args.profile:
+        from hpcssl.cli.cluster_facts import diagnose_cluster
+        from hpcssl.jobs.profile import load_profile
+
+        checks = diagnose_cluster(load_profile(args.profile), args.profile, args.out)
+    else:
+        checks = diagnose(args.out)
     show(checks)
     return 2 if any(check.status == FAIL for check in checks) else 0
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpcssl.cli.arrays import add_array_arguments, array_profile, tell_job
+
+if TYPE_CHECKING:
+    from hpcssl.jobs.profile import Profile
 
 SUMMARY = "embed every slide of a store with an encoder; done slides are not computed again"
 EXAMPLE = (
     "hpcssl embed --store STORE --encoder runs/a@150000 --out features/a-150000\n"
-    "  hpcssl embed --store STORE --encoder timm:resnet50:stage3 --weights resnet50.safetensors --out features/resnet50"
+    "  hpcssl embed --store STORE --encoder timm:resnet50:stage3 --weights r50.safetensors --out features/r50\n"
+    "  hpcssl embed --store STORE --encoder runs/a --out features/a --cluster slurm --array 32 --profile a100"
 )
 
 
@@ -32,31 +39,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile-px", type=int, default=None, help="side that tiles are resized to (default: the encoder's)"
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="for decoding and computing (default: all cores)",
-    )
+    parser.add_argument("--threads", type=int, help="for decoding and computing (default: all cores; not on SLURM)")
+    add_array_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed."""
+    """Embed, here or in a job array."""
     from hpcssl.cli.progress import progress
-    from hpcssl.core.errors import ConfigError
-    from hpcssl.embed.baseline import PREFIX, Baseline
-    from hpcssl.embed.encoder import Source
-    from hpcssl.embed.run import embed_store
+    from hpcssl.embed.run import embed_store, source_of
     from hpcssl.tiles.store import Store
 
-    store = Store.open(args.store)
-    if args.encoder.startswith(PREFIX):
-        source: Source | Baseline = Baseline.parse(args.encoder, args.weights)
-    elif args.weights is None:
-        source = Source.parse(args.encoder)
-    else:
-        raise ConfigError(f"--weights {args.weights}: {args.encoder} is a run, which has its own; expected timm:NAME")
+    profile = array_profile(args)
+    if profile:
+        return _submit(args, profile)
+    store, source = Store.open(args.store), source_of(args.encoder, args.weights)
+    threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
     with progress(f"embedding {args.encoder}", total=store.num_slides, unit="slides") as advance:
-        embed_store(store, source, args.out, threads=args.threads, tile_px=args.tile_px, on_progress=advance)
+        embed_store(store, source, args.out, threads=threads, tile_px=args.tile_px, on_progress=advance)
     print(f"features of {store.num_slides} slides: {args.out}")
+    return 0
+
+
+def _submit(args: argparse.Namespace, profile: Profile) -> int:
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.jobs.stages import submit_embedding
+
+    if args.threads is not None:
+        raise ConfigError("--threads: a task of the array has the profile's cpus_per_gpu; leave it out")
+    submitted = submit_embedding(
+        args.store,
+        args.encoder,
+        args.out,
+        profile=profile,
+        num_tasks=args.array,
+        weights=args.weights,
+        tile_px=args.tile_px,
+    )
+    if submitted is None:
+        print(f"features of all slides are there: {args.out}")
+    elif not submitted.tasks:
+        tell_job(submitted.job, args.out, "is under way already; nothing is submitted beside it")
+    else:
+        tell_job(submitted.job, args.out, f"submitted: {submitted.tasks} tasks embed what is missing in {args.out}")
     return 0

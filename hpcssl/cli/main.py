@@ -17,10 +17,12 @@ from hpcssl.core.errors import UserError, describe_os_error
 COMMANDS = (
     "demo",
     "doctor",
+    "tile",
     "store",
     "schedule",
     "plan",
     "pretrain",
+    "jobs",
     "export",
     "embed",
     "splits",

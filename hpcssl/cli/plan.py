@@ -99,10 +99,11 @@ def _draw(args: argparse.Namespace) -> int:
     check_matches(schedule, store.slides, store=args.store)
     tiles = schedule.tiles_at(args.positions.start, args.positions.stop).tolist()
     recipe, seed, plan = _drawn(args)
+    store = store.drawn_by(schedule.seed, schedule.mpp_weights)
     files = [store.file_of(tile) for tile in tiles]
     captions = [
-        f"position {position}  ·  tile {tile}  ·  {file.relative_to(store.root)}"
-        for position, tile, file in zip(args.positions, tiles, files, strict=True)
+        f"position {position}  ·  tile {tile}  ·  {store.name_of(position, tile)}"
+        for position, tile in zip(args.positions, tiles, strict=True)
     ]
     jpegs = [store.fetch(position, tile) for position, tile in zip(args.positions, tiles, strict=True)]
     title = f"{_title(args, seed)}  ·  plan digest {plan.digest()[:16]} …"

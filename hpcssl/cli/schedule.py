@@ -120,7 +120,10 @@ def _build(args: argparse.Namespace) -> int:
     from hpcssl.tiles.store import Store
 
     spec = load_spec(args.spec, args.set)
-    slides = Store.open(args.store).slides if args.store else read_slides(args.slides)
+    if args.store:
+        slides = Store.open(args.store).drawn_by(spec.seed, spec.mpp_weights).slides
+    else:
+        slides = read_slides(args.slides)
     if spec.hold_out:
         print(HoldOut.read(Path(spec.hold_out)).found(slides))
     count = spec.num_pseudo_epochs if args.only is None else len(args.only)

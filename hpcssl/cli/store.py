@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcssl.cli.actions import Actions
+from hpcssl.cli.arrays import add_array_arguments, array_profile, tell_job
+from hpcssl.cli.online import add_online_arguments, build_from_slides, check_kind
+
+if TYPE_CHECKING:
+    from hpcssl.jobs.profile import Profile
+    from hpcssl.tiles.scan import BuildOptions
 
 SUMMARY = "build, verify and describe a tile store"
 EXAMPLE = "hpcssl store build TILES --out STORE --slides slides.csv"
@@ -47,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-check", action="store_true", help="take names and sizes alone; do not look at both ends of every JPEG"
     )
     build.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
+    add_array_arguments(build)
+    add_online_arguments(build)
     verify = actions.add(
         "verify",
         "check the index and that every tile is as it was",
@@ -71,6 +80,13 @@ def _build(args: argparse.Namespace) -> int:
     from hpcssl.tiles.scan import BuildOptions, build_store
     from hpcssl.tiles.store import Store
 
+    check_kind(args)
+    profile = array_profile(args)
+    alone = next((name for name in ("append", "online") if getattr(args, name)), None)
+    if profile and alone:
+        raise StoreError(f"--{alone} is done by one process; leave out --cluster slurm")
+    if args.online:
+        return build_from_slides(args)
     if args.shard_gb is not None and not (args.pack or args.append):
         raise StoreError("--shard-gb is of a packed store; give --pack, too")
     before = Store.open(args.out) if args.append and args.out.exists() else None
@@ -78,6 +94,8 @@ def _build(args: argparse.Namespace) -> int:
         raise StoreError(f"{args.out}: a loose store; it cannot be extended with --pack: pack it into another --out")
     given = {"shard_gb": args.shard_gb, "threads": args.threads}
     options = BuildOptions(pack=args.pack, check=not args.no_check, **{k: v for k, v in given.items() if v is not None})
+    if profile:
+        return _submit(args, options, profile)
     with ExitStack() as stack:
         advance = [lambda n: None]
 
@@ -99,6 +117,23 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
+def _submit(args: argparse.Namespace, options: BuildOptions, profile: Profile) -> int:
+    from hpcssl.jobs.stages import submit_store_build
+    from hpcssl.tiles.parts import parts_folder
+
+    array, join = submit_store_build(
+        args.tiles, args.out, table=args.slides, options=options, profile=profile, num_tasks=args.array
+    )
+    folder = parts_folder(args.out)
+    if array and array.tasks:
+        tell_job(array.job, folder, f"submitted: {array.tasks} tasks build the parts of {args.out} that are missing")
+    elif array:
+        tell_job(array.job, folder, "is under way already; nothing is submitted beside it")
+    if join:
+        tell_job(join.job, folder, f"{'joins' if join.tasks else 'is under way already: it joins'} the parts")
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
     from hpcssl.core.errors import StoreError
@@ -111,7 +146,9 @@ def _verify(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
     with progress("verifying", total=store.num_tiles, unit="tiles") as advance:
         store.verify(advance, deep=args.deep, threads=threads)
-    if store.packed:
+    if store.header["kind"] == "slides":
+        there = f"all {store.num_slides} slides there with their sizes"
+    elif store.packed:
         there = f"all {len(store.header['shards'])} shards of {store.num_tiles} tiles there with their sizes"
     else:
         there = f"all {store.num_tiles} tile files there with their sizes"
@@ -120,10 +157,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from hpcssl.tiles.stats import per_organ, spread_of
+    from hpcssl.tiles.stats import per_organ, spread_of, tissue_per_organ
     from hpcssl.tiles.store import Store
 
     store = Store.open(args.store)
+    if store.header["kind"] == "slides":
+        print(f"{'organ':<20}{'slides':>10}{'tiles':>16}{'mm² of tissue':>22}")
+        for row in tissue_per_organ(store).itertuples(index=False):
+            print(f"{row.organ:<20}{row.slides:>10,}{row.tiles:>16,}{row.tissue_mm2:>22,.1f}")
+        return 0
     print(f"{'organ':<20}{'slides':>10}{'tiles':>16}{'bytes':>22}")
     for row in per_organ(store).itertuples(index=False):
         print(f"{row.organ:<20}{row.slides:>10,}{row.tiles:>16,}{row.bytes:>22,}")

@@ -1,9 +1,9 @@
-"""Embedding every slide of a store: one feature file a slide, written whole; what is there is not computed again."""
+"""Embedding the slides of a store: one feature file a slide, written whole; what is there is not computed again."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import torch
 
 from hpcssl.core.atomic import read_json
 from hpcssl.core.config import first_difference
-from hpcssl.core.errors import ConfigError, FeatureError
-from hpcssl.embed.baseline import Baseline
+from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
+from hpcssl.embed.baseline import PREFIX, Baseline
 from hpcssl.embed.encoder import Embedder, Source, best_device
 from hpcssl.features.files import SUFFIX, write_slide
 from hpcssl.features.folder import INDEX_NAME, write_index
@@ -24,6 +24,20 @@ _BATCH = 128  # tiles of one slide in a forward pass; batches never mix slides, 
 _TILES_AHEAD = 1024  # decoded before their slide's turn: bounds the memory to the largest slide and so many tiles
 
 
+def source_of(encoder: str, weights: Path | None = None) -> Source | Baseline:
+    """Return what `RUN[@STEP]` or `timm:NAME…` means; `weights` are of a timm model alone, else ConfigError."""
+    if encoder.startswith(PREFIX):
+        return Baseline.parse(encoder, weights)
+    if weights is not None:
+        raise ConfigError(f"--weights {weights}: {encoder} is a run, which has its own; expected timm:NAME")
+    return Source.parse(encoder)
+
+
+def text_of(source: Source | Baseline, encoder: str) -> str:
+    """Return the text that means this source from any folder and at any time: a run's step is in it."""
+    return f"{source.run.resolve()}@{source.step}" if isinstance(source, Source) else encoder
+
+
 def embed_store(
     store: Store,
     source: Source | Baseline,
@@ -31,6 +45,7 @@ def embed_store(
     *,
     threads: int,
     tile_px: int | None = None,
+    slides: Sequence[int] | None = None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Write the features of every slide that has no file yet.
@@ -39,15 +54,89 @@ def embed_store(
     ----------
     threads : for decoding; as many compute on the CPU
     tile_px : side that tiles are resized to; None = the encoder's native size
+    slides : numbers of the slides that are wanted; None = all
     on_progress : called with 1 after every slide
 
     Raises
     ------
     FeatureError
         If `out` holds features of another encoder, size or store.
+    BadTileError
+        When all other slides are done, for the first that has a tile which is missing or cannot be decoded.
     """
     if threads < 1:
         raise ConfigError(f"threads = {threads}; expected at least 1")
+    encoder, px = prepare(store, source, out, tile_px)
+    torch.set_num_threads(threads)
+    device = best_device()
+    encoder.module.to(device)
+    table = store.slides
+    wanted = range(len(table)) if slides is None else slides
+    there = _written(out)
+    todo = [i for i in wanted if table["slide_id"].iloc[i] not in there]
+    on_progress(len(wanted) - len(todo))
+    bad: list[BadTileError] = []
+    for index, pixels in _read_ahead(store, todo, px, threads):
+        if isinstance(pixels, BadTileError):
+            bad.append(pixels)
+            continue
+        slide = table.iloc[index]
+        first = int(slide["first_tile"])
+        features = np.concatenate(
+            [_embed(encoder, pixels[i : i + _BATCH], device) for i in range(0, len(pixels), _BATCH)]
+        )
+        coordinates = [store.coordinates_of(t) for t in range(first, first + int(slide["num_tiles"]))]
+        write_slide(out / f"{slide['slide_id']}{SUFFIX}", features, np.array(coordinates, np.int64))
+        on_progress(1)
+    if bad:
+        raise BadTileError(f"{bad[0]}; {len(bad)} of {len(wanted)} slides have no features for such a tile")
+
+
+def embed_share(
+    store: Path,
+    encoder: str,
+    out: Path,
+    *,
+    weights: Path | None,
+    tile_px: int | None,
+    threads: int,
+    slides: Sequence[int],
+) -> None:
+    """Embed some slides of a store: one task of a job array."""
+    embed_store(Store.open(store), source_of(encoder, weights), out, threads=threads, tile_px=tile_px, slides=slides)
+
+
+def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = None) -> list[int]:
+    """Return the numbers of the slides, of those whose id is wanted (None = all), that have no feature file in `out`.
+
+    Raises
+    ------
+    FeatureError
+        If a wanted slide is not in the store.
+    """
+    ids = store.slides["slide_id"].tolist()
+    chosen = set(ids if wanted is None else wanted)
+    lacking = sorted(chosen.difference(ids))
+    if lacking:
+        raise FeatureError(f"{store.path}: has no slide {lacking[0]} ({len(lacking)} such slides); embed another store")
+    chosen -= _written(out)
+    return [i for i, slide_id in enumerate(ids) if slide_id in chosen]
+
+
+def prepare(store: Store, source: Source | Baseline, out: Path, tile_px: int | None) -> tuple[Embedder, int]:
+    """Make the folder of features with its features.json, or check that the one there is of the same making.
+
+    Returns
+    -------
+    The encoder, and the side that tiles are resized to.
+
+    Raises
+    ------
+    ConfigError
+        For a side that the encoder cannot take.
+    FeatureError
+        If `out` holds features of another encoder, size or store.
+    """
     encoder = source.load()
     px = encoder.image_px if tile_px is None else tile_px
     if px < 1 or px % encoder.multiple_px:
@@ -61,21 +150,12 @@ def embed_store(
         "store_digest": store.digest,
     }
     _prepare(out, about)
-    torch.set_num_threads(threads)
-    device = best_device()
-    encoder.module.to(device)
-    slides = store.slides
-    todo = [i for i, slide_id in enumerate(slides["slide_id"]) if not (out / f"{slide_id}{SUFFIX}").exists()]
-    on_progress(len(slides) - len(todo))
-    for index, pixels in _read_ahead(store, todo, px, threads):
-        slide = slides.iloc[index]
-        first = int(slide["first_tile"])
-        features = np.concatenate(
-            [_embed(encoder, pixels[i : i + _BATCH], device) for i in range(0, len(pixels), _BATCH)]
-        )
-        coordinates = [store.coordinates_of(t) for t in range(first, first + int(slide["num_tiles"]))]
-        write_slide(out / f"{slide['slide_id']}{SUFFIX}", features, np.array(coordinates, np.int64))
-        on_progress(1)
+    return encoder, px
+
+
+def _written(out: Path) -> set[str]:
+    """Return the ids of the slides that have a feature file, by one look into the folder."""
+    return {path.name[: -len(SUFFIX)] for path in out.glob(f"[!.]*{SUFFIX}")}
 
 
 def _prepare(out: Path, about: dict) -> None:
@@ -94,8 +174,10 @@ def _prepare(out: Path, about: dict) -> None:
     write_index(out, **about)
 
 
-def _read_ahead(store: Store, slides: list[int], px: int, threads: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (slide number, its tiles (N, px, px, 3) uint8), decoding a few slides ahead."""
+def _read_ahead(
+    store: Store, slides: list[int], px: int, threads: int
+) -> Iterator[tuple[int, np.ndarray | BadTileError]]:
+    """Yield (slide number, its tiles (N, px, px, 3) uint8 or what is wrong with one), decoding a few slides ahead."""
     table = store.slides
 
     def read(tile: int) -> np.ndarray:
@@ -104,9 +186,12 @@ def _read_ahead(store: Store, slides: list[int], px: int, threads: int) -> Itera
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[tuple[int, list[Future[np.ndarray]]]] = deque()
 
-        def finish() -> tuple[int, np.ndarray]:
+        def finish() -> tuple[int, np.ndarray | BadTileError]:
             slide, futures = ahead.popleft()
-            return slide, np.stack([f.result() for f in futures])
+            try:
+                return slide, np.stack([f.result() for f in futures])
+            except BadTileError as error:
+                return slide, error
 
         try:
             for slide in slides:

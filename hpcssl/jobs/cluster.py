@@ -1,19 +1,21 @@
-"""All that hpcssl asks of submitit: submit a job, tell a rank its place, put a job back as it is."""
+"""All that hpcssl asks of submitit: start processes here, write and submit a batch script, tell a rank its place."""
 
 from __future__ import annotations
 
 import io
 import os
+import platform
+import shlex
 import shutil
 import signal
-import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import submitit
 
@@ -21,6 +23,7 @@ from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.core.world import World
 from hpcssl.jobs.profile import Profile
 
+_MARK = "[hpcssl] start {} on "  # begins a line of the log
 _FAR_MIN = 60 * 24 * 365  # submitit's local executor has a limit of two minutes if none is said
 
 
@@ -31,11 +34,13 @@ class Resources:
     Attributes
     ----------
     nodes : machines
+    fewer_nodes : other numbers of machines, all smaller, that will do when there are not so many (SLURM)
     processes_per_node : ranks on each
     profile : what the machines are; its `gpus_per_node` of 0 means ranks without GPUs, else each rank gets one
     """
 
     nodes: int = 1
+    fewer_nodes: tuple[int, ...] = ()
     processes_per_node: int = 1
     profile: Profile = field(default_factory=lambda: Profile(gpus_per_node=0))
 
@@ -53,14 +58,14 @@ class Place:
     ----------
     world : rank and number of ranks
     local_rank : rank on this node
-    num_nodes : of the job
+    nodes : names of the job's nodes
     cores : that the ranks of this node share
     slurm_job : SLURM's job id; None elsewhere
     """
 
     world: World
     local_rank: int = 0
-    num_nodes: int = 1
+    nodes: tuple[str, ...] = field(default_factory=lambda: (platform.node(),))
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     slurm_job: str | None = None
 
@@ -77,7 +82,7 @@ class Place:
         return cls(
             world=World(rank=env.global_rank, size=env.num_tasks),
             local_rank=env.local_rank,
-            num_nodes=env.num_nodes,
+            nodes=tuple(env.hostnames)[: env.num_nodes],
             cores=cores,
             slurm_job=env.job_id if env.cluster == "slurm" else None,
         )
@@ -100,47 +105,142 @@ def check_cluster(cluster: str, resources: Resources) -> None:
         raise ConfigError("--cluster slurm: no srun on PATH; run this on a login node, or see hpcssl doctor")
 
 
-def submit(work: Any, folder: Path, resources: Resources, cluster: Literal["local", "slurm"], *, name: str) -> Any:
-    """Start `work()` on every rank and return submitit's job; its logs and pickles go to `folder`.
-
-    Raises
-    ------
-    RunError
-        With SLURM's own words where it refuses the job.
-    """
-    executor = submitit.AutoExecutor(folder=folder.resolve(), cluster=cluster)
-    profile, ranks = resources.profile, resources.processes_per_node
+def submit_local(work: Any, folder: Path, resources: Resources, *, name: str) -> Any:
+    """Start `work()` on every rank, on this machine, and return submitit's job; logs and pickles go to `folder`."""
+    executor = submitit.AutoExecutor(folder=folder.resolve(), cluster="local")
     executor.update_parameters(
         name=name,
-        nodes=resources.nodes,
-        tasks_per_node=ranks,
-        gpus_per_node=ranks if profile.gpus_per_node else 0,
-        timeout_min=profile.timeout_min if cluster == "slurm" else _FAR_MIN,
+        tasks_per_node=resources.processes_per_node,
+        gpus_per_node=resources.processes_per_node if resources.profile.gpus_per_node else 0,
+        timeout_min=_FAR_MIN,
     )
-    if cluster == "slurm":
+    with _ignoring_interrupts():
+        return executor.submit(work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A batch script: a command on every rank, and one on the first node when all ranks have ended.
+
+    The ranks start from these words alone, so that nothing of submitit's needs to be kept until the job starts again.
+
+    Attributes
+    ----------
+    name : of the job
+    token : names the submission
+    folder : for script and logs
+    resources : see there
+    command : what every rank runs
+    afterwards : what runs when the ranks have ended; the exit code of `command` is added to it, its own is the job's
+    begin_in_s : do not start earlier than in so many seconds
+    """
+
+    name: str
+    token: str
+    folder: Path
+    resources: Resources
+    command: tuple[str, ...]
+    afterwards: tuple[str, ...]
+    begin_in_s: float = 0.0
+
+    def script(self) -> str:
+        """Return the script as `sbatch` gets it."""
+        return str(self._executor()._make_submission_file_text(shlex.join(self.command), ""))
+
+    def submit(self) -> str:
+        """Submit it; returns the job's id.
+
+        Raises
+        ------
+        RunError
+            With SLURM's own words where it refuses the job.
+        """
+        try:
+            # submitit prints SLURM's refusal, too; the error below tells it
+            with outside_of_a_job(), redirect_stderr(io.StringIO()):
+                return str(self._executor()._submit_command(shlex.join(self.command)).job_id)
+        except submitit.core.utils.FailedJobError as error:
+            raise RunError(" ".join(str(error).split())) from None
+
+    def _executor(self) -> Any:
+        executor = submitit.SlurmExecutor(folder=self.folder.resolve())
+        resources, profile, ranks = self.resources, self.resources.profile, self.resources.processes_per_node
         asked = {
+            "job_name": self.name,
+            "nodes": resources.nodes,
+            "ntasks_per_node": None if resources.fewer_nodes else ranks,
+            "gpus_per_node": ranks if profile.gpus_per_node else None,
             "cpus_per_task": profile.cpus_per_gpu,
-            "mem_gb": profile.mem_gb_per_gpu and profile.mem_gb_per_gpu * ranks,
-            "slurm_partition": profile.partition,
-            "slurm_account": profile.account,
-            "slurm_constraint": profile.constraint,
-            "slurm_setup": list(profile.setup),
-            "slurm_signal_delay_s": profile.signal_lead_s,
-            "slurm_additional_parameters": {"requeue": True},  # a cluster may refuse it to jobs that did not ask
+            "mem": profile.mem_gb_per_gpu and f"{round(profile.mem_gb_per_gpu * ranks * 1024)}M",
+            "time": profile.timeout_min,
+            "partition": profile.partition,
+            "account": profile.account,
+            "constraint": profile.constraint,
+            "signal_delay_s": profile.signal_lead_s,
         }
-        executor.update_parameters(**{key: value for key, value in asked.items() if value})
-    try:
-        # submitit prints SLURM's refusal, too; the error below is what tells it
-        with _ignoring_interrupts(cluster == "local"), redirect_stderr(io.StringIO()):
-            return executor.submit(work)
-    except submitit.core.utils.FailedJobError as error:
-        raise RunError(f"SLURM refused the job: {' '.join(str(error).split())}") from None
+        executor.update_parameters(
+            **{key: value for key, value in asked.items() if value},
+            additional_parameters=self._more(),
+            setup=[_mark(f"{self.token}-${{SLURM_RESTART_COUNT:-0}}"), *profile.batch_setup, *_choose_nodes(resources)],
+            # the ranks of a step end together; and since SLURM 22.05 a step does not inherit its job's cores
+            srun_args=[
+                "--kill-on-bad-exit=1",
+                f"--ntasks-per-node={ranks}",
+                f"--cpus-per-task={profile.cpus_per_gpu}",
+            ],
+            teardown=[f'{shlex.join(self.afterwards)} "$?"'],
+        )
+        return executor
+
+    def _more(self) -> dict[str, Any]:
+        """Return what submitit has no name for."""
+        more: dict[str, Any] = {"requeue": True}  # a cluster may refuse it to jobs that did not ask
+        resources = self.resources
+        if resources.fewer_nodes:
+            more["nodes"] = f"{min(resources.fewer_nodes)}-{resources.nodes}"
+            # not the number of ranks, of which SLURM then plans the smallest, and so the fewest nodes
+            more["mincpus"] = resources.processes_per_node * resources.profile.cpus_per_gpu
+        if self.begin_in_s >= 1:
+            more["begin"] = f"now+{round(self.begin_in_s)}"
+        return more
+
+
+def start_name(token: str) -> str:
+    """Return the name of this start among those of a submission and of its requeues."""
+    return f"{token}-{restart_count()}"
+
+
+def log_of_start(log: str, start: str) -> str:
+    """Return the part of a job's log that was written during a start."""
+    _, _, rest = log.partition(_MARK.format(start))
+    return rest.partition(_MARK.partition("{")[0])[0]
+
+
+def _mark(start: str) -> str:
+    return f'echo "{_MARK.format(start)}$SLURM_JOB_NODELIST" >&2'
+
+
+def python(module: str, *arguments: str) -> tuple[str, ...]:
+    """Return the command that runs a module of ours with this interpreter."""
+    return (sys.executable, "-u", "-m", module, *arguments)
+
+
+def _choose_nodes(resources: Resources) -> list[str]:
+    """Return lines of the batch script that take the largest number of nodes that will do of those that there are."""
+    if not resources.fewer_nodes:
+        return []
+    counts = " ".join(map(str, sorted({resources.nodes, *resources.fewer_nodes}, reverse=True)))
+    return [
+        f'for nodes in {counts}; do [ "$nodes" -le "$SLURM_JOB_NUM_NODES" ] && break; done',
+        "export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes",
+        f"export SLURM_NTASKS=$((nodes * {resources.processes_per_node}))",
+    ]
 
 
 @contextmanager
-def _ignoring_interrupts(wanted: bool) -> Iterator[None]:
+def _ignoring_interrupts() -> Iterator[None]:
     """Let what starts meanwhile ignore Ctrl-C, which a terminal sends to all: its launcher then asks it to stop."""
-    if not wanted or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -176,13 +276,62 @@ def as_it_is(work: Any) -> Any:
     return submitit.helpers.DelayedSubmission(work)
 
 
-def requeue(slurm_job: str) -> None:
-    """Let SLURM start this job again, unless SLURM is ending it already: cancelled, or requeued from outside."""
-    ask = ["squeue", "--noheader", "--jobs", slurm_job, "--format=%T"]
-    if subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip() == "RUNNING":
-        subprocess.run(["scontrol", "requeue", slurm_job], check=True)
-
-
 def restart_count() -> int:
     """Return how often SLURM has requeued this job; 0 elsewhere."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+@contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Keep from what is submitted meanwhile the settings of the job that this process is in, if it is in one."""
+    of_the_job = ("SLURM_", "SLURMD_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    names = [name for name in os.environ if name.startswith(of_the_job) and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def submit_array(
+    calls: Sequence[Any], folder: Path, profile: Profile, *, name: str, gpus: int, after: Sequence[str]
+) -> str:
+    """Submit a job array, one process a call, and return SLURM's id; logs and pickles go to `folder`.
+
+    Parameters
+    ----------
+    gpus : of each task
+    after : ids of jobs that must have ended well before; SLURM drops this one where that can no longer be
+
+    Raises
+    ------
+    RunError
+        With SLURM's own words where it refuses the job.
+    """
+    asked = {
+        "mem_gb": profile.mem_gb_per_gpu,
+        "slurm_partition": profile.partition,
+        "slurm_account": profile.account,
+        "slurm_constraint": profile.constraint,
+        "slurm_setup": profile.batch_setup,
+        "slurm_srun_args": [f"--cpus-per-task={profile.cpus_per_gpu}"],  # see `Batch`
+        "slurm_signal_delay_s": profile.signal_lead_s,
+        "slurm_dependency": after and f"afterok:{':'.join(after)}",
+        "slurm_additional_parameters": {"requeue": True} | ({"kill-on-invalid-dep": "yes"} if after else {}),
+    }
+    executor = submitit.AutoExecutor(folder=folder.resolve(), cluster="slurm")
+    executor.update_parameters(
+        name=name,
+        nodes=1,
+        tasks_per_node=1,
+        gpus_per_node=gpus,
+        cpus_per_task=profile.cpus_per_gpu,
+        timeout_min=profile.timeout_min,
+        **{key: value for key, value in asked.items() if value},
+    )
+    try:
+        with outside_of_a_job(), redirect_stderr(io.StringIO()), executor.batch():
+            jobs = [executor.submit(call) for call in calls]
+    except submitit.core.utils.FailedJobError as error:
+        raise RunError(" ".join(str(error).split())) from None
+    return str(jobs[0].job_id).partition("_")[0]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hpcssl.core.errors import RunError
-from hpcssl.jobs.cluster import Resources, live_ranks, stop_local, submit
-from hpcssl.jobs.worker import PretrainJob, failure_file
+from hpcssl.core.errors import RunError, UserError
+from hpcssl.jobs.causes import read_words
+from hpcssl.jobs.cluster import Batch, Resources, live_ranks, python, start_name, stop_local, submit_local
+from hpcssl.jobs.elastic import begin_in_s
+from hpcssl.jobs.lifecycle import newest_step
+from hpcssl.jobs.refusal import with_fix
+from hpcssl.jobs.slurm import queued
+from hpcssl.jobs.submission import read_submission, write_submission
+from hpcssl.jobs.worker import PretrainJob
+from hpcssl.runs.history import record_end
 from hpcssl.runs.metrics import last_record
 
 _POLL_S = 0.2
@@ -23,38 +30,89 @@ _GRACE_S = 30.0  # for a step and a checkpoint
 
 
 def launch(
-    run: Path, resources: Resources, cluster: Literal["none", "local", "slurm"], *, on_step: Callable[[int], None]
+    run: Path, resources: Resources, cluster: Literal["none", "local"], *, on_step: Callable[[int], None]
 ) -> str:
-    """Start a prepared run; on this machine also wait for its end.
+    """Start a prepared run on this machine, and wait for its end; returns `finished` or `stopped`.
 
     Parameters
     ----------
     on_step : called while waiting with the number of steps done so far
-
-    Returns
-    -------
-    On this machine `finished` or `stopped`, on SLURM the job's id.
 
     Raises
     ------
     RunError
         With the cause in one line where it is known, else with the log to read.
     """
-    token = uuid.uuid4().hex[:12]
-    if cluster == "none":
-        outcome = PretrainJob(str(run), token)()
-        _report(run, on_step)
-        return outcome
-    local = cluster == "local"
-    work = PretrainJob(
-        str(run.resolve()),
-        token,
-        launcher_pid=os.getpid() if local else None,
-        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES") if local else None,
+    token = _new_token()
+    write_submission(run, cluster, resources)
+    try:
+        outcome = (
+            _launch_local(run, resources, token, on_step) if cluster == "local" else PretrainJob(str(run), token)()
+        )
+    except Exception as error:
+        why = str(error) if isinstance(error, UserError) else repr(error)
+        record_end(run, start=start_name(token), job=None, state="failed", why=why, step=newest_step(run))
+        raise
+    _report(run, on_step)
+    return outcome
+
+
+def batch_of(run: Path, resources: Resources, *, wait_min: float) -> Batch:
+    """Return the batch job of a run; asks SLURM when it could start where several numbers of nodes will do.
+
+    Raises
+    ------
+    RunError
+        With SLURM's words and what to do about them, where it would refuse the job.
+    """
+    run, token = run.resolve(), _new_token()
+    batch = Batch(
+        name=f"hpcssl-{run.name}",
+        token=token,
+        folder=run / "logs",
+        resources=resources,
+        command=python("hpcssl.jobs.rank", str(run), token),
+        afterwards=python("hpcssl.jobs.lifecycle", str(run), token),
     )
-    job = submit(work, run / "logs", resources, cluster, name=f"hpcssl-{run.name}")
-    if cluster == "slurm":
-        return str(job.job_id)
+    try:
+        return replace(batch, begin_in_s=begin_in_s(batch, wait_min=wait_min))
+    except RunError as error:
+        raise RunError(with_fix(str(error))) from None
+
+
+def submit(run: Path, resources: Resources, *, wait_min: float = 0.0) -> str:
+    """Submit a prepared run to SLURM; returns the job's id.
+
+    Parameters
+    ----------
+    wait_min : how long the largest number of nodes is worth waiting for, where fewer will do
+
+    Raises
+    ------
+    RunError
+        If a job of the run is under way, or with SLURM's words and what to do about them, where it refuses this one.
+    """
+    before = read_submission(run)
+    under_way = queued([before.job]) if before and before.job else {}
+    for job, line in under_way.items():
+        raise RunError(f"{run}: job {job} of this run is {line.state.lower()}; hpcssl jobs cancel {run} ends it")
+    batch = batch_of(run, resources, wait_min=wait_min)
+    try:
+        job = batch.submit()
+    except RunError as error:
+        raise RunError(with_fix(str(error))) from None
+    write_submission(run, "slurm", resources, wait_min=wait_min, job=job)
+    return job
+
+
+def _new_token() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def _launch_local(run: Path, resources: Resources, token: str, on_step: Callable[[int], None]) -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    work = PretrainJob(str(run.resolve()), token, launcher_pid=os.getpid(), visible_gpus=visible)
+    job = submit_local(work, run / "logs", resources, name=f"hpcssl-{run.name}")
     try:
         return _wait(job, run, token, on_step)
     except RunError:  # the other ranks wait for one that is gone
@@ -78,7 +136,6 @@ def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None]) -> st
         if missing_since and time.monotonic() - missing_since > _MISSING_S:
             raise RunError(_cause(run, token, job))
         time.sleep(_POLL_S)
-    _report(run, on_step)
     if all(rank.paths.result_pickle.exists() and rank.exception() is None for rank in ranks):
         return "finished" if all(rank.result() == "finished" for rank in ranks) else "stopped"
     raise RunError(_cause(run, token, job))
@@ -91,8 +148,7 @@ def _report(run: Path, on_step: Callable[[int], None]) -> None:
 
 def _cause(run: Path, token: str, job: Any) -> str:
     """Return why a start failed: what a rank told, else a full disk, else where the log is."""
-    words = [json.loads(f.read_text(encoding="utf-8")) for f in run.glob(f"logs/{failure_file(run, token, '*').name}")]
-    words.sort(key=lambda word: (not word["told"], word["time"]))
+    words = read_words(run, start_name(token))
     if words and words[0]["told"]:
         return str(words[0]["message"])
     if shutil.disk_usage(run).free < _FULL_BYTES:

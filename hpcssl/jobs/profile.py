@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from hpcssl.core import config, resources
+from hpcssl.core.errors import ConfigError
+
+_INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,8 @@ class Profile:
     timeout_min : time limit of a job, in minutes
     signal_lead_s : how long before the limit SLURM warns the run, in seconds
     setup : shell lines to run before the processes start
+    environment : variables that the processes get, by name
+    network_interface : that processes on several nodes talk through, such as ib0; None = NCCL and gloo choose
     """
 
     partition: str | None = None
@@ -31,9 +39,43 @@ class Profile:
     timeout_min: int = 24 * 60
     signal_lead_s: int = 120
     setup: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    network_interface: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"gpus_per_node": 0, "cpus_per_gpu": 1, "timeout_min": 1, "signal_lead_s": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"profile: {name} = {getattr(self, name)}; expected at least {least}")
+        if self.mem_gb_per_gpu is not None and not self.mem_gb_per_gpu > 0:
+            raise ConfigError(f"profile: mem_gb_per_gpu = {self.mem_gb_per_gpu}; expected above 0, or null")
+        if self.signal_lead_s >= 60 * self.timeout_min:
+            raise ConfigError(
+                f"profile: signal_lead_s = {self.signal_lead_s}; expected less than timeout_min ="
+                f" {self.timeout_min}, which are {60 * self.timeout_min} s"
+            )
+        unfit = next((name for name in self.environment if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)), None)
+        if unfit is not None:
+            raise ConfigError(f"profile: environment names {unfit!r}; expected letters, digits and _")
+
+    @property
+    def batch_setup(self) -> list[str]:
+        """Lines of the batch script in front of the processes: `setup`, then what sets `environment` and the interface.
+
+        >>> Profile(setup=("module load cuda",), environment={"A": "b c"}, network_interface="ib0").batch_setup
+        ['module load cuda', 'export NCCL_SOCKET_IFNAME=ib0', 'export GLOO_SOCKET_IFNAME=ib0', "export A='b c'"]
+        """
+        variables = dict.fromkeys(_INTERFACE_VARIABLES, self.network_interface) if self.network_interface else {}
+        variables |= self.environment
+        return [*self.setup, *(f"export {name}={shlex.quote(value)}" for name, value in variables.items())]
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """Load a profile that ships (`a100`, `v100`, `cpu`) or a YAML file; ConfigError for anything unknown in it."""
+    """Load a profile that ships (`a100`, `h100`, `v100`, `local`) or a YAML file.
+
+    Raises
+    ------
+    ConfigError
+        For anything unknown in it, naming the nearest, or a value that cannot be.
+    """
     path = resources.locate("profile", name_or_path)
     return config.build(Profile, config.read_yaml(path), where=f"profile {path.stem}")

@@ -1,29 +1,31 @@
-"""What submitit runs on every rank: joins the others, trains, leaves word of how it ended."""
+"""What runs on every rank: joins the others, trains, leaves word of how it ended.
+
+On this machine submitit calls a `PretrainJob`; on SLURM the batch script does, through `hpcssl.jobs.rank`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpcssl.core.errors import UserError, describe_os_error
-from hpcssl.jobs.cluster import Place, as_it_is, requeue, restart_count
+from hpcssl.jobs.causes import failure_file
+from hpcssl.jobs.cluster import Place, start_name
+from hpcssl.jobs.follow import following
+from hpcssl.jobs.lifecycle import claim, finish, stop
+from hpcssl.jobs.rank import catch_stop_signals
 from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
-from hpcssl.runs.folder import Generation
-
-_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """A start of a run; pickled by submitit, called once on every rank.
+    """A start of a run; called once on every rank.
 
     Attributes
     ----------
@@ -40,55 +42,55 @@ class PretrainJob:
 
     def __call__(self) -> str:
         """Train; returns `finished` or `stopped`, and raises what ended it otherwise."""
+        # after submitit's own handlers, which would save in the middle of a step
+        return self.on_rank(catch_stop_signals())
+
+    def on_rank(self, asked: list[int]) -> str:
+        """Train until the end or until `asked` is no longer empty."""
         place = Place.here()
         if self.visible_gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_gpus
         try:
-            return self._train(place)
+            return self._train(place, asked)
         except BaseException as error:
             self._leave_word(place, error)
             raise
 
-    def checkpoint(self) -> Any:
-        """Tell submitit, whose own handler is replaced by ours, that a requeued job goes on as it is."""
-        return as_it_is(self)
-
-    def _train(self, place: Place) -> str:
+    def _train(self, place: Place, asked: list[int]) -> str:
         run = Path(self.run)
-        asked: list[int] = []
-        for number in _STOP_SIGNALS:  # after submitit's own handlers, which would save in the middle of a step
-            signal.signal(number, lambda received, frame: asked.append(received))
         entry = importlib.import_module("hpcssl.train.entry")
         stopped = importlib.import_module("hpcssl.train.loop").Stopped
-        token = f"{self.token}-{restart_count()}"
-        alone = place.world.size == 1
-        group = (
-            nullcontext()
-            if alone
-            else process_group(run / "generations", token, place.world, one_node=place.num_nodes == 1)
-        )
+        start = start_name(self.token)
+
+        def say(text: str) -> None:
+            print(f"[rank {place.world.rank}] {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+        alone, one_node = place.world.size == 1, len(place.nodes) == 1
+        group = nullcontext() if alone else process_group(run / "generations", start, place.world, one_node=one_node)
         generation = None
         with group:
             try:
                 if not self._launcher_lives():  # or it would take the run over from a start that came after it
                     raise stopped("its launcher is gone")
-                generation = Generation.take(run) if place.world.rank == 0 else None
-                entry.pretrain(
-                    run,
-                    world=place.world,
-                    all_reduce_sum=(lambda tensor: None) if alone else all_reduce_sum,
-                    local_rank=place.local_rank,
-                    ranks_per_node=max(1, place.world.size // place.num_nodes),
-                    cores=place.cores,
-                    generation=generation,
-                    asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),
-                    say=lambda text: print(f"[rank {place.world.rank}] {text}", file=sys.stderr, flush=True),  # noqa: T201
-                )
+                generation = claim(run, start, place) if place.world.rank == 0 else None
+                with following(run, say) if generation else nullcontext():
+                    entry.pretrain(
+                        run,
+                        world=place.world,
+                        all_reduce_sum=(lambda tensor: None) if alone else all_reduce_sum,
+                        local_rank=place.local_rank,
+                        ranks_per_node=max(1, place.world.size // len(place.nodes)),
+                        cores=place.cores,
+                        generation=generation,
+                        asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),
+                        say=say,
+                    )
             except stopped:
-                superseded = generation is not None and generation.is_stale()
-                if place.slurm_job and generation is not None and not superseded:
-                    requeue(place.slurm_job)
+                if generation and not generation.is_stale():
+                    stop(run, start, place, "stopped by a signal" if self._launcher_lives() else "its launcher is gone")
                 return "stopped"
+        if generation:
+            finish(run, start, place)
         return "finished"
 
     def _launcher_lives(self) -> bool:
@@ -110,9 +112,5 @@ class PretrainJob:
         message = describe_os_error(error) if isinstance(error, OSError) else f"{error}" if told else repr(error)
         with suppress(OSError):
             word = {"time": time.time(), "rank": place.world.rank, "told": told, "message": message}
-            failure_file(Path(self.run), self.token, place.world.rank).write_text(json.dumps(word), encoding="utf-8")
-
-
-def failure_file(run: Path, token: str, rank: int | str) -> Path:
-    """Return where a rank leaves word of its failure."""
-    return run / "logs" / f"failure-{token}-rank{rank}.json"
+            file = failure_file(Path(self.run), start_name(self.token), place.world.rank)
+            file.write_text(json.dumps(word), encoding="utf-8")

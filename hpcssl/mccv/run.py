@@ -347,12 +347,22 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def collect(out: Path) -> pd.DataFrame:
-    """Join all parts in results.csv; a run that a part of its own and a full part both hold stands there once."""
-    files = sorted((out / "parts").glob("*.csv"), key=lambda file: (_ONLY in file.name, file.name))
-    table = pd.concat([read_results(file) for file in files], ignore_index=True)
-    table = table.drop_duplicates(_KEY, keep="first").sort_values(_KEY, ignore_index=True)
-    write_table(out / "results.csv", table)
-    records = [_read_record(file) for file in files]
-    held = {r["task"]: {"train": r["train"], "val": r["slides"] - r["train"]} for r in records if "train" in r}
-    write_table(out / "tasks.csv", pd.DataFrame([{"task": task, **row} for task, row in sorted(held.items())]))
+    """Join all parts in results.csv; a run that a part of its own and a full part both hold stands there once.
+
+    Several commands may fill one folder at a time: what was added meanwhile is joined, too.
+    """
+    joined, files = None, _part_files(out)
+    while joined != files:
+        joined = files
+        table = pd.concat([read_results(file) for file in files], ignore_index=True)
+        table = table.drop_duplicates(_KEY, keep="first").sort_values(_KEY, ignore_index=True)
+        write_table(out / "results.csv", table)
+        records = [_read_record(file) for file in files]
+        held = {r["task"]: {"train": r["train"], "val": r["slides"] - r["train"]} for r in records if "train" in r}
+        write_table(out / "tasks.csv", pd.DataFrame([{"task": task, **row} for task, row in sorted(held.items())]))
+        files = _part_files(out)
     return table
+
+
+def _part_files(out: Path) -> list[Path]:
+    return sorted((out / "parts").glob("[!.]*.csv"), key=lambda file: (_ONLY in file.name, file.name))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hpcssl.report.restarts import restarts_part
 from hpcssl.report.results import ReportError
 from hpcssl.report.style import DASHES, PALETTE, WIDTH_INCH, Part, draw, elided, say_empty
 from hpcssl.report.times import times_part
@@ -28,7 +29,7 @@ _PANEL, _ABOVE, _BELOW, _AXIS = 2.2, 0.35, 1.45, 0.5
 
 
 def training_parts(runs: Sequence[Path]) -> list[Part]:
-    """Return the figures of the loss and, where runs recorded them, of times and of the optimiser's values."""
+    """Return the figures of the loss and, where runs recorded them, of times, restarts and the optimiser's values."""
     from hpcssl.runs.metrics import read_metrics
 
     recorded = {name: (run, read_metrics(run)) for name, run in zip(_names(runs), runs)}
@@ -37,6 +38,11 @@ def training_parts(runs: Sequence[Path]) -> list[Part]:
     times = times_part({name: frame for name, (_, frame) in recorded.items()}, _SMOOTHED_SHARE, _MAX_ROWS)
     if times:
         parts.append(times)
+    restarts = restarts_part(
+        {name: run for name, (run, _) in recorded.items()}, {n: int(t["step"].max()) for n, t in traces.items()}
+    )
+    if restarts:
+        parts.append(restarts)
     recorded_settings = [s for s in _SETTINGS if any(s in t and t[s].notna().any() for t in traces.values())]
     if recorded_settings:
         parts.append(_settings_part(traces, recorded_settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,44 +11,54 @@ from torch import Tensor
 
 
 class BackgroundWriter:
-    """Hands a copy of some tensors to a thread; at most one write is under way.
+    """Hands copies of some tensors to a thread, which writes them one after the other.
 
-    The copy lies in buffers that are used again, pinned where the tensors are a GPU's, so that training stands still
-    for the copy alone. What the thread raises is raised by the next call here.
+    Training stands still for the copy alone, also where the write before is still under way, as it may be on a slow
+    disk; only a third one waits. A copy lies in one of two sets of buffers that are used again, pinned where the
+    tensors are a GPU's; the second set is made when it is first needed. What the thread raises is raised by the next
+    call here.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._pending: deque[tuple[Future[None], dict[str, Tensor]]] = deque()
+        self._free: list[dict[str, Tensor]] = [{}, {}]
 
     def start(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
-        """Wait for the former write, copy the tensors, and begin `write(copies)`."""
-        self.wait()
-        self._pending = self._thread.submit(write, self._copied(tensors))
+        """Copy the tensors and begin `write(copies)`; waits where two writes are under way."""
+        self.check()
+        if not self._free:
+            self._end_first()
+        buffers = self._free.pop()
+        self._pending.append((self._thread.submit(write, _copied(tensors, buffers)), buffers))
 
     def check(self) -> None:
         """Raise the error of a write that has failed; does not wait."""
-        if self._pending and self._pending.done():
-            self.wait()
+        while self._pending and self._pending[0][0].done():
+            self._end_first()
 
     def wait(self) -> None:
-        """Wait for the write under way, and raise its error if it fails."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        """Wait for the writes under way, and raise the error of the first that fails."""
+        while self._pending:
+            self._end_first()
 
     def close(self) -> None:
-        """Let the write under way end, and the thread with it; an error that nobody has asked for is dropped."""
+        """Let the writes under way end, and the thread with them; an error that nobody has asked for is dropped."""
         self._thread.shutdown(wait=True)
 
-    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[name] = buffer
-            buffer.copy_(tensor.detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()  # the copies are whole before training changes what they are copies of
-        return {name: self._buffers[name] for name in tensors}
+    def _end_first(self) -> None:
+        writing, buffers = self._pending.popleft()
+        self._free.append(buffers)
+        writing.result()
+
+
+def _copied(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors into buffers of theirs, which are made where they are missing."""
+    for name, tensor in tensors.items():
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffers[name] = buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        buffer.copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()  # the copies are whole before training changes what they are copies of
+    return {name: buffers[name] for name in tensors}

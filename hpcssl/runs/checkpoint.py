@@ -10,15 +10,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hpcssl.core.atomic import atomic_file
 from hpcssl.core.errors import RunError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.safetensors$")
+_DTYPES = {  # by safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -62,15 +73,32 @@ def write_state(
     header = json.dumps({**content, "digest": _digest(whole, content)})
     with atomic_file(path) as temporary:
         try:
-            save_file(whole, temporary, metadata={"hpcssl": header})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number:  # a full disk, say: an error of the system like any other
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-            raise
-        with temporary.open("rb") as stream:  # here, not after the last look: on a slow disk it takes a while
-            os.fsync(stream.fileno())
+            _write_safetensors(temporary, whole, {"hpcssl": header})
+        except OSError as error:  # which may not know the file, let alone its final name
+            raise OSError(error.errno, error.strerror, str(path)) from None
         before_rename()
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file of the format safetensors, and sync it.
+
+    The library's own writer puts the data into another temporary file, which a kill would leave for ever and which
+    nobody but its owner may read; some of its versions hold the interpreter's lock meanwhile.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    in_order = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that all lie aligned
+    end = 0
+    for name, tensor in in_order:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in in_order:
+            stream.write(_bytes(tensor).data)
+        stream.flush()
+        os.fsync(stream.fileno())  # here, not after the last look at the claim: on a slow disk it takes a while
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -102,12 +130,30 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 
 
 def load_latest(run: Path, on_damaged: Callable[[str], None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Read the newest checkpoint that is whole, or None; every damaged one is told to `on_damaged`."""
-    for step in reversed(checkpoint_steps(run)):
+    """Read the newest whole checkpoint, or None where nothing was trained; damaged ones are told to `on_damaged`.
+
+    Raises
+    ------
+    RunError
+        If there are checkpoints of trained steps and none can be read: to begin anew would bury what they hold.
+    """
+    steps, damages = checkpoint_steps(run), []
+    for step in reversed(steps):
         try:
-            return load_checkpoint(checkpoint_path(run, step))
+            found = load_checkpoint(checkpoint_path(run, step))
         except RunError as error:
-            on_damaged(f"{error}; falling back to the one before")
+            damages.append(str(error))
+            continue
+        for damage in damages:
+            on_damaged(f"{damage}; falling back to step {step}")
+        return found
+    if steps and steps[-1] > 0:
+        raise RunError(
+            f"{run}: none of its {len(steps)} checkpoints can be read (the newest: {damages[0]}); nothing was changed;"
+            " put a whole one back, or choose another --out"
+        )
+    for damage in damages:
+        on_damaged(f"{damage}; it is computed again")
     return None
 
 
@@ -127,5 +173,11 @@ def _digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> 
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor).data)
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """Return a contiguous tensor's memory."""
+    content: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return content

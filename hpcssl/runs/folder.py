@@ -6,15 +6,17 @@ metrics.jsonl        the training trace
 checkpoints/         step-000000320.safetensors …
 bad_tiles.csv        tiles that could not be used, and why; only if there were any
 failed-step-000000123/  all of a step that was not finite and could not be skipped; see hpcssl.train.failure
-restarts.jsonl       one line a start: when, where, from which step, with how many processes
-generations/         fencing: one empty file a start; the newest start owns the folder
+restarts.jsonl       one line a start: when, why, on which nodes, from which step, with how many processes
+end.json             how the newest start that has ended did so; see hpcssl.runs.history
+submission.json      what was asked for last, of this machine or of SLURM: all that it takes to ask again
+generations/         fencing: one file a start, saying whose; the newest start owns the folder
 logs/                the launcher's logs
+benchmark/           what follows the run: bench.yaml, features, results; see hpcssl.jobs.follow
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -112,15 +114,15 @@ class Generation:
         self._next = _generation_file(run, number + 1)
 
     @classmethod
-    def take(cls, run: Path) -> Generation:
-        """Claim the folder for this start."""
-        folder = run / "generations"
-        folder.mkdir(exist_ok=True)
-        number = max((int(f.name) for f in folder.iterdir() if f.name.isdigit()), default=0)
+    def take(cls, run: Path, **about: Any) -> Generation:
+        """Claim the folder for this start; `about` says whose it is, and joins its line in the restart history."""
+        (run / "generations").mkdir(exist_ok=True)
+        number = newest_generation(run)
         while True:
             number += 1
             try:
-                os.close(os.open(_generation_file(run, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                with _generation_file(run, number).open("x", encoding="utf-8") as stream:
+                    json.dump(about, stream)
                 return cls(run, number)
             except FileExistsError:
                 continue
@@ -130,12 +132,20 @@ class Generation:
         return self._next.exists()
 
 
+def newest_generation(run: Path) -> int:
+    """Return the number of the newest start's claim; 0 before the first."""
+    return max((int(f.name) for f in (run / "generations").glob("*") if f.name.isdigit()), default=0)
+
+
 def _generation_file(run: Path, number: int) -> Path:
     return run / "generations" / f"{number:06d}"
 
 
-def record_start(run: Path, **facts: Any) -> None:
-    """Append one line to the restart history."""
-    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": platform.node(), **facts})
+def record_start(run: Path, *, generation: int, **facts: Any) -> None:
+    """Append one line to the restart history: these facts, and what the start's claim says about it."""
+    claim = _generation_file(run, generation)
+    about = json.loads(claim.read_text(encoding="utf-8") or "{}") if claim.exists() else {}
+    begun = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": platform.node(), "generation": generation}
+    line = json.dumps({**begun, **about, **facts})
     with (run / "restarts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import mmap
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from hpcssl.core.atomic import atomic_file
 from hpcssl.core.errors import RunError
 
 FILE_NAME = "metrics.jsonl"
+_LINES = 50_000  # that are in memory as dictionaries at a time: a long run has millions
 
 
 class MetricsWriter:
@@ -20,11 +26,13 @@ class MetricsWriter:
 
     def __init__(self, run: Path, *, next_step: int):
         path = run / FILE_NAME
-        if path.exists():
-            kept = [line for line, record in _records(path) if record["step"] < next_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+        for left in run.glob(f".{FILE_NAME}.*.tmp"):  # by a killed start
+            left.unlink(missing_ok=True)
+        if path.exists() and path.stat().st_size:
+            # a new file, so that a start that was superseded goes on writing into the old one
+            with atomic_file(path) as temporary:
+                shutil.copyfile(path, temporary)
+                os.truncate(temporary, _length_before(path, next_step))
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -53,9 +61,12 @@ def read_metrics(run: Path) -> pd.DataFrame:
     path = run / FILE_NAME
     if not path.exists():
         raise RunError(f"{run}: no {FILE_NAME}; has the run begun?")
-    frame = pd.DataFrame([record for _, record in _records(path)])
-    if frame.empty:
+    records, frames = _records(path), []
+    while some := list(itertools.islice(records, _LINES)):
+        frames.append(pd.DataFrame(some))
+    if not frames:
         raise RunError(f"{path}: no steps yet")
+    frame = pd.concat(frames, ignore_index=True)
     return frame.drop_duplicates("step", keep="last").sort_values("step").reset_index(drop=True)
 
 
@@ -76,12 +87,26 @@ def last_record(run: Path) -> dict[str, Any] | None:
     return None
 
 
-def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (line, record) of every whole line; a process that was killed may leave the last one torn."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            found.append((line.rstrip("\n") + "\n", json.loads(line)))
-        except json.JSONDecodeError:
-            continue
-    return found
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield every whole line's record; a process that was killed may leave the last line torn."""
+    with path.open("rb") as stream:
+        for line in stream:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def _length_before(path: Path, next_step: int) -> int:
+    """Return the bytes of a trace up to the lines of `next_step` and later, which stand last; looks at those alone."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while end:
+            begin = text.rfind(b"\n", 0, end - 1) + 1
+            try:
+                if json.loads(text[begin:end])["step"] < next_step:
+                    break
+            except ValueError:  # a torn line that another was appended to
+                pass
+            end = begin
+        return end

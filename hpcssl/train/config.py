@@ -181,10 +181,16 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"recipe: {name} = {value}; expected above 0")
-        if self.objective == "dino" and self.augment.num_views < 2:
+        views, hides = self.augment.num_views, self.augment.mask_ratio > 0
+        if self.augment.global_views.count < 1:
+            raise ConfigError("recipe: augment.global_views.count = 0; expected at least 1")
+        if self.objective == "dino" and views < 2:
             raise ConfigError("recipe: objective dino needs two views or more; add to augment.global_views.count")
-        if self.objective == "mae" and not self.augment.mask_ratio:
-            raise ConfigError("recipe: objective mae needs augment.mask_ratio above 0")
+        if self.objective == "mae" and views != 1:
+            raise ConfigError(f"recipe: objective mae takes one view, augment has {views}; leave one global view")
+        if hides != (self.objective == "mae"):
+            expected = "above 0" if self.objective == "mae" else "0: it hides no patches"
+            raise ConfigError(f"recipe: objective {self.objective} needs augment.mask_ratio {expected}")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -226,7 +232,7 @@ class Timeline:
 
     def step_at(self, pseudo_epochs: float) -> int:
         """Return the number of whole steps in so many pseudo-epochs."""
-        return int(pseudo_epochs * self._positions) // self._recipe.global_batch
+        return round(pseudo_epochs * self._positions) // self._recipe.global_batch
 
     def pseudo_epoch_at(self, step: int) -> float:
         """Return how many pseudo-epochs the first `step` steps have consumed."""
@@ -240,8 +246,16 @@ class Timeline:
     def values(self, step: int) -> StepValues:
         """Return the learning rate, weight decay and momentum of a step."""
         optim, total = self._recipe.optim, self.total_steps
+        peak_step = self.warmup_steps if self._recipe.objective == "mae" else None
         return StepValues(
-            lr=cosine(step, base=self.peak_lr, final=optim.final_lr, total_steps=total, warmup_steps=self.warmup_steps),
+            lr=cosine(
+                step,
+                base=self.peak_lr,
+                final=optim.final_lr,
+                total_steps=total,
+                warmup_steps=self.warmup_steps,
+                peak_step=peak_step,
+            ),
             weight_decay=cosine(step, base=optim.weight_decay, final=optim.final_weight_decay, total_steps=total),
             momentum=cosine(step, base=self._recipe.dino.momentum, final=1.0, total_steps=total),
             teacher_temperature=self._teacher_temperature(step),

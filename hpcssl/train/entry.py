@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from hpcssl.core.atomic import digest_file
 from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World, check_divides
@@ -18,6 +21,7 @@ from hpcssl.runs.folder import Generation, read_config, record_start
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
 from hpcssl.train.config import PretrainConfig
+from hpcssl.train.execution import dtype_name, resolve_precision
 from hpcssl.train.loop import train
 from hpcssl.train.reduce import Collectives
 
@@ -42,6 +46,11 @@ def pretrain(
     world, all_reduce_sum : this process among the others, and the sum over them, in place
     local_rank, ranks_per_node, cores : place on the node, for choosing its GPU and its share of the cores
     generation, asked_to_stop, say : see `hpcssl.train.loop.train`
+
+    Raises
+    ------
+    RunError, ScheduleError, StoreError
+        If the data are gone, or others than the run began with: while a job waits in a queue, much can happen to them.
     """
     patience = _Patience(all_reduce_sum, world)
     collectives = Collectives(world=world, all_reduce_sum=patience.all_reduce_sum, limit_waiting=patience.limit)
@@ -50,26 +59,48 @@ def pretrain(
     settings.pop("derived")
     recipe = build(PretrainConfig, settings, where=str(run / "config.yaml"))
     check_divides(world.size, recipe.global_batch)
+    store, schedule = Store.open(Path(data["store"])), Schedule.open(Path(data["schedule"]))
+    saved = checkpoint_steps(run)
+    found = {"store": store.digest, "schedule": schedule.digest}
+    if recipe.initial_weights and not saved:
+        found["initial_weights"] = digest_file(Path(recipe.initial_weights))
+    _check_same_data(run, found, data)
     torch.set_num_threads(recipe.train.threads or max(1, cores // ranks_per_node))
-    device = _device(local_rank)
     if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
+    device = _device(local_rank)
     if generation:
-        saved = checkpoint_steps(run)
-        newest = saved[-1] if saved else None
-        facts = {"generation": generation.number, "newest_checkpoint": newest}
-        record_start(run, **facts, world_size=world.size, device=str(device))
+        record_start(
+            run,
+            generation=generation.number,
+            newest_checkpoint=saved[-1] if saved else None,
+            world_size=world.size,
+            device=str(device),
+            precision=dtype_name(resolve_precision(recipe.train.precision, device)),
+        )
     train(
         run,
         recipe,
-        store=Store.open(Path(data["store"])),
-        schedule=Schedule.open(Path(data["schedule"])),
+        store=store,
+        schedule=schedule,
         collectives=collectives,
         device=device,
         generation=generation,
         asked_to_stop=asked_to_stop,
         say=say,
     )
+
+
+def _check_same_data(run: Path, found: Mapping[str, str], data: Mapping[str, str]) -> None:
+    """Refuse to go on with other data than config.yaml says, by their digests."""
+    for name, digest in found.items():
+        recorded = data[f"{name}_digest"]
+        if digest != recorded:
+            raise RunError(
+                f"{run}: other data than the run began with: {name}_digest = {recorded} in config.yaml, {digest} found;"
+                " put the old ones back, or choose another --out"
+            )
 
 
 class _Patience:
@@ -89,7 +120,8 @@ class _Patience:
         try:
             self._sum(tensor)
         except RuntimeError as error:
-            if "timed out" not in str(error).lower() or math.isinf(self._seconds):
+            waited = re.search(r"timed out|timing out|timeout", str(error), re.IGNORECASE)  # gloo's words, and NCCL's
+            if not waited or math.isinf(self._seconds):
                 raise
             raise RunError(
                 f"rank {self._world.rank}: another process has not answered for {self._seconds:g} s (train.hang_s): it"

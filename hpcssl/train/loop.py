@@ -18,6 +18,7 @@ from hpcssl.runs.folder import BAD_TILES, Generation
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
 from hpcssl.train.config import PretrainConfig, Timeline
+from hpcssl.train.execution import describe_execution
 from hpcssl.train.failure import save_failed_step
 from hpcssl.train.objective import load_initial_weights
 from hpcssl.train.reduce import Collectives
@@ -65,7 +66,8 @@ def train(
     elif recipe.initial_weights:
         say(load_initial_weights(state.objective, Path(recipe.initial_weights)))
     _check_same_step(state.step, collectives, device)
-    say(f"begins at step {state.step} of {timeline.stop_step} with {collectives.world.size} processes")
+    how = describe_execution(recipe.train, device)
+    say(f"begins at step {state.step} of {timeline.stop_step} with {collectives.world.size} processes, {how}")
     stream = _stream(state, recipe, timeline, store, schedule, collectives, run, device)
     watch = CollapseWatch(recipe, store, schedule, device, say=say) if generation else None
     writer = RunWriter(run, recipe, timeline, generation, state) if generation else None
@@ -129,9 +131,16 @@ class _Loop:
                 self.collectives.limit_waiting(self.recipe.train.hang_s)
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        """Train one step; where it may not be skipped, save it."""
+        """Train one step; where it may not be skipped, save it; where the GPU is too small, say what helps."""
         try:
             return train_step(self.state, batch, self.recipe, self.timeline, self.collectives, self.device)
+        except torch.OutOfMemoryError:
+            tiles = min(self.recipe.train.micro_batch or len(batch.positions), len(batch.positions))
+            smaller = f"train.micro_batch={tiles // 2} or " if tiles > 1 else ""
+            raise RunError(
+                f"step {batch.step}: {tiles} tiles at a time do not fit into the memory of {self.device}; --set"
+                f" {smaller}train.checkpoint_activations=true trains the same with less"
+            ) from None
         except NotFiniteError as error:
             self._agreed()
             folder = save_failed_step(self.run, self.state, batch, self.recipe, error, world=self.collectives.world)

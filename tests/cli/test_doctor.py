@@ -169,7 +169,7 @@ def test_exit_code_follows_the_failures(monkeypatch: pytest.MonkeyPatch, capsys:
             Check(name=f"c{i}", status=s, detail="d", fix="" if s == PASS else "f") for i, s in enumerate(statuses)
         ]
         monkeypatch.setattr(doctor, "diagnose", lambda out: lines)
-        return doctor.run(argparse.Namespace(out=Path()))
+        return doctor.run(argparse.Namespace(out=Path(), profile=None))
 
     assert outcome(PASS, WARN) == 0
     assert outcome(PASS, FAIL, WARN) == 2

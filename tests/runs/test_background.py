@@ -40,8 +40,23 @@ def test_the_call_returns_before_the_write_ends(writer):
     writer.wait()
 
 
-def test_the_next_write_waits_for_the_one_before(writer):
-    """So the copy that is being written is not overwritten, and there is never a third one in memory."""
+def test_a_second_write_is_taken_while_a_slow_disk_holds_up_the_first(writer):
+    """Training that stood still would be taken for a rank that hangs."""
+    go, written = threading.Event(), []
+
+    def write(tensors) -> None:
+        go.wait(10)
+        written.append(tensors["weight"].tolist())
+
+    for value in (1.0, 2.0):
+        writer.start({"weight": torch.full((2,), value)}, write)
+    assert not written, "both calls returned before the first write ended"
+    go.set()
+    writer.wait()
+    assert written == [[1.0, 1.0], [2.0, 2.0]]
+
+
+def test_a_third_write_waits_and_none_is_overwritten_while_it_is_written(writer):
     under_way, most, seen = [], [], []
 
     def write(tensors) -> None:
@@ -65,7 +80,7 @@ def test_the_copy_uses_its_memory_again(writer):
     for shape in ((3,), (3,), (4,)):
         tensors = {"weight": torch.zeros(shape), "late": torch.zeros(2)}
         writer.start(tensors, lambda copies: places.append({n: (t.data_ptr(), t.shape) for n, t in copies.items()}))
-    writer.wait()
+        writer.wait()
     assert places[0] == places[1]
     assert places[2]["weight"][1] == (4,)
     assert places[2]["late"] == places[0]["late"]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from hpcssl.core.atomic import remove_temporary
 from hpcssl.core.errors import RunError
+from hpcssl.runs import checkpoint
 from hpcssl.runs.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -57,6 +62,23 @@ def test_tensors_of_any_layout_come_back(run):
     tensors = {"transposed": base.T, "slice": base[:, 1:3], "needs_grad": torch.nn.Parameter(base)}
     found, _ = load_checkpoint(save_checkpoint(run, 1, tensors, {}))
     assert _same(found, {n: t.detach() for n, t in tensors.items()})
+
+
+def test_other_readers_of_the_format_find_the_same(run):
+    from safetensors.torch import load_file
+
+    path = save_checkpoint(run, 1, TENSORS, STATE)
+    assert _same(load_file(path), TENSORS)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_whoever_may_read_the_folder_may_read_the_checkpoint(run, umask):
+    before = os.umask(umask)
+    try:
+        path = save_checkpoint(run, 1, TENSORS, STATE)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_steps_are_those_of_whole_names_in_order(run):
@@ -124,12 +146,70 @@ def test_no_flipped_bit_gives_another_state(run):
     assert not [error for _, error in wrong if isinstance(error, AssertionError)]
 
 
-def test_all_damaged_is_none_and_all_are_told(run):
-    for step in (1, 2):
+def test_where_none_can_be_read_nothing_begins_anew(run):
+    """A run of weeks whose checkpoints are all of another version, say, would be buried by a new beginning."""
+    for step in (0, 1, 2):
         checkpoint_path(run, step).write_bytes(b"nothing")
     told: list[str] = []
+    with pytest.raises(RunError, match=r"none of its 3 checkpoints can be read \(the newest: .*000002") as caught:
+        load_latest(run, told.append)
+    assert "\n" not in str(caught.value)
+    assert not told
+
+
+def test_a_damaged_beginning_is_computed_again(run):
+    told: list[str] = []
     assert load_latest(run, told.append) is None
-    assert len(told) == 2
+    assert not told
+    checkpoint_path(run, 0).write_bytes(b"nothing")
+    assert load_latest(run, told.append) is None
+    assert len(told) == 1
+    assert "computed again" in told[0]
+
+
+def _save_on_a_small_disk(run, outcome) -> None:
+    """Save where a file may have 64 kB: the system's own refusal in the middle of writing."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    try:
+        save_checkpoint(run, 8, {"weight": torch.zeros(1 << 16)}, STATE)
+    except OSError as error:
+        outcome.send((error.errno, error.filename))
+
+
+def test_a_write_that_the_system_refuses_leaves_what_was_there(run):
+    save_checkpoint(run, 4, TENSORS, STATE)
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_save_on_a_small_disk, args=(run, sender))
+    process.start()
+    process.join(60)
+    assert receiver.poll(), "an error of the system, not one of the library"
+    assert receiver.recv() == (errno.EFBIG, str(checkpoint_path(run, 8)))
+    assert [f.name for f in (run / "checkpoints").iterdir()] == [checkpoint_path(run, 4).name]
+    assert load_checkpoint(checkpoint_path(run, 4))[1]["step"] == 4
+
+
+def test_python_goes_on_while_a_file_is_written(run, monkeypatch):
+    """What writes in the background must not hold the interpreter's lock, or training would wait for the disk."""
+    real, span, ticks, written = checkpoint._write_safetensors, [], [], threading.Event()
+
+    def timed(*arguments, **options) -> None:
+        span.append(time.perf_counter())
+        real(*arguments, **options)
+        span.append(time.perf_counter())
+
+    monkeypatch.setattr(checkpoint, "_write_safetensors", timed)
+    tensors = {str(i): torch.zeros(1 << 23) for i in range(8)}  # 256 MB, for a tenth of a second or more
+    writer = threading.Thread(target=lambda: (save_checkpoint(run, 1, tensors, STATE), written.set()))
+    writer.start()
+    while not written.is_set():
+        ticks.append(time.perf_counter())
+        time.sleep(0.001)
+    writer.join()
+    begun, ended = span
+    assert sum(begun < tick < ended for tick in ticks) >= 5
 
 
 def test_another_format_is_told(run, monkeypatch):
@@ -154,11 +234,24 @@ def _save_and_die(run, where: str) -> None:
         os.replace = lambda *a: os._exit(7)
     elif where == "before sync":
         os.fsync = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+    elif where == "half-written":
+        real, seen = checkpoint._bytes, []
+
+        def dying(tensor):
+            if seen.count(tensor.shape):  # the second time, after the digest
+                os._exit(9)
+            seen.extend([tensor.shape] if len(tensor.shape) == 2 else [])
+            return real(tensor)
+
+        checkpoint._bytes = dying
     save_checkpoint(run, 8, {**TENSORS, "weight": TENSORS["weight"] + 1}, STATE)
     os._exit(0)
 
 
-@pytest.mark.parametrize(("where", "code"), [("before rename", 7), ("before sync", -signal.SIGKILL), ("never", 0)])
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [("half-written", 9), ("before sync", -signal.SIGKILL), ("before rename", 7), ("never", 0)],
+)
 @pytest.mark.parametrize("step", [8, 4])
 def test_killed_while_saving_leaves_what_was_there(run, where, code, step):
     """Also where the checkpoint of the same step is written again (step 8)."""
@@ -174,6 +267,8 @@ def test_killed_while_saving_leaves_what_was_there(run, where, code, step):
     assert _same(tensors, TENSORS) == (where != "never")
     save_checkpoint(run, 12, TENSORS, STATE)  # what the killed one left is in nobody's way
     assert checkpoint_steps(run)[-1] == 12
+    remove_temporary(run / "checkpoints")  # as the next start does
+    assert all(f.name.startswith("step-") for f in (run / "checkpoints").iterdir())
 
 
 def test_pruning_keeps_the_last_and_those_asked_for(run):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hpcssl.core.errors import RunError
+from hpcssl.runs import metrics
 from hpcssl.runs.metrics import MetricsWriter, last_record, read_metrics
 
 
@@ -61,6 +62,44 @@ def test_a_line_torn_before_its_end_of_line_spoils_no_other(tmp_path):
         stream.write(json.dumps({"step": 3, "loss": 4.0}))
     _write(tmp_path, [4, 5])
     assert {1, 2, 4, 5} <= set(read_metrics(tmp_path)["step"])
+
+
+def test_a_writer_looks_at_the_lines_to_be_dropped_alone(tmp_path, monkeypatch):
+    """The trace of a long run has millions; all ranks wait while rank 0 opens it."""
+    _write(tmp_path, range(1, 1000))
+    real, read = metrics.json.loads, []
+    monkeypatch.setattr(metrics.json, "loads", lambda text: read.append(text) or real(text))
+    _write(tmp_path, [995])
+    assert len(read) == 6
+    monkeypatch.undo()
+    assert read_metrics(tmp_path)["step"].tolist() == list(range(1, 996))
+
+
+def test_what_was_torn_within_the_lines_to_be_dropped_is_dropped_with_them(tmp_path):
+    _write(tmp_path, [1, 2, 3])
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 4, "lo{"step": 5}\n' + bytes(100))
+    _write(tmp_path, [3, 4])
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
+
+
+def test_a_long_trace_is_read_in_parts_that_are_put_together(tmp_path, monkeypatch):
+    """Of values that are measured now and then, whole parts have none."""
+    writer = MetricsWriter(tmp_path, next_step=1)
+    for step in range(1, 24):
+        writer.write({"step": step, "loss": float(step), **({"rank_me": 7.0} if step == 20 else {})})
+    writer.close()
+    whole = read_metrics(tmp_path)
+    monkeypatch.setattr(metrics, "_LINES", 5)
+    assert read_metrics(tmp_path).equals(whole)
+    assert whole["rank_me"].notna().sum() == 1
+
+
+def test_what_a_killed_start_left_is_removed(tmp_path):
+    _write(tmp_path, [1])
+    (tmp_path / ".metrics.jsonl.0a1b.tmp").write_bytes(b"half")
+    _write(tmp_path, [2])
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_no_trace_is_told(tmp_path):

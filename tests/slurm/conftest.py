@@ -33,6 +33,7 @@ def slurm(small: ModuleType) -> Iterator[dict[str, str]]:
         assert set(daemons) == {"munged", "slurmctld", *(f"node{n + 1}" for n in range(NODES))}
         assert all(small.alive(pid) for pid in daemons.values()), daemons
         yield env
+        daemons |= {file.name: int(file.read_text()) for file in (root / "pid").iterdir()}  # started again by tests
     finally:
         subprocess.run(["bash", SCRIPT, "stop"], env=env, check=True)
         shutil.rmtree(root)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A SLURM of several nodes on this one Debian machine, for tests; needs root, but no systemd:
 #   start_slurm.sh start [nodes=2] [cpus of a node=2] | stop | env      then: eval "$(start_slurm.sh env)"
+# Partition main is preempted by urgent, with a grace of a minute.
 # Exit code 3 where this machine cannot have one: no root, no SLURM, and no apt-get that installs it.
 # Everything lies in $SLURM_ROOT, with a munge of its own, on ports that are free; `stop` ends what `start` began, and
 # nothing else, and takes the nodes' names out of /etc/hosts again.
@@ -71,10 +72,16 @@ KillWait=30
 # as many clusters have it: only a job that asks for it may be requeued
 JobRequeue=0
 ReturnToService=2
+# a node whose slurmd is gone fails, and its jobs are requeued, after so many seconds (default 300)
+SlurmdTimeout=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 # the state is new with every start; job ids shall be, too, for submitit names files by them
 FirstJobId=$(($(date +%s) % 60000000 + 1))
 NodeName=node[1-$1] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((base + 1))-$((base + $1))] CPUs=$2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
   printf 'CgroupPlugin=autodetect\nConstrainCores=no\nConstrainRAMSpace=no\n' >"$root/cgroup.conf"
 }
@@ -98,10 +105,10 @@ start() { # nodes cpus
     mkdir -p "$root/spool/$node" && slurmd -N "$node" -f "$SLURM_CONF"
   done
   for _ in $(seq 150); do
-    [ "$(sinfo -h -N -t idle -o %N 2>/dev/null | wc -l)" = "$1" ] && say "$1 nodes are up" && return
+    [ "$(sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l)" = "$1" ] && say "$1 nodes are up" && return
     sleep 0.2
   done
-  return 1
+  false # a trap is waiting for it
 }
 
 failed() { # whatever has begun ends again, and the logs say why

@@ -11,7 +11,7 @@ from hpcssl.core.errors import ConfigError
 from hpcssl.loader.stream import Batch
 from hpcssl.train import execution
 from hpcssl.train.config import Timeline, TrainConfig
-from hpcssl.train.execution import can_compile, resolve_execution
+from hpcssl.train.execution import can_compile, describe_execution, resolve_execution, resolve_precision
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
@@ -31,6 +31,26 @@ def test_on_a_cpu_auto_does_not_compile_and_half_precision_takes_plain_attention
     assert resolve_execution(TrainConfig(), CPU).fused_attention
     assert not resolve_execution(TrainConfig(precision="bf16"), CPU).fused_attention
     assert resolve_execution(TrainConfig(compile=True), CPU).compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "wanted"),
+    [
+        ("V100", (7, 0), torch.float16),
+        ("T4", (7, 5), torch.float16),
+        ("A100", (8, 0), torch.bfloat16),
+        ("H100", (9, 0), torch.bfloat16),
+    ],
+)
+def test_auto_takes_the_half_precision_that_the_gpu_has_and_says_so(monkeypatch, name, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(execution, "can_compile", lambda device: True)
+    assert resolve_precision("auto", GPU) is wanted
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16"}[wanted]
+    assert describe_execution(TrainConfig(), GPU) == f"in {short} (auto) on {name}, blocks compiled"
+    assert describe_execution(TrainConfig(precision="fp32", compile=False), GPU) == f"in fp32 on {name}"
+    assert resolve_precision("auto", CPU) is torch.float32
 
 
 @pytest.mark.parametrize("able", [True, False])

@@ -109,16 +109,25 @@ def test_a_resume_that_forgets_the_optimiser_or_a_step_is_noticed(small, advance
         assert found != wanted[-len(found) :]
 
 
-def test_fp16_keeps_its_loss_scale(small, data):
+def test_fp16_keeps_its_loss_scale(small, tmp_path):
     recipe = small.dino_recipe()
     recipe = replace(recipe, train=replace(recipe.train, precision="fp16"))
     state = TrainState(recipe, CPU)
     state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 7})
-    tensors, values = state.to_checkpoint()
+    (tmp_path / "checkpoints").mkdir()
+    save_checkpoint(tmp_path, 0, *state.to_checkpoint())
+    found = load_checkpoint(checkpoint_path(tmp_path, 0))
     resumed = TrainState(recipe, CPU)
-    resumed.from_checkpoint(dict(tensors), {**values, "step": 0})
+    resumed.from_checkpoint(*found)
     assert resumed.scaler.state_dict()["scale"] == 512.0
     assert resumed.scaler.state_dict()["_growth_tracker"] == 7
+    plain = TrainState(small.dino_recipe(), CPU)  # on newer GPUs `auto` needs no scale
+    plain.from_checkpoint(*found)
+    assert not plain.scaler.is_enabled()
+    tensors, values = plain.to_checkpoint()
+    back = TrainState(recipe, CPU)
+    back.from_checkpoint(dict(tensors), {**values, "step": 0})
+    assert back.scaler.get_scale() == 2.0**16, "as at the beginning"
 
 
 def test_the_checkpoint_of_another_model_is_refused(small):
@@ -249,6 +258,42 @@ def test_the_loop_stops_when_asked_saves_and_goes_on(small, data, tmp_path):
     traces = [read_metrics(run)[columns] for run in (whole, parts)]
     assert traces[0]["step"].tolist() == list(range(1, 14))
     assert traces[0].equals(traces[1])
+
+
+def test_where_the_run_stops_may_change_and_changes_nothing_else(small, data, tmp_path):
+    """Stopped within and at the end of pseudo-epochs, then sooner than it has come, then trained to the end."""
+    whole = small.make_run(tmp_path / "whole", data, small.dino_recipe())
+    _train(whole, small.dino_recipe(), data)
+    run = tmp_path / "run"
+    for stop_after, step in ((1.3, 4), (0.5, 4), (2, 6), (None, 13)):
+        recipe = small.dino_recipe(stop_after=stop_after)
+        small.make_run(run, data, recipe)
+        _train(run, recipe, data)
+        assert checkpoint_steps(run)[-1] == step
+    one, other = (load_checkpoint(checkpoint_path(r, 13))[0] for r in (run, whole))
+    assert all(torch.equal(tensor, one[name]) for name, tensor in other.items())
+    columns = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm"]
+    assert read_metrics(run)[columns].equals(read_metrics(whole)[columns])
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_helps(small, data, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("hpcssl.train.loop.train_step", full)
+    for micro_batch, told in (
+        (
+            None,
+            "step 0: 12 tiles at a time do not fit into the memory of cpu; --set train.micro_batch=6 or train.check",
+        ),
+        (5, "step 0: 5 tiles at a time .* --set train.micro_batch=2 or train.check"),
+        (1, "step 0: 1 tiles at a time .* --set train.checkpoint_activations=true"),
+    ):
+        recipe = small.mae_recipe()
+        recipe = replace(recipe, train=replace(recipe.train, micro_batch=micro_batch))
+        with pytest.raises(RunError, match=told) as caught:
+            _train(small.make_run(tmp_path / f"run{micro_batch}", data, recipe), recipe, data)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_stale_start_publishes_nothing_more(small, data, tmp_path):

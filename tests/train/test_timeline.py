@@ -17,6 +17,12 @@ DINO_DEFAULTS = {
     "global_batch": 1024,
     "schedule_pseudo_epochs": None,
     "stop_after": None,
+    "initial_weights": None,
+    "encoder.image_px": 224,
+    "encoder.patch_px": None,  # timm's, as the other sizes
+    "encoder.embed_dim": None,
+    "encoder.depth": None,
+    "encoder.num_heads": None,
     "encoder.drop_path": 0.1,
     "optim.lr_per_256": 5e-4,
     "optim.final_lr": 1e-6,
@@ -78,6 +84,9 @@ def test_the_published_mae_run():
     assert timeline.total_steps == timeline.stop_step == 3_250_000_000 // 1440 == 2_256_944
     assert timeline.warmup_steps == 5 * 65_000_000 // 1440 == 225_694
     assert timeline.peak_lr == pytest.approx(1e-4 * 1440 / 256, rel=1e-12)
+    assert timeline.values(0).lr == 0.0
+    assert timeline.values(225_693).lr == pytest.approx(timeline.peak_lr * 225_693 / 225_694, rel=1e-12)
+    assert timeline.values(225_694).lr == timeline.peak_lr, "the peak is reached on the step after the warm-up's last"
     assert timeline.values(2_256_943).lr == pytest.approx(0.0, abs=1e-9)
     assert {timeline.values(step).weight_decay for step in (0, 10**6, 2 * 10**6)} == {0.05}
 
@@ -87,22 +96,15 @@ def test_the_published_mae_run():
     [
         (
             "dino-vits16-opal",
-            {
-                "objective": "dino",
-                "global_batch": 1080,
+            DINO_DEFAULTS
+            | {
+                "global_batch": 12 * 90,
                 "schedule_pseudo_epochs": 50,
                 "stop_after": 25,
                 "encoder.name": "vit_small_patch16_224",
-                "encoder.drop_path": 0.1,
+                "optim.lr_per_256": 5e-5,
+                "optim.warmup_pseudo_epochs": 1,
                 "optim.clip": 1.0,
-                "optim.betas": (0.9, 0.999),
-                "optim.final_weight_decay": 0.4,
-                "dino.head.out_dim": 65536,
-                "dino.head.norm_last_layer": True,
-                "dino.teacher_temperature": 0.04,
-                "dino.student_temperature": 0.1,
-                "dino.center_momentum": 0.9,
-                "dino.momentum": 0.996,
                 "train.precision": "fp32",
                 "augment.mask_ratio": 0.0,
             },
@@ -111,10 +113,17 @@ def test_the_published_mae_run():
             "mae-vitl16-opal",
             {
                 "objective": "mae",
-                "global_batch": 1440,
+                "global_batch": 8 * 180,
+                "schedule_pseudo_epochs": 50,
                 "stop_after": None,
                 "encoder.name": "vit_large_patch16_224",
+                "encoder.image_px": 224,
                 "encoder.drop_path": 0.0,
+                "optim.lr_per_256": 1e-4,
+                "optim.final_lr": 0.0,
+                "optim.warmup_pseudo_epochs": 5,
+                "optim.weight_decay": 0.05,
+                "optim.final_weight_decay": 0.05,
                 "optim.clip": None,
                 "optim.betas": (0.9, 0.95),
                 "decoder.embed_dim": 512,
@@ -239,6 +248,13 @@ def test_pseudo_epochs_end_at_their_last_whole_step(small, positions, batch):
     assert ends == sorted({n * positions // batch for n in range(7)})
 
 
+@pytest.mark.parametrize(("pseudo_epochs", "step"), [(0.29, 29), (0.57, 57), (1.1, 110), (2, 200), (0.295, 29)])
+def test_fractions_of_a_pseudo_epoch_lose_no_step_to_floats(small, pseudo_epochs, step):
+    """0.29 · 100 is 28.999999999999996."""
+    schedule = PaperSchedule(positions_per_pseudo_epoch=100 * 12, num_pseudo_epochs=6)
+    assert Timeline(small.dino_recipe(), schedule).step_at(pseudo_epochs) == step
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -248,7 +264,9 @@ def test_pseudo_epochs_end_at_their_last_whole_step(small, positions, batch):
         ("objective=byol", "objective"),
         ("global_batch=zero", "global_batch"),
         ("global_batch=0", "global_batch"),
-        ("objective=mae", "mask_ratio"),
+        ("objective=mae", "objective mae takes one view, augment has 4"),
+        ("augment.mask_ratio=0.75", "objective dino needs augment.mask_ratio 0"),
+        ("augment.global_views.count=0", "global_views.count = 0"),
         ("loader.backend=pilow", "known: auto, cpu, pillow"),
         ("loader.threads=0", "at least 1"),
         ("augment.global_views.scale=[0.5, 0.1]", "scale"),

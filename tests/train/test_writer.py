@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hpcssl.cli.main import main
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 from hpcssl.runs.metrics import MetricsWriter, last_record
 from hpcssl.train import writer as writer_module
@@ -102,6 +105,45 @@ def test_a_full_disk_is_told_at_the_next_step_or_at_the_end(small, begin, monkey
     monkeypatch.undo()
     begin()
     assert checkpoint_steps(begin.run)[-1] == small.STEPS
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("no right to mount a small tmpfs here; needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.usefixtures("own_process")
+def test_a_disk_that_is_full_in_the_middle_of_a_run_costs_nothing_that_was_saved(small, data, small_disk, capsys):
+    """A real one, through the command: what else lies there takes the room for the fourth checkpoint."""
+    recipe = small.dino_recipe()
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_min=0.0, keep_last=20))
+    file, run, other = small.write_recipe(small_disk / "r.yaml", recipe), small_disk / "run", small_disk / "other"
+    where = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", run, "--cluster", "none")
+    command = [str(a) for a in ("pretrain", file, *where)]
+    assert main([*command, "--set", "stop_after=1"]) == 0
+    saved = checkpoint_steps(run)
+    assert saved == [0, 1, 2, 3]
+    free, size = shutil.disk_usage(small_disk).free, checkpoint_path(run, 3).stat().st_size
+    other.write_bytes(bytes(free - size // 2))
+    capsys.readouterr()
+    assert main(command) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"hpcssl: error: {checkpoint_path(run, 4)}: the disk is full; free some space")
+    assert checkpoint_steps(run) == saved
+    for step in saved:
+        load_checkpoint(checkpoint_path(run, step))
+    assert not list((run / "checkpoints").glob(".*"))
+    other.unlink()
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    assert main(command) == 0
+    assert checkpoint_steps(run) == list(range(small.STEPS + 1))
 
 
 def test_a_checkpoint_asked_for_by_a_signal_is_there_when_the_loop_ends(begin, monkeypatch):

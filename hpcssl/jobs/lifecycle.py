@@ -1,0 +1,120 @@
+"""The life of a run in starts: why each began, what is recorded of its end, and whether it begins again.
+
+On SLURM a start ends in one of four ways. It finishes. SLURM warns it (preemption, time limit): it saves and requeues
+itself, as often as it takes. SLURM ends it without a warning (an administrator's requeue, a node that fails) and starts
+it again by itself. Or a rank dies: then the batch script asks here, and the job is requeued, unless it has failed
+`MOST_FAILURES` times without a newer checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hpcssl.core.errors import RunError
+from hpcssl.jobs.causes import why_died, why_ended, why_warned
+from hpcssl.jobs.cluster import Place, restart_count, start_name
+from hpcssl.jobs.slurm import is_still, requeue
+from hpcssl.runs.checkpoint import checkpoint_steps
+from hpcssl.runs.folder import Generation
+from hpcssl.runs.history import End, read_end, read_starts, record_end
+
+MOST_FAILURES = 3
+
+
+def claim(run: Path, start: str, place: Place) -> Generation:
+    """Take the run over for a start, which the restart history will explain by the end of the one before.
+
+    Raises
+    ------
+    RunError
+        If SLURM starts a job again that has failed too often without progress.
+    """
+    starts, end = read_starts(run), read_end(run)
+    if end is None and starts:
+        last = starts[-1]
+        job = last.get("job")
+        why, is_failure = why_ended(run, last, by_slurm=job is not None and job == place.slurm_job)
+        end = record_end(
+            run,
+            start=last.get("start", ""),
+            job=job,
+            state="failed" if is_failure else "stopped",
+            why=why,
+            step=newest_step(run),
+            is_failure=is_failure,
+        )
+    if end and end.job and end.job == place.slurm_job and end.failures >= MOST_FAILURES:
+        raise RunError(_in_vain(run, end))
+    why = end.why if end else "first start"
+    return Generation.take(run, start=start, job=place.slurm_job, nodes=list(place.nodes), why=why)
+
+
+def finish(run: Path, start: str, place: Place) -> None:
+    """Record that a start has come to the end of the run."""
+    record_end(run, start=start, job=place.slurm_job, state="finished", why="finished", step=newest_step(run))
+
+
+def stop(run: Path, start: str, place: Place, why: str) -> None:
+    """Record that a start has stopped, and why; on SLURM let it start again, unless SLURM is ending it already."""
+    job = place.slurm_job
+    if job is None:
+        record_end(run, start=start, job=None, state="stopped", why=why, step=newest_step(run))
+    elif is_still(job, restart_count()):  # else it is cancelled, or requeued from outside; the next start finds out
+        record_end(run, start=start, job=job, state="requeued", why=why_warned(run, job), step=newest_step(run))
+        requeue(job)
+
+
+def afterwards(run: Path, start: str, job: str) -> str:
+    """Requeue a job whose ranks have not all ended well; called by its batch script.
+
+    Returns
+    -------
+    What to tell; empty where there is nothing to be done: the run is finished after all, or SLURM ends the job already.
+
+    Raises
+    ------
+    RunError
+        With the cause, if the job has failed too often without progress, or SLURM does not requeue it.
+    """
+    if not is_still(job, restart_count()):
+        return ""
+    step = newest_step(run)
+    why = why_died(run, start, job)
+    end = record_end(run, start=start, job=job, state="failed", why=why, step=step, is_failure=True)
+    if end.state == "finished":
+        return ""
+    if end.failures >= MOST_FAILURES:
+        raise RunError(_in_vain(run, end))
+    requeue(job)
+    return f"{end.why}; requeued from step {step} (failure {end.failures} of at most {MOST_FAILURES} without progress)"
+
+
+def newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint; 0 before the first."""
+    return max(checkpoint_steps(run), default=0)
+
+
+def _in_vain(run: Path, end: End) -> str:
+    return (
+        f"{run}: failed {end.failures} times without getting beyond step {end.step}; the last time: {end.why};"
+        f" mend that, then hpcssl jobs requeue {run}"
+    )
+
+
+def main(run: str, token: str, exit_code: str) -> int:
+    """Do what a batch script asks for at its end; returns its exit code."""
+    if exit_code == "0":
+        return 0
+    try:
+        told = afterwards(Path(run), start_name(token), os.environ["SLURM_JOB_ID"])
+    except RunError as error:
+        sys.stderr.write(f"[hpcssl] error: {error}\n")
+        return int(exit_code)
+    sys.stderr.write(f"[hpcssl] {told}\n" if told else "")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""What hpcssl asks of SLURM's own commands: how a job is, when one could start, and to start or end one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from hpcssl.core.errors import RunError
+
+_PATIENCE_S = 60.0  # a controller under load answers late
+_CONFIRMED = re.compile(r"to start at (\S+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """A job that SLURM has not done with.
+
+    Attributes
+    ----------
+    state : SLURM's word, such as `RUNNING`
+    reason : why it waits, such as `Priority`; `None` where it does not
+    nodes : that it runs on, as SLURM writes them
+    """
+
+    state: str
+    reason: str
+    nodes: str
+
+
+def queued(jobs: Iterable[str]) -> dict[str, Queued]:
+    """Return those of some jobs that SLURM has not done with; RunError where SLURM does not answer."""
+    wanted = set(jobs)
+    if not wanted:
+        return {}
+    # all of one's own: squeue refuses a list of jobs if it has forgotten one of them
+    lines = _ask("squeue", "--noheader", "--me", "--format=%A|%T|%r|%N").splitlines()
+    rows = [line.split("|") for line in lines if line.count("|") == 3]
+    return {job: Queued(state=s, reason=reason, nodes=nodes) for job, s, reason, nodes in rows if job in wanted}
+
+
+def job_facts(job: str) -> dict[str, str]:
+    """Return what `scontrol show job` says, by its names; RunError where SLURM knows no such job or does not answer."""
+    words = _ask("scontrol", "--oneliner", "show", "job", job).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def is_still(job: str, restarts: int) -> bool:
+    """Return whether a job runs, and is still the start that it was after so many restarts."""
+    facts = job_facts(job)
+    # SIGNALING, while SLURM is sending the very warning
+    return facts.get("JobState") in ("RUNNING", "SIGNALING") and facts.get("Restarts") == str(restarts)
+
+
+def seconds_left(facts: dict[str, str]) -> float | None:
+    """Return how long a job may still run; None without a limit."""
+    return None if "EndTime" not in facts else _seconds_until(facts["EndTime"])
+
+
+def requeue(job: str) -> None:
+    """Let a job start again."""
+    _ask("scontrol", "requeue", job)
+
+
+def cancel(job: str) -> None:
+    """End a job; what runs saves first."""
+    _ask("scancel", job)
+
+
+def failed_nodes(nodes: Iterable[str], since: float) -> list[str]:
+    """Return those of some nodes that are down, or whose daemon has come up after `since` (seconds of the epoch)."""
+    try:
+        answer = _ask("scontrol", "--oneliner", "show", "node", ",".join(nodes))
+    except RunError:
+        return []
+    found = []
+    for line in answer.splitlines():
+        facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        begun = _seconds_until(facts.get("SlurmdStartTime", ""))
+        is_new = begun is not None and time.time() + begun > since
+        if is_new or re.match(r"DOWN|ERROR|FAIL|.*NOT_RESPONDING", facts.get("State", "")):
+            found.append(facts.get("NodeName", "?"))
+    return found
+
+
+def could_start_in_s(script: str, nodes: int) -> float | None:
+    """Return in how many seconds SLURM expects to start a batch script on so many nodes; None if never, as things are.
+
+    Nothing is submitted.
+
+    Raises
+    ------
+    RunError
+        With SLURM's words, if it would refuse the job on any number of nodes.
+    """
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only", f"--nodes={nodes}"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunError(f"sbatch --test-only: {error}") from None
+    confirmed = _CONFIRMED.search(done.stderr)
+    if confirmed:
+        return max(0.0, _seconds_until(confirmed[1]) or 0.0)
+    if "configuration is not available" in done.stderr:
+        return None
+    raise RunError(" ".join(done.stderr.split()) or f"sbatch --test-only: exit code {done.returncode}, without a word")
+
+
+def _seconds_until(moment: str) -> float | None:
+    """Return the seconds from now until a time as SLURM writes it; None for `Unknown`, `None` and the like."""
+    try:
+        return (datetime.fromisoformat(moment) - datetime.now()).total_seconds()
+    except ValueError:
+        return None
+
+
+def _ask(*command: str) -> str:
+    """Run one of SLURM's commands and return its words; RunError with its complaint."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunError(f"{shlex.join(command)}: {error}") from None
+    if done.returncode:
+        raise RunError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
+    return done.stdout

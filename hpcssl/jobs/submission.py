@@ -1,0 +1,65 @@
+"""What a run was asked for last, in its folder: `submission.json`, all that it takes to ask for it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcssl.core.atomic import read_json, write_atomic
+from hpcssl.core.config import build, to_mapping
+from hpcssl.core.errors import RunError
+from hpcssl.jobs.cluster import Resources
+
+FILE = "submission.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A command that started a run.
+
+    Attributes
+    ----------
+    cluster : `none`, `local` or `slurm`
+    resources : what was asked for
+    wait_min : how long the largest number of nodes was worth waiting for, in minutes
+    job : SLURM's job id; None elsewhere
+    host, pid : the process that was told to start the run
+    """
+
+    cluster: str
+    resources: Resources
+    wait_min: float = 0.0
+    job: str | None = None
+    host: str = ""
+    pid: int = 0
+
+    def is_here(self) -> bool:
+        """Return whether the process that starts a run on this machine, and waits for it, is alive."""
+        if self.cluster == "slurm" or self.host != platform.node():
+            return False
+        try:
+            return b"hpcssl" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+
+def write_submission(
+    run: Path, cluster: str, resources: Resources, *, wait_min: float = 0.0, job: str | None = None
+) -> None:
+    """Write what this process has asked for."""
+    asked = Submission(
+        cluster=cluster, resources=resources, wait_min=wait_min, job=job, host=platform.node(), pid=os.getpid()
+    )
+    write_atomic(run / FILE, json.dumps(to_mapping(asked), indent=1) + "\n")
+
+
+def read_submission(run: Path) -> Submission | None:
+    """Return what was asked for last; None where nothing was, RunError where the file is damaged."""
+    file = run / FILE
+    if not file.exists():
+        return None
+    damaged = RunError(f"{file}: damaged; remove it, then start the run again with hpcssl pretrain")
+    return build(Submission, read_json(file, damaged), where=str(file))

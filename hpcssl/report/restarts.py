@@ -1,0 +1,100 @@
+"""Figure: when runs were started again, why, and with how many processes they went on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from hpcssl.report.style import DASHES, GREY, PALETTE, WIDTH_INCH, Part, draw, elided
+
+_COLUMNS = ["run", "start", "time", "step", "why", "processes", "nodes"]
+_FIRST = "first start"
+_MOST_TOLD = 12  # causes in the words beside the figure; all of them stand in the table
+
+
+def restarts_part(runs: Mapping[str, Path], last_steps: Mapping[str, int]) -> Part | None:
+    """Return the restart history of runs by their names; None where none of them was started more than once."""
+    table = pd.concat([_history(name, run) for name, run in runs.items()], ignore_index=True)
+    again = table[table["start"] > 1]
+    if again.empty:
+        return None
+    told = " ".join(_told(str(name), starts) for name, starts in again.groupby("run", sort=False))
+    return Part(
+        name="restarts",
+        title="Restarts",
+        caption="The processes of a run by its steps; a dot is a restart, at the checkpoint that it went on from. "
+        + told,
+        alt=told,
+        png=draw(WIDTH_INCH, 2.6, lambda figure: _paint(figure, table, last_steps)),
+        table=table,
+    )
+
+
+def kind_of(why: str) -> str:
+    """Return the kind of a cause: what stays of it without ranks, nodes and messages.
+
+    >>> kind_of("rank 2 died on node1: Killed"), kind_of("a node failed: node2"), kind_of("time limit")
+    ('a rank died', 'a node failed', 'time limit')
+    """
+    kind = why.partition(":")[0]
+    return "a rank died" if re.match(r"rank [\d,-]+( died on .*| failed)?$", kind) else kind
+
+
+def _history(name: str, run: Path) -> pd.DataFrame:
+    """Return one row a start; of a run without a history none."""
+    file, rows = run / "restarts.jsonl", list[dict[str, Any]]()
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            start: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:  # a kill tore it
+            continue
+        rows.append(
+            {
+                "run": name,
+                "start": len(rows) + 1,
+                "time": start.get("time", ""),
+                "step": start.get("newest_checkpoint") or 0,
+                "why": start.get("why") or ("unknown" if rows else _FIRST),
+                "processes": start.get("world_size"),
+                "nodes": " ".join(start.get("nodes") or [start.get("host", "")]),
+            }
+        )
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _told(name: str, again: pd.DataFrame) -> str:
+    causes = [
+        f"step {row['step']:,} ({row['why']}; {row['processes']} processes)"
+        for row in again.head(_MOST_TOLD).to_dict("records")
+    ]
+    more = f", and {len(again) - _MOST_TOLD} more" if len(again) > _MOST_TOLD else ""
+    times = "once" if len(again) == 1 else f"{len(again)} times"
+    return f"{name} was started again {times}: at {', '.join(causes)}{more}."
+
+
+def _paint(figure: Figure, table: pd.DataFrame, last_steps: Mapping[str, int]) -> None:
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(kind_of(why) for why in table.loc[table["start"] > 1, "why"]))
+    colours = {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(kinds)}
+    handles = [Line2D([], [], color=c, marker="o", linestyle="", label=elided(k, 40)) for k, c in colours.items()]
+    for index, (name, starts) in enumerate(table.groupby("run", sort=False)):
+        look: dict[str, Any] = {"color": GREY, "linestyle": DASHES[index % len(DASHES)]}
+        steps = [*starts["step"], max(last_steps[str(name)], starts["step"].iloc[-1])]
+        axes.step(steps, [*starts["processes"], starts["processes"].iloc[-1]], where="post", **look)
+        again = starts[starts["start"] > 1]
+        axes.scatter(again["step"], again["processes"], color=[colours[kind_of(w)] for w in again["why"]], zorder=3)
+        if table["run"].nunique() > 1:
+            handles.append(Line2D([], [], **look, label=elided(str(name), 30)))
+    axes.set_ylim(0, 1.15 * table["processes"].max())
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.set_xlabel("steps")
+    axes.set_ylabel("processes")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)

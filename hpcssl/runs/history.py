@@ -1,0 +1,98 @@
+"""The restart history of a run: its starts, and how the newest of them ended.
+
+`restarts.jsonl` has one line a start, written as it begins (`hpcssl.runs.folder.record_start`). Why a start ended is
+known only afterwards, often to another process: whoever knows it first writes `end.json`, and the next start takes the
+reason over into its own line.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcssl.core.atomic import write_atomic
+from hpcssl.runs.folder import newest_generation
+
+RESTARTS = "restarts.jsonl"
+END = "end.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a start ended.
+
+    Attributes
+    ----------
+    start : names the start, as in its line in the restart history
+    job : SLURM's job id; None elsewhere
+    state : `finished`, `stopped` (goes on when it is started again), `requeued` (SLURM starts it again) or `failed`
+    why : the reason, in words
+    step : newest checkpoint
+    failures : how many starts of this job have failed since there was a newer checkpoint
+    generation : newest claim on the folder when this was written
+    time : seconds since the epoch
+    """
+
+    start: str
+    job: str | None
+    state: str
+    why: str
+    step: int
+    failures: int = 0
+    generation: int = 0
+    time: float = 0.0
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of the restart history; a line that a kill tore is left out."""
+    found = []
+    file = run / RESTARTS
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def read_end(run: Path) -> End | None:
+    """Return how the newest start ended; None while it goes on, and where it left no word."""
+    end = _last_end(run)
+    return end if end and end.generation == newest_generation(run) else None
+
+
+def record_end(
+    run: Path, *, start: str, job: str | None, state: str, why: str, step: int, is_failure: bool = False
+) -> End:
+    """Write how a start ended, unless that is written already; returns what is written.
+
+    Parameters
+    ----------
+    is_failure : it is the run's own fault, so that only so many in a row are allowed without a newer checkpoint
+    """
+    before = _last_end(run)
+    if before and before.start == start:
+        return before
+    so_far = before.failures if before and (before.job, before.step) == (job, step) else 0
+    end = End(
+        start=start,
+        job=job,
+        state=state,
+        why=why,
+        step=step,
+        failures=so_far + is_failure,
+        generation=newest_generation(run),
+        time=time.time(),
+    )
+    write_atomic(run / END, json.dumps(asdict(end)) + "\n")
+    return end
+
+
+def _last_end(run: Path) -> End | None:
+    try:
+        return End(**json.loads((run / END).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or of another version: then nothing is known
+        return None

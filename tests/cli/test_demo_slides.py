@@ -1,0 +1,59 @@
+"""`hpcssl demo --slides`: its first stages; the others do not know where tiles are from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpcssl.cli.demo import Demo
+from hpcssl.cli.main import main
+from hpcssl.core.errors import ConfigError, SlideError
+from hpcssl.tiles.store import Store
+from hpcssl.tiles.synthetic_slides import draw_slide
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo-slides")
+    for name in ("a", "b"):
+        draw_slide(folder / f"{name}.tif", seed=len(name), width=1800, height=1500, mpp=0.5, mpp_told=0, pen=False)
+    rows = ["slide_id,organ,path,mpp,label", "a,skin,a.tif,0.5,benign", "b,colon,b.tif,0.5,malignant"]
+    (folder / "slides.csv").write_text("\n".join([*rows, "c,skin,gone.tif,0.5,benign"]) + "\n")
+    (folder / "blind.csv").write_text("\n".join(["slide_id,organ,path", "a,skin,a.tif"]) + "\n")
+    return folder / "slides.csv"
+
+
+def test_tiles_are_cut_once_and_what_cannot_be_read_is_told(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = Demo(tmp_path / "demo", None, table, None, 0)
+    demo.claim()
+    demo.prepare_tiles()
+    demo.build_store()
+    assert "1 of 3 slides are left out" in capsys.readouterr().err
+    store = Store.open(tmp_path / "demo" / "store")
+    assert store.slides[["slide_id", "organ", "label"]].to_numpy().tolist() == [
+        ["a", "skin", "benign"],
+        ["b", "colon", "malignant"],
+    ]
+    before = (store.path / "store.json").stat().st_mtime_ns
+    demo.prepare_tiles()
+    assert (store.path / "store.json").stat().st_mtime_ns == before
+    demo.write_splits()
+    assert not list((tmp_path / "demo" / "splits").glob("*.csv")), "two slides allow no benchmark"
+    with pytest.raises(ConfigError, match="a demo with tiles = cut from"):
+        Demo(tmp_path / "demo", None, None, None, 0).claim()
+
+
+def test_no_slide_that_can_be_used_is_an_error(table: Path, tmp_path: Path) -> None:
+    demo = Demo(tmp_path / "demo", None, table.with_name("blind.csv"), None, 0)
+    demo.claim()
+    with pytest.raises(SlideError, match=r"none of 1 slides can be used; first: .*no MPP"):
+        demo.prepare_tiles()
+
+
+def test_slides_and_tiles_are_not_given_together(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--slides", "t.csv", "--tiles", "tiles"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""Why a start ended, from its part of a job's log; what SLURM, srun and ranks wrote there, word by word."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpcssl.jobs import causes
+from hpcssl.jobs.causes import failure_file, log_file, why_died, why_ended
+
+JOB = "42"
+BEFORE = """[hpcssl] start t-0 on node[1-2]
+[rank 0] begins at step 0 of 120 with 4 processes
+srun: error: node1: task 0: Segmentation fault
+slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:30:00 DUE TO TIME LIMIT ***
+[hpcssl] start t-1 on node[1-2]
+"""
+AFTER = "\n[hpcssl] start t-2 on node[1-2]\nsrun: error: node9: task 9: Bus error\n"
+START = {"start": "t-1", "job": JOB, "time": "2026-11-21T15:36:00+0000", "nodes": ["node1", "node2"]}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(causes, "failed_nodes", lambda nodes, since: [])
+    return tmp_path
+
+
+def _write(run, text: str) -> None:
+    log_file(run, JOB).write_text(BEFORE + text + AFTER)
+
+
+def _word(run, rank: int, message: str, *, told: bool = False, time: float = 0.0) -> None:
+    word = {"time": time, "rank": rank, "told": told, "message": message}
+    failure_file(run, "t-1", rank).write_text(json.dumps(word))
+
+
+@pytest.mark.parametrize(
+    ("reason", "why", "is_failure"),
+    [
+        (" DUE TO TIME LIMIT", causes.TIME_LIMIT, True),
+        (" DUE TO PREEMPTION", causes.PREEMPTED, False),
+        (" DUE TO JOB REQUEUE", causes.REQUEUED, False),
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", "a node failed: SLURM does not say which", True),
+        ("", causes.REQUEUED, False),  # the job is back
+    ],
+)
+def test_slurms_last_words_in_the_log(run, reason, why, is_failure):
+    _write(run, f"slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{reason} ***")
+    assert why_ended(run, START, by_slurm=True) == (why, is_failure)
+
+
+def test_a_reason_outweighs_words_without_one(run):
+    said = "slurmstepd: error: *** {} ON node1 CANCELLED AT 2026-11-21T15:37:51{} ***\n"
+    _write(run, said.format("STEP 42.0", "") + said.format("JOB 42", " DUE TO PREEMPTION"))
+    assert why_ended(run, START, by_slurm=True) == (causes.PREEMPTED, False)
+
+
+def test_cancelled_and_then_submitted_again(run):
+    _write(run, "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51 ***")
+    assert why_ended(run, START, by_slurm=False) == (causes.CANCELLED, False)
+
+
+def test_nodes_that_failed_are_named(run, monkeypatch):
+    _write(run, "")
+    monkeypatch.setattr(causes, "failed_nodes", lambda nodes, since: [nodes[1]])
+    assert why_ended(run, START, by_slurm=True) == ("a node failed: node2", True)
+
+
+def test_without_any_word(run):
+    assert why_ended(run, START, by_slurm=True) == (causes.REQUEUED, False)
+    assert why_ended(run, START, by_slurm=False) == (causes.WITHOUT_A_WORD, True)
+    assert why_ended(run, {**START, "job": None}, by_slurm=False) == (causes.WITHOUT_A_WORD, True)
+
+
+def test_the_rank_that_was_killed_first_is_the_cause(run):
+    """The others fail because of it, or are killed with it."""
+    _write(
+        run,
+        "srun: error: node1: task 1: Exited with exit code 1\n"
+        "srun: error: node2: task 2: Killed\n"
+        "srun: error: node1: tasks 0,3: Terminated",
+    )
+    _word(run, 1, "RuntimeError('Connection closed by peer')")
+    assert why_died(run, "t-1", JOB) == "rank 2 died on node2: Killed"
+
+
+def test_what_a_rank_tells_its_user_comes_first(run):
+    _write(run, "srun: error: node2: task 2: Killed")
+    _word(run, 3, "RuntimeError('Connection closed by peer')", time=1)
+    _word(run, 0, "tile.jpg cannot be read", told=True, time=2)
+    assert why_died(run, "t-1", JOB) == "rank 0: tile.jpg cannot be read"
+
+
+def test_the_first_error_of_several(run):
+    _write(run, "srun: error: node1: tasks 0-1: Exited with exit code 1")
+    _word(run, 0, "RuntimeError('Connection closed by peer')", time=2)
+    _word(run, 1, "KeyError('data')", time=1)
+    assert why_died(run, "t-1", JOB) == f"rank 1 failed: KeyError('data'); see {log_file(run, JOB)}"
+
+
+def test_exit_codes_where_there_is_nothing_better(run):
+    _write(run, "srun: error: node1: task 1: Exited with exit code 120")
+    assert why_died(run, "t-1", JOB) == "rank 1 died on node1: Exited with exit code 120"
+    _write(run, "")
+    assert why_died(run, "t-1", JOB) == f"a process ended without a word; see {log_file(run, JOB)}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "srun: error: Node failure on node2",
+        "srun: error: Task launch for StepId=42.0 failed on node node2: Communication connection failure",
+    ],
+)
+def test_a_node_that_srun_names_has_failed(run, said):
+    _write(run, f"{said}\nsrun: error: node1: task 0: Killed")
+    _word(run, 0, "another process has not answered", told=True)
+    failure_file(run, "t-1", 1).write_text('{"torn')
+    assert why_died(run, "t-1", JOB) == "a node failed: node2"
+    assert why_ended(run, START, by_slurm=True) == ("a node failed: node2", True)

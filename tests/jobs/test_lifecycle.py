@@ -1,0 +1,123 @@
+"""Which starts follow on which ends; what SLURM is asked for is recorded here, and done in tests/slurm."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcssl.core.errors import RunError
+from hpcssl.core.world import World
+from hpcssl.jobs import lifecycle
+from hpcssl.jobs.cluster import Place
+from hpcssl.jobs.lifecycle import MOST_FAILURES, afterwards, claim, finish, main, stop
+from hpcssl.runs.checkpoint import checkpoint_path
+from hpcssl.runs.folder import record_start
+from hpcssl.runs.history import read_end, read_starts
+
+JOB = "7"
+PLACE = Place(world=World(), nodes=("node1",), slurm_job=JOB)
+
+
+@pytest.fixture
+def run(tmp_path):
+    for name in ("generations", "logs", "checkpoints"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def requeued(monkeypatch):
+    """The jobs that were requeued, while SLURM says that the job runs and is the same start."""
+    asked: list[str] = []
+    monkeypatch.setattr(lifecycle, "is_still", lambda job, restarts: True)
+    monkeypatch.setattr(lifecycle, "why_warned", lambda run, job: "preempted")
+    monkeypatch.setattr(lifecycle, "why_died", lambda run, start, job: f"{start} died")
+    monkeypatch.setattr(lifecycle, "requeue", asked.append)
+    return asked
+
+
+def _begin(run, start: str, place: Place = PLACE) -> str:
+    """Begin as a rank 0 does; returns why, as the history has it."""
+    record_start(run, generation=claim(run, start, place).number)
+    return read_starts(run)[-1]["why"]
+
+
+def _reach(run, step: int) -> None:
+    checkpoint_path(run, step).touch()
+
+
+def test_a_start_is_explained_by_the_end_before_it(run, requeued):
+    assert _begin(run, "a-0") == "first start"
+    stop(run, "a-0", PLACE, "not asked for on SLURM")
+    assert _begin(run, "a-1") == "preempted"
+    afterwards(run, "a-1", JOB)
+    assert _begin(run, "a-2") == "a-1 died"
+    finish(run, "a-2", PLACE)
+    assert _begin(run, "b-0") == "finished"
+    assert requeued == [JOB, JOB]
+
+
+def test_failures_without_progress_end_the_job_with_the_cause(run, requeued):
+    for failure in range(1, MOST_FAILURES):
+        _begin(run, f"a-{failure}")
+        assert f"failure {failure} of at most {MOST_FAILURES}" in afterwards(run, f"a-{failure}", JOB)
+    _begin(run, "a-9")
+    with pytest.raises(
+        RunError, match=f"failed {MOST_FAILURES} times without getting beyond step 0; the last time: a-9"
+    ):
+        afterwards(run, "a-9", JOB)
+    assert len(requeued) == MOST_FAILURES - 1
+
+
+def test_failures_with_progress_between_them_go_on_for_ever(run, requeued):
+    for step in range(3 * MOST_FAILURES):
+        _begin(run, f"a-{step}")
+        _reach(run, step)
+        afterwards(run, f"a-{step}", JOB)
+    assert len(requeued) == 3 * MOST_FAILURES
+
+
+def test_where_slurm_restarts_in_vain_the_start_itself_refuses(run, requeued, monkeypatch):
+    monkeypatch.setattr(lifecycle, "why_ended", lambda run, start, *, by_slurm: ("a node failed: node2", by_slurm))
+    for restart in range(MOST_FAILURES):
+        _begin(run, f"a-{restart}")
+    with pytest.raises(RunError, match="the last time: a node failed: node2"):
+        _begin(run, "a-9")
+    another = Place(world=World(), nodes=("node1",), slurm_job="8")
+    assert _begin(run, "b-0", another) == "a node failed: node2", "whoever submits it again has looked into that"
+    assert requeued == []
+
+
+def test_a_run_that_is_finished_is_not_started_again(run, requeued):
+    _begin(run, "a-0")
+    finish(run, "a-0", PLACE)
+    assert afterwards(run, "a-0", JOB) == ""
+    assert requeued == []
+    assert read_end(run).state == "finished"
+
+
+def test_what_slurm_is_ending_is_left_to_it(run, requeued, monkeypatch):
+    monkeypatch.setattr(lifecycle, "is_still", lambda job, restarts: False)
+    _begin(run, "a-0")
+    stop(run, "a-0", PLACE, "asked")
+    assert afterwards(run, "a-0", JOB) == ""
+    assert requeued == []
+    assert read_end(run) is None, "the next start finds out why"
+
+
+def test_without_slurm_a_stop_is_recorded_and_no_more(run, requeued):
+    here = Place(world=World())
+    _begin(run, "a-0", here)
+    stop(run, "a-0", here, "stopped by a signal")
+    assert (read_end(run).state, _begin(run, "b-0", here)) == ("stopped", "stopped by a signal")
+    assert requeued == []
+
+
+def test_the_batch_script_learns_its_exit_code(run, requeued, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    assert main(str(run), "a", "0") == 0
+    assert requeued == []
+    assert [main(str(run), token, "137") for token in ("a", "b", "c")] == [0, 0, 137]
+    assert requeued == [JOB, JOB]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "[hpcssl] a-0 died; requeued from step 0 (failure 1 of at most 3 without progress)"
+    assert said[-1].startswith("[hpcssl] error: ")

@@ -1,0 +1,78 @@
+"""The restart history: starts explain how the one before ended, and failures without progress are counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpcssl.runs.folder import Generation, record_start
+from hpcssl.runs.history import END, RESTARTS, read_end, read_starts, record_end
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "generations").mkdir()
+    return tmp_path
+
+
+def _end(run, start: str, step: int, *, job: str = "7", failed: bool = True):
+    return record_end(run, start=start, job=job, state="failed", why="a reason", step=step, is_failure=failed)
+
+
+def test_a_start_has_in_its_line_what_its_claim_says(run):
+    generation = Generation.take(run, start="a-0", job="7", nodes=["node1"], why="first start")
+    record_start(run, generation=generation.number, world_size=2)
+    (start,) = read_starts(run)
+    assert (start["generation"], start["start"], start["job"], start["nodes"]) == (1, "a-0", "7", ["node1"])
+    assert (start["why"], start["world_size"]) == ("first start", 2)
+
+
+def test_a_torn_line_is_left_out(run):
+    record_start(run, generation=1)
+    with (run / RESTARTS).open("a") as stream:
+        stream.write('{"generation": 2, "wor')
+    assert [start["generation"] for start in read_starts(run)] == [1]
+    assert read_starts(run / "nowhere") == []
+
+
+def test_an_end_counts_until_the_next_start(run):
+    assert read_end(run) is None
+    Generation.take(run)
+    assert read_end(run) is None
+    _end(run, "a-0", 5)
+    assert read_end(run).why == "a reason"
+    Generation.take(run)
+    assert read_end(run) is None, "that start goes on"
+
+
+def test_the_first_who_knows_why_a_start_ended_is_believed(run):
+    first = _end(run, "a-0", 5)
+    later = record_end(run, start="a-0", job="7", state="stopped", why="another", step=6)
+    assert later == first == read_end(run)
+
+
+@pytest.mark.parametrize(
+    ("ends", "failures"),
+    [
+        ([("a", 5), ("b", 5), ("c", 5)], [1, 2, 3]),
+        ([("a", 5), ("b", 6), ("c", 6)], [1, 1, 2]),  # progress
+        ([("a", 0), ("b", 0)], [1, 2]),
+    ],
+)
+def test_failures_are_counted_until_there_is_a_newer_checkpoint(run, ends, failures):
+    assert [_end(run, start, step).failures for start, step in ends] == failures
+
+
+def test_a_preemption_is_no_failure_and_forgets_none(run):
+    assert [_end(run, s, 5, failed=f).failures for s, f in (("a", True), ("b", False), ("c", True))] == [1, 1, 2]
+
+
+def test_another_job_begins_to_count_anew(run):
+    assert [_end(run, s, 5, job=j).failures for s, j in (("a", "7"), ("b", "8"))] == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"start": "a-0"})])
+def test_a_damaged_end_says_nothing(run, text):
+    (run / END).write_text(text)
+    assert read_end(run) is None

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Times tiling whole slides beside plain loops over OpenSlide and TiffSlide, and online tiles beside JPEG files.
+
+`python tools/bench_tiling.py [--side N] [--slides N] [--threads N,N] [--tiles N] [--repeats N] [--folder DIR]`: the
+defaults check in seconds that all of it runs, their figures mean little; `--side 12288 --slides 2 --tiles 400
+--threads 1,2 --repeats 5` is a measurement. It draws its own slides: *native* (0.5 MPP, JPEG blocks), *half* (0.25 MPP
+without a level of 0.5, JPEG), *resampled* (0.31 MPP, JPEG), *jpeg2000* (0.5 MPP).
+
+Tiling is all of `hpcssl tile`: finding tissue, cutting, pictures, index, synced files. The loops get the places of the
+tiles for nothing, sync nothing, and do what everybody starts from: in each thread, `read_region`, Pillow's resize and
+save with the same quality. Online tiles are drawn anywhere on tissue; both they and the JPEG files go through DINO's
+multi-crop. Both sides of a ratio are taken in turns. `tile_vs_openslide` is the lowest of the three kinds of JPEG
+blocks, `online_vs_jpeg` that of native, both with the most threads and by the clock; `_cpu` stands for ratios of the
+processor time of all threads. Prints one JSON object last; of every figure the
+median, and the least and the largest as `_spread`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads are ours
+
+import numpy as np
+import openslide
+import pandas as pd
+import torch
+from PIL import Image
+
+from hpcssl.loader import cpu
+from hpcssl.plan.draw import draw_plan
+from hpcssl.plan.recipe import dino_augment
+from hpcssl.tiles.online_build import OnlineOptions, build_online
+from hpcssl.tiles.store import Store
+from hpcssl.tiles.synthetic_slides import draw_slide
+from hpcssl.tiles.tiling import TilingOptions, tile_slides
+from hpcssl.tiles.wsi.cutting import CutOptions
+
+try:
+    import tiffslide
+except ImportError:  # not needed for anything else
+    tiffslide = None
+
+KINDS: dict[str, dict[str, Any]] = {
+    "native": {"mpp": 0.5, "downsamples": (1, 2, 4), "aperio": True},
+    "half": {"mpp": 0.25, "downsamples": (1, 4, 16), "aperio": True},
+    "resampled": {"mpp": 0.31, "downsamples": (1, 4, 16), "aperio": True},
+    "jpeg2000": {"mpp": 0.5, "downsamples": (1, 2, 4), "aperio": True, "compression": "aperio_jp2000_rgb"},
+}
+CUT = CutOptions()
+
+
+def draw(folder: Path, kind: str, side: int, count: int) -> pd.DataFrame:
+    """Draw the slides of a kind; returns their table."""
+    rows = []
+    for number in range(count):
+        path = folder / f"{kind}-{number}.svs"
+        draw_slide(path, seed=number, width=side, height=side, **KINDS[kind])
+        rows.append({"slide_id": path.stem, "organ": "skin", "path": str(path), "mpp": ""})
+    return pd.DataFrame(rows)
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Return how long it takes by the clock, and of the processor time of all threads."""
+    begun, used = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - begun, time.process_time() - used
+
+
+def loop(opened: Callable[[str], Any], store: Store, out: Path, threads: int) -> None:
+    """Cut the same tiles slide by slide with `read_region`; every thread has the slide open for itself."""
+    for number, row in enumerate(store.slides.to_dict("records")):
+        folder = out / row["slide_id"]
+        folder.mkdir(parents=True)
+        first, count = store.tiles_of_slide(number)
+        corners = [store.coordinates_of(tile) for tile in range(first, first + count)]
+
+        def cut(
+            share: list[tuple[int, int]], path: str = row["path"], mpp: float = row["mpp"], to: Path = folder
+        ) -> None:
+            slide = opened(path)
+            level = slide.get_best_level_for_downsample(CUT.mpp / mpp + 0.01)
+            side = round(CUT.tile_px * CUT.mpp / mpp / slide.level_downsamples[level])
+            for x, y in share:
+                image = slide.read_region((x, y), level, (side, side)).convert("RGB")
+                if side != CUT.tile_px:
+                    image = image.resize((CUT.tile_px, CUT.tile_px), Image.Resampling.BICUBIC)
+                image.save(to / f"{x}_{y}.jpg", quality=CUT.quality, subsampling=0)
+
+        spread(cut, [corners[n::threads] for n in range(threads)], threads)
+
+
+def spread(work: Callable[[Any], object], items: Iterable[Any], threads: int) -> None:
+    """Do work on all items with so many threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, items))
+
+
+def tiling_row(slides: pd.DataFrame, folder: Path, threads: int) -> dict[str, float]:
+    """Take every figure of tiling once."""
+    out, row = folder / "out", {}
+    megabytes = sum(Path(path).stat().st_size for path in slides["path"]) / 1e6
+    options = TilingOptions(cut=CUT, threads=threads)
+    row["tile_s"], row["tile_cpu_s"] = seconds(lambda: tile_slides(slides, out, options))
+    store = Store.open(out)
+    row |= {"slides_per_s": len(slides) / row["tile_s"], "tiles_per_s": store.num_tiles / row["tile_s"]}
+    row["mb_per_s"] = megabytes / row["tile_s"]
+    for name, opened in (("openslide", openslide.OpenSlide), ("tiffslide", tiffslide and tiffslide.TiffSlide)):
+        if opened:
+            took, used = seconds(lambda opened=opened: loop(opened, store, folder / "loop", threads))
+            row |= {f"{name}_tiles_per_s": store.num_tiles / took, f"tile_vs_{name}": took / row["tile_s"]}
+            row[f"tile_vs_{name}_cpu"] = used / row["tile_cpu_s"]
+            shutil.rmtree(folder / "loop")
+    shutil.rmtree(out)
+    return row
+
+
+def multi_crop(store: Store, num: int, threads: int) -> Callable[[], None]:
+    """Return the work of fetching, decoding and augmenting some tiles at random, in DINO's views."""
+    recipe = dino_augment()
+    tiles = np.random.default_rng(0).integers(0, store.num_tiles, num).tolist()
+    positions = np.arange(num)
+    plan = draw_plan(recipe, 0, positions)
+    out = [np.empty((kind.count, num, kind.view_px, kind.view_px, 3), np.uint8) for kind in recipe.kinds]
+
+    def one(index: int) -> None:
+        encoded = store.fetch(index, tiles[index])
+        cpu.execute(encoded, recipe, plan, index, out, name="tile")
+
+    return lambda: spread(one, range(num), threads)
+
+
+def online_row(loose: Store, online: Store, num: int, threads: int) -> dict[str, float]:
+    """Take every figure of reading once."""
+    (jpeg, jpeg_cpu), (slide, slide_cpu) = (seconds(multi_crop(store, num, threads)) for store in (loose, online))
+    ratios = {"online_vs_jpeg": jpeg / slide, "online_vs_jpeg_cpu": jpeg_cpu / slide_cpu}
+    return {"jpeg_tiles_per_s": num / jpeg, "online_tiles_per_s": num / slide, **ratios}
+
+
+def measure(folder: Path, side: int, slides: int, tiles: int, threads: list[int], repeats: int) -> dict[str, Any]:
+    """Take every figure `repeats` times."""
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {}
+    for kind in KINDS:
+        table = draw(folder, kind, side, slides)
+        tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
+        loose = Store.open(folder / "loose")
+        built = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,)))
+        online = built.drawn_by(0, {})
+        for repeat in range(repeats + 1):  # the first warms up
+            for number in threads:
+                row = tiling_row(table, folder, number) | online_row(loose, online, tiles, number)
+                print(
+                    f"{kind} {number} threads", *(f"{k} {v:.4g}" for k, v in row.items()), file=sys.stderr, flush=True
+                )
+                if repeat:
+                    for name, value in row.items():
+                        found.setdefault(f"{name}_{kind}_{number}_threads", []).append(value)
+        for name in ("loose", "online"):
+            shutil.rmtree(folder / name)
+    told: dict[str, Any] = {"side": side, "slides": slides, "tiles": tiles, "repeats": repeats, "quality": CUT.quality}
+    for name, values in found.items():
+        told[name] = float(f"{statistics.median(values):.4g}")
+        told[f"{name}_spread"] = [float(f"{min(values):.4g}"), float(f"{max(values):.4g}")]
+    most = f"{max(threads)}_threads"
+    told["tile_vs_openslide"] = min(
+        told[f"tile_vs_openslide_{kind}_{most}"] for kind in ("native", "half", "resampled")
+    )
+    told["online_vs_jpeg"] = told[f"online_vs_jpeg_native_{most}"]
+    told |= {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version()}
+    for package in ("numpy", "imagecodecs", "tifffile", "openslide-bin", "openslide-python", "tiffslide", "pillow"):
+        try:
+            told[package] = version(package)
+        except PackageNotFoundError:
+            told[package] = None
+    return told
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=1024, help="pixels of a slide")
+    parser.add_argument("--slides", type=int, default=1)
+    parser.add_argument("--tiles", type=int, default=8, help="read online and from files")
+    parser.add_argument("--threads", default="2", help="numbers of threads, such as 1,2")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
+    args = parser.parse_args()
+    threads = [int(number) for number in args.threads.split(",")]
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        print(json.dumps(measure(Path(folder), args.side, args.slides, args.tiles, threads, args.repeats)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Does pretraining teach something on labelled tiles? k-NN of the trained and the untrained encoder and of colours.
+
+`python tools/check_learning.py TILES [--recipe mae-demo] [--pseudo-epochs 40] [--minutes 15] [--set key=value] …`:
+TILES is laid out as `<organ>/<slide_id>/<name>.jpg` with a slides.csv (slide_id, organ, label, patient_id). Pretrains
+in one process, at most so many minutes; each organ's slides are then told by their nearest tiles over 20 splits by
+patient (a slide without one is its own group). Prints one JSON object last: for every organ the mean over the splits
+for `untrained`, `trained` and `colour` (a histogram of 8³ bins), and what was gained on the untrained encoder, with the
+number of splits in which something was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hpcssl.cli.demo import demo_spec
+from hpcssl.embed.encoder import Source
+from hpcssl.embed.run import embed_store
+from hpcssl.features.files import write_slide
+from hpcssl.features.folder import write_index
+from hpcssl.loader.pillow import decode
+from hpcssl.mccv.knn import knn_parts
+from hpcssl.mccv.presets import PRESETS
+from hpcssl.mccv.run import plan_parts
+from hpcssl.mccv.splits import make_splits
+from hpcssl.schedule.build import build_schedule
+from hpcssl.tiles.scan import build_store
+from hpcssl.tiles.store import Store
+from hpcssl.train.config import load_recipe
+
+METRICS = ("tile_auc", "tile_accuracy", "auc", "accuracy")
+
+
+def pretrain(recipe: str, work: Path, minutes: float, overrides: list[str]) -> float:
+    """Pretrain until the end or so many minutes, as a user does; returns the seconds."""
+    command = [sys.executable, "-m", "hpcssl.cli.main", "pretrain", recipe, "--cluster", "none"]
+    for name in ("store", "schedule"):
+        command += [f"--{name}", str(work / name)]
+    command += ["--out", str(work / "run")]
+    for override in overrides:
+        command += ["--set", override]
+    begun = time.monotonic()
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        process.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # it saves and stops, with exit code 2
+    if process.wait(600) not in (0, 2) or not (work / "run" / "checkpoints").is_dir():
+        sys.exit("check_learning: pretraining failed")
+    return time.monotonic() - begun
+
+
+def colours(store: Store, out: Path) -> None:
+    """Write a feature file a slide: the roots of each tile's histogram, so that cosines are Bhattacharyya's."""
+    out.mkdir()
+    write_index(out, encoder="colour", checkpoint="", dim=512)
+    for slide in store.slides.itertuples():
+        rows = []
+        for tile in range(slide.first_tile, slide.first_tile + slide.num_tiles):
+            pixels = np.asarray(decode(store.fetch(tile, tile), name=str(tile))).reshape(-1, 3) // 32
+            counts = np.bincount(pixels @ np.array([64, 8, 1]), minlength=512)
+            rows.append(np.sqrt(counts / len(pixels)))
+        write_slide(out / f"{slide.slide_id}.h5", np.stack(rows), np.zeros((len(rows), 2), np.int64))
+
+
+def measure(store: Store, features: dict[str, Path], splits: Path, k: int) -> dict[str, dict[str, object]]:
+    """Return of every organ the figures of every feature set, and what the trained encoder gained."""
+    splits.mkdir()
+    for organ, slides in store.slides.groupby("organ"):
+        table = make_splits(slides.reset_index(drop=True), "label", 20, 0.8, "patient_id", 0)
+        table.to_csv(splits / f"{organ}.csv", index=False)
+    tables = []
+    for name, folder in features.items():
+        parts = plan_parts([folder], sorted(splits.glob("*.csv")), PRESETS["gma-50"], replicas=1)
+        tables.append(knn_parts(parts, k=k).assign(features=name))
+    told: dict[str, dict[str, object]] = {}
+    for organ, rows in pd.concat(tables).groupby("task"):
+        by_split = rows.pivot_table(index="split", columns=["features", "metric"], values="value")
+        gained = (by_split["trained"] - by_split["untrained"])[list(METRICS)]
+        told[str(organ)] = {
+            **{name: by_split[name][list(METRICS)].mean().round(4).to_dict() for name in features},
+            "gained": gained.mean().round(4).to_dict(),
+            "splits_that_gained": (gained > 0).sum().to_dict(),
+            "splits": len(gained),
+        }
+    return told
+
+
+def main() -> None:
+    """Check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tiles", type=Path, metavar="TILES")
+    parser.add_argument("--recipe", default="mae-demo", help="(%(default)s)")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of pretraining, at most (%(default)s)")
+    parser.add_argument("--pseudo-epochs", type=int, default=40, help="of the schedule, of 1,600 tiles (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
+    parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
+    parser.add_argument(
+        "--work", type=Path, help="new folder to keep store, run and features in (default: none is kept)"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        store = build_store(args.tiles, work / "store")
+        batch = load_recipe(args.recipe, args.set).global_batch
+        spec = demo_spec(store.slides, 0, batch)
+        spec = dataclasses.replace(spec, num_pseudo_epochs=args.pseudo_epochs)
+        build_schedule(spec, store.slides, work / "schedule")
+        seconds = pretrain(args.recipe, work, args.minutes, args.set)
+        run, features = work / "run", {name: work / name for name in ("untrained", "trained", "colour")}
+        last = Source.parse(str(run))
+        embed_store(store, Source.parse(f"{run}@0"), features["untrained"], threads=torch.get_num_threads())
+        embed_store(store, last, features["trained"], threads=torch.get_num_threads())
+        colours(store, features["colour"])
+        told = measure(store, features, work / "splits", args.k)
+    about = {"recipe": args.recipe, "settings": args.set, "steps": last.step, "tiles_seen": last.step * batch}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    about |= {"pretrained_s": round(seconds), "k": args.k, "device": device, "threads": torch.get_num_threads()}
+    print(json.dumps({**told, **about}))
+
+
+if __name__ == "__main__":
+    main()

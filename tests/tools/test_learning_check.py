@@ -50,4 +50,4 @@ def test_pretraining_on_real_tiles_makes_better_neighbours(repository: Path, rea
     lung = told["lung"]
     assert lung["gained"]["tile_accuracy"] > 0.02
     assert lung["gained"]["tile_auc"] > 0.005
-    assert lung["splits_that_gained"]["tile_accuracy"] >= 16
+    assert lung["splits_that_gained"]["tile_accuracy"] >= 14

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +159,10 @@ def pretrain(
                 advance(step - done)
                 done = step
 
-        return launch(out, resources, cluster, on_step=on_step)  # type: ignore[arg-type]
+        def on_words(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        return launch(out, resources, cluster, on_step=on_step, on_words=on_words)  # type: ignore[arg-type]
 
 
 def _checked(

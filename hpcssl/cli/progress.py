@@ -55,9 +55,12 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
     begun = last = time.monotonic()
     first: float | None = None  # when the first units were done: what is before that is start-up, not pace
     done = before = 0
+    ended = False
 
     def advance(n: int) -> None:
         nonlocal done, before, first, last
+        if ended:  # a thread that outlives the work, after Ctrl-C
+            return
         done += n
         now = time.monotonic()
         if first is None:
@@ -68,5 +71,8 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
             estimate = f", about {left:.0f} s left" if left is not None else ""
             print(f"{label}: {done} of {total} {unit}{estimate}", file=sys.stderr, flush=True)
 
-    yield advance
+    try:
+        yield advance
+    finally:
+        ended = True
     print(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)

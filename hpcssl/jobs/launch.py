@@ -19,7 +19,7 @@ from hpcssl.jobs.lifecycle import newest_step
 from hpcssl.jobs.refusal import with_fix
 from hpcssl.jobs.slurm import queued
 from hpcssl.jobs.submission import read_submission, write_submission
-from hpcssl.jobs.worker import PretrainJob
+from hpcssl.jobs.worker import WORDS, PretrainJob
 from hpcssl.runs.history import record_end
 from hpcssl.runs.metrics import last_record
 
@@ -30,13 +30,20 @@ _GRACE_S = 30.0  # for a step and a checkpoint
 
 
 def launch(
-    run: Path, resources: Resources, cluster: Literal["none", "local"], *, on_step: Callable[[int], None]
+    run: Path,
+    resources: Resources,
+    cluster: Literal["none", "local"],
+    *,
+    on_step: Callable[[int], None],
+    on_words: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Start a prepared run on this machine, and wait for its end; returns `finished` or `stopped`.
 
     Parameters
     ----------
     on_step : called while waiting with the number of steps done so far
+    on_words : called with every line that the run tells through rank 0, such as a damaged checkpoint that it passed
+        over; in this process (`none`) these lines go to stderr by themselves
 
     Raises
     ------
@@ -47,7 +54,9 @@ def launch(
     write_submission(run, cluster, resources)
     try:
         outcome = (
-            _launch_local(run, resources, token, on_step) if cluster == "local" else PretrainJob(str(run), token)()
+            _launch_local(run, resources, token, on_step, on_words)
+            if cluster == "local"
+            else PretrainJob(str(run), token)()
         )
     except Exception as error:
         why = str(error) if isinstance(error, UserError) else repr(error)
@@ -109,12 +118,14 @@ def _new_token() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _launch_local(run: Path, resources: Resources, token: str, on_step: Callable[[int], None]) -> str:
+def _launch_local(
+    run: Path, resources: Resources, token: str, on_step: Callable[[int], None], on_words: Callable[[str], None]
+) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     work = PretrainJob(str(run.resolve()), token, launcher_pid=os.getpid(), visible_gpus=visible)
     job = submit_local(work, run / "logs", resources, name=f"hpcssl-{run.name}")
     try:
-        return _wait(job, run, token, on_step)
+        return _wait(job, run, token, on_step, on_words)
     except RunError:  # the other ranks wait for one that is gone
         stop_local(job, grace_s=0)
         raise
@@ -123,12 +134,13 @@ def _launch_local(run: Path, resources: Resources, token: str, on_step: Callable
         raise
 
 
-def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None]) -> str:
+def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None], on_words: Callable[[str], None]) -> str:
     """Wait for a local job; RunError when a rank has failed, without waiting for those that wait for it."""
     ranks = job._sub_jobs or [job]
-    missing_since = None
+    missing_since, heard = None, 0
     while not job.done():
         _report(run, on_step)
+        heard = _pass_on(ranks[0].paths.stderr, heard, on_words)
         ended = sum(rank.paths.result_pickle.exists() for rank in ranks)
         live = live_ranks(job)
         missing = live is not None and len(live) + ended < len(ranks)
@@ -136,6 +148,7 @@ def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None]) -> st
         if missing_since and time.monotonic() - missing_since > _MISSING_S:
             raise RunError(_cause(run, token, job))
         time.sleep(_POLL_S)
+    _pass_on(ranks[0].paths.stderr, heard, on_words)
     if all(rank.paths.result_pickle.exists() and rank.exception() is None for rank in ranks):
         return "finished" if all(rank.result() == "finished" for rank in ranks) else "stopped"
     raise RunError(_cause(run, token, job))
@@ -144,6 +157,19 @@ def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None]) -> st
 def _report(run: Path, on_step: Callable[[int], None]) -> None:
     if record := last_record(run):
         on_step(record["step"])
+
+
+def _pass_on(log: Path, heard: int, on_words: Callable[[str], None]) -> int:
+    """Pass on what rank 0 has told in its log after so many bytes; returns how many bytes are heard now."""
+    if not log.exists():
+        return heard
+    with log.open("rb") as stream:
+        stream.seek(heard)
+        whole, _, _ = stream.read().rpartition(b"\n")
+    for line in whole.decode(errors="replace").splitlines():
+        if line.startswith(WORDS):
+            on_words(line.removeprefix(WORDS))
+    return heard + len(whole) + bool(whole)
 
 
 def _cause(run: Path, token: str, job: Any) -> str:

@@ -22,6 +22,8 @@ from hpcssl.jobs.lifecycle import claim, finish, stop
 from hpcssl.jobs.rank import catch_stop_signals
 from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
 
+WORDS = "[rank 0] "  # begins what a run tells through rank 0
+
 
 @dataclass(frozen=True)
 class PretrainJob:

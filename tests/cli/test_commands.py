@@ -444,7 +444,7 @@ def test_ctrl_c_exits_130_with_one_line(small, data, tmp_path):
     finally:
         process.kill()
         process.wait(30)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.strip().splitlines()[-1] == "hpcssl: stopped; the same command goes on where it was"
     assert "Traceback" not in err
     left = {path.name for path in (tmp_path / "s").iterdir()}

@@ -80,7 +80,9 @@ def test_two_ranks_finish_and_equal_one(small, data, tmp_path):
     assert checkpoint_path(runs[0], 13).stat().st_mtime_ns == finished
     assert steps == [small.STEPS] * 2
     steps.clear()
-    assert launch(runs[1], TWO, "local", on_step=steps.append) == "finished"
+    words: list[str] = []
+    assert launch(runs[1], TWO, "local", on_step=steps.append, on_words=words.append) == "finished"
+    assert words == ["begins at step 0 of 13 with 2 processes, in fp32 (auto) on the CPU"]
     assert steps[-1] == small.STEPS
     assert steps == sorted(steps)
     traces = [read_metrics(run) for run in runs]

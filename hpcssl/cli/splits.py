@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=20, help="number of splits (%(default)s)")
     parser.add_argument("--train", type=float, default=0.8, help="part of each class that trains (%(default)s)")
     parser.add_argument(
-        "--group", default="patient_id", metavar="COLUMN", help="slides alike here stay on one side (%(default)s)"
+        "--group", metavar="COLUMN", help="slides alike here stay on one side (patient_id, where there is one)"
     )
     parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace) -> int:
     from hpcssl.core.atomic import write_atomic
     from hpcssl.core.errors import ConfigError, SplitError
-    from hpcssl.mccv.splits import make_splits
+    from hpcssl.mccv.splits import PATIENT, make_splits
     from hpcssl.tiles.slides import read_slides
 
     for option in ("slides", "target", "out"):
@@ -51,31 +51,42 @@ def _draw(args: argparse.Namespace) -> int:
         if args.organ not in organs:
             raise SplitError(f"{args.slides}: no slide of organ {args.organ}; it has {', '.join(organs)}")
         frame = frame[frame["organ"] == args.organ]
-    table = make_splits(frame, args.target, args.num, args.train, args.group, args.seed, args.kind)
+    _check_named(args.group, frame, args.slides)
+    group = args.group or PATIENT
+    table = make_splits(frame, args.target, args.num, args.train, group, args.seed, args.kind)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, table.to_csv(index=False))
     print(f"{args.out}: {_described(table, args.kind)}")
     if len(table) < len(frame):
         print(f"{len(frame) - len(table)} slides have no {args.target} and were left out")
-    if args.group not in frame.columns:
-        print(f"no column {args.group} in {args.slides}: every slide is a group of its own")
+    if group not in frame.columns:
+        print(f"no column {group} in {args.slides}: every slide is a group of its own")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import ConfigError
     from hpcssl.features.folder import FeatureSet
-    from hpcssl.mccv.splits import read_splits, without_missing
+    from hpcssl.mccv.splits import PATIENT, read_splits, without_missing
 
     if args.file is None:
         raise ConfigError("splits check: no FILE named; example: hpcssl splits check breast.csv")
-    table = read_splits(args.file, args.group, args.kind)
+    group = args.group or PATIENT
+    table = read_splits(args.file, group, args.kind)
+    _check_named(args.group, table, args.file)
     if args.features is not None:
         where = f"{args.file} with {args.features}"
         without_missing(table, FeatureSet.open(args.features).slides, where=where, allow_missing=False, kind=args.kind)
-    groups = f"no {args.group} on both sides" if args.group in table.columns else f"no column {args.group} to check"
+    groups = f"no {group} on both sides" if group in table.columns else f"no column {group} to check"
     print(f"{args.file}: {_described(table, args.kind)}; {groups}")
     return 0
+
+
+def _check_named(group: str | None, table, path: Path) -> None:  # type: ignore[no-untyped-def]  # as below
+    from hpcssl.core.errors import SplitError
+
+    if group is not None and group not in table.columns:
+        raise SplitError(f"{path}: no column {group} (--group); it has {', '.join(table.columns)}")
 
 
 def _described(table, kind: str | None) -> str:  # type: ignore[no-untyped-def]  # pandas is imported only when the command runs

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hpcssl.core.errors import SplitError
 from hpcssl.core.rng import key_of
-from hpcssl.tiles.slides import group_keys
+from hpcssl.tiles.slides import group_keys, missing, read_csv
 
 PATIENT = "patient_id"
 TRAIN, VAL = "train", "val"
@@ -36,21 +36,24 @@ def make_splits(
 
     Of a class with n slides ⌊n · train + 1/2⌋ train (at least 1, at most n - 1), or as near to it as whole groups
     allow. A target of values (`kind`, see `target_kind`) is stratified by fifths of the groups' means. Slides with a
-    blank target are left out. A blank group, or a table without `patient_id`, makes each slide its own group. A draw is
-    a function of (seed, split, group), not of the table's order.
+    missing target are left out. A missing group, or a table without `patient_id`, makes each slide its own group. A
+    draw is a function of (seed, split, group), not of the table's order. The table passes `check_splits`.
 
     Raises
     ------
     SplitError
-        If the target has one class, or a class cannot be on both sides.
+        If the target has one class, or a class cannot be on both sides, or a side has fewer than two different values.
     """
+    if group in ("slide", "target") and group != target:
+        raise SplitError(f"the group column {group} has a name of the split file's own; give it another name")
     if target not in frame.columns:
         raise SplitError(f"the slide table has no column {target}; it has {', '.join(frame.columns)}")
     if num < 1 or not 0 < train < 1:
         raise SplitError(
             f"{num} splits with {train} of the slides in train: expected at least 1, and a part between 0 and 1"
         )
-    labelled = frame[frame[target] != ""].sort_values("slide_id", ignore_index=True)
+    labelled = frame[~missing(frame[target])].sort_values("slide_id", ignore_index=True)
+    labelled[target] = labelled[target].str.strip()
     if group == PATIENT and PATIENT not in labelled.columns:
         groups = "slide " + labelled["slide_id"]
     else:
@@ -67,7 +70,7 @@ def make_splits(
     for split in range(1, num + 1):
         in_train = _draw(counts, wanted, seed, split)
         table[f"mccv{split}"] = np.where(groups.isin(in_train), TRAIN, VAL)
-    return table
+    return check_splits(table, where=f"column {target}", group=group, kind=kind)
 
 
 def target_kind(targets: pd.Series, given: str | None = None, *, where: str) -> str:
@@ -96,24 +99,29 @@ def target_kind(targets: pd.Series, given: str | None = None, *, where: str) -> 
 def read_splits(path: Path, group: str = PATIENT, kind: str | None = None) -> pd.DataFrame:
     """Read and check a split file, all cells as text; SplitError says what is wrong and where."""
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        frame = read_csv(path)
     except FileNotFoundError:
         raise SplitError(f"{path}: no such split file; make one with `hpcssl splits`") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except ValueError as error:  # pandas' own and of the encoding, too
         raise SplitError(f"{path}: not a split file ({' '.join(str(error).split())})") from None
     return check_splits(frame, where=str(path), group=group, kind=kind)
 
 
 def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind: str | None = None) -> pd.DataFrame:
-    """Check a split table and return it ordered by slide; of values, each side needs two different ones.
+    """Check a split table and return it ordered by slide, its targets without blanks around them.
+
+    Of values, each side needs two different ones.
 
     Raises
     ------
     SplitError
-        For a missing column, a slide twice, a blank target, a cell that is neither train nor val, a class that a side
-        of a split lacks, or a group (column `group`, if there) on both sides of one.
+        For a missing column (only `patient_id` may be), a column such as mccv01, a slide twice, a missing target, a
+        cell that is neither train nor val, a class that a side of a split lacks, or a group on both sides of one.
     """
     columns = split_columns(frame)
+    odd = [name for name in map(str, frame.columns) if re.fullmatch(r"mccv[\d.]+", name) and name not in columns]
+    if odd:
+        raise SplitError(f"{where}: column {odd[0]}; expected mccv1, mccv2 …, each once and without a leading zero")
     for column in ("slide", "target"):
         if column not in frame.columns:
             raise SplitError(f"{where}: no column {column}; expected slide, target, [patient_id], mccv1 …")
@@ -124,10 +132,14 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
         raise SplitError(
             f"{where}: slide {twice.iloc[0]} stands in it twice ({len(twice)} such rows); keep one row a slide"
         )
-    blank = frame["slide"][frame["target"] == ""]
+    if group != PATIENT and group not in frame.columns:
+        raise SplitError(f"{where}: no column {group} to check; it has {', '.join(map(str, frame.columns))}")
+    blank = frame["slide"][missing(frame["target"])]
     if len(blank):
         raise SplitError(f"{where}: slide {blank.iloc[0]} has no target ({len(blank)} such rows); leave such rows out")
+    frame = frame.assign(target=frame["target"].str.strip())
     kind = target_kind(frame["target"], kind, where=where)
+    groups = group_keys(frame, group, "slide") if group in frame.columns else None
     for column in columns:
         unknown = ~frame[column].isin([TRAIN, VAL])
         if unknown.any():
@@ -137,12 +149,12 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
                 f" ({unknown.sum()} such cells)"
             )
         _check_sides(frame, column, where, kind)
-        if group in frame.columns:
-            sides = frame[frame[group] != ""].groupby(group)[column].nunique()
+        if groups is not None:
+            sides = frame.groupby(groups)[column].nunique()
             leaking = sides[sides > 1]
             if len(leaking):
                 raise SplitError(
-                    f"{where}: {group} {leaking.index[0]} is on both sides of {column} ({len(leaking)} such groups);"
+                    f"{where}: {leaking.index[0]} is on both sides of {column} ({len(leaking)} such groups);"
                     f" keep the slides of a group together"
                 )
     return frame.sort_values("slide", ignore_index=True)
@@ -150,7 +162,7 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
 
 def split_columns(frame: pd.DataFrame) -> list[str]:
     """Return mccv1 … mccvK, in the order of their numbers."""
-    names = [str(name) for name in frame.columns if re.fullmatch(r"mccv\d+", str(name))]
+    names = [str(name) for name in frame.columns if re.fullmatch(r"mccv[1-9][0-9]*", str(name))]
     return sorted(names, key=split_number)
 
 
@@ -178,11 +190,11 @@ def without_missing(
     """
     kind = target_kind(frame["target"], kind, where=where)
     present = frame["slide"].isin(set(known))
-    missing, extra = frame["slide"][~present].tolist(), sorted(set(known) - set(frame["slide"]))
-    if missing and not allow_missing:
+    lacking, extra = frame["slide"][~present].tolist(), sorted(set(known) - set(frame["slide"]))
+    if lacking and not allow_missing:
         raise SplitError(
-            f"{where}: slide{'s' * (len(missing) > 1)} {listed(missing)} without features"
-            f" ({len(missing)} of {len(frame)} slides); embed them, or leave them out with --allow-missing"
+            f"{where}: slide{'s' * (len(lacking) > 1)} {listed(lacking)} without features"
+            f" ({len(lacking)} of {len(frame)} slides); embed them, or leave them out with --allow-missing"
         )
     if extra and not allow_extra:
         raise SplitError(

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from hpcssl.core.errors import SlideError
 
 REQUIRED = ("slide_id", "organ", "num_tiles")
+MISSING = ("", "nan", "na", "none", "null")  # words for no value, in any case and with blanks around them
 _MOST_TILES = 2**31 - 1
 
 
@@ -100,17 +101,28 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
     return frame.assign(num_tiles=counts.astype("int64")).reset_index(drop=True)
 
 
-def group_keys(frame: pd.DataFrame, column: str) -> pd.Series:
-    """Return the group of every slide; a blank makes the slide its own group, never one group of all blanks.
+def missing(column: pd.Series) -> pd.Series:
+    """Return which cells of a text column hold no value.
 
-    >>> table = pd.DataFrame({"slide_id": ["a", "b", "c"], "patient_id": ["p", "", ""]})
-    >>> group_keys(table, "patient_id").nunique()
-    3
+    >>> missing(pd.Series(["a", " ", "NA", "NaN"])).tolist()
+    [False, True, True, True]
+    """
+    return column.str.strip().str.lower().isin(MISSING)
+
+
+def group_keys(frame: pd.DataFrame, column: str, slide: str = "slide_id") -> pd.Series:
+    """Return the group of every slide; a missing one makes the slide its own group, never one group of all such.
+
+    Blanks around a name do not count, nor does the point of a whole number (`12.0`), as tables with blanks get it.
+
+    >>> table = pd.DataFrame({"slide_id": ["a", "b", "c", "d"], "patient_id": ["7", "7.0 ", "", "NA"]})
+    >>> group_keys(table, "patient_id").tolist()
+    ['patient_id 7', 'patient_id 7', 'slide c', 'slide d']
     """
     if column not in frame.columns:
         raise SlideError(f"the slide table has no column {column}; it has {', '.join(frame.columns)}")
-    own = "slide " + frame["slide_id"]
-    return (column + " " + frame[column]).where(frame[column].str.strip() != "", own)
+    names = frame[column].str.strip().str.replace(r"^([0-9]+)\.0+$", r"\1", regex=True)
+    return (column + " " + names).where(~missing(names), "slide " + frame[slide])
 
 
 def slide_of(tiles: ArrayLike, first_tiles: ArrayLike) -> NDArray[np.intp]:

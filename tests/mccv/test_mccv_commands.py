@@ -61,3 +61,17 @@ def test_a_users_error_is_one_line(table, capsys, monkeypatch, arguments, messag
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_named_group_column_must_be_there(table, capsys):
+    drawn = ("splits", "--slides", table / "slides.csv", "--target", "label", "--out", table / "all.csv")
+    assert run(*drawn, "--group", "typo") == 2
+    assert "no column typo (--group)" in capsys.readouterr().err
+    assert not (table / "all.csv").exists()
+    assert run(*drawn) == 0
+    assert run("splits", "check", table / "all.csv", "--group", "typo") == 2
+    assert "no column typo" in capsys.readouterr().err
+    pd.read_csv(table / "all.csv").drop(columns="patient_id").to_csv(table / "bare.csv", index=False)
+    assert run("splits", "check", table / "bare.csv", "--group", "patient_id") == 2
+    assert "no column patient_id (--group)" in capsys.readouterr().err
+    assert run("splits", "check", table / "bare.csv") == 0

@@ -133,6 +133,10 @@ def broken(**columns):
         (broken(slide=["s"] * 12), "slide s stands in it twice"),
         (broken(target=["a"] * 12), "every slide has the target a"),
         (broken(target=["", *GOOD["target"][1:]]), "slide s000 has no target"),
+        (broken(target=[" NA", *GOOD["target"][1:]]), "slide s000 has no target"),
+        (GOOD.rename(columns={"mccv2": "mccv02"}), "column mccv02; expected mccv1, mccv2"),
+        (GOOD.rename(columns={"mccv2": "mccv0"}), "column mccv0; expected"),
+        (GOOD.rename(columns={"mccv2": "mccv1"}), r"column mccv1\.1; expected"),
         (GOOD.drop(columns=["mccv1", "mccv2"]), "no columns mccv1"),
         (GOOD.drop(columns="target"), "no column target"),
         (GOOD.iloc[:0], "no slides"),
@@ -216,3 +220,41 @@ def test_values_need_two_groups_and_two_values_on_each_side():
     table = slides(["0.5", "1.5", "2.5"]).set_axis(["slide", "target"], axis=1)
     with pytest.raises(SplitError, match="mccv1 has fewer than two different targets in val"):
         check_splits(table.assign(mccv1=["train", "train", "val"]), where="x")
+
+
+def test_patients_written_in_two_ways_are_one_and_missing_ones_are_none():
+    sides = ["train", "train", "val", "val"] * 3
+    targets = ["a", "b"] * 6
+    table = pd.DataFrame({"slide": [f"s{i}" for i in range(12)], "target": targets, "mccv1": sides})
+    check_splits(table.assign(patient_id=["NA", "nan", "None", " "] * 3), where="x")
+    for one, other in (("7", "7.0"), ("p", " p ")):
+        with pytest.raises(SplitError, match=f"patient_id {one} is on both sides of mccv1"):
+            check_splits(table.assign(patient_id=["", one, other, *[""] * 9]), where="x")
+        drawn = make_splits(slides(targets, [one, one, other, other, *[f"q{i}" for i in range(8)]]), "label", num=20)
+        assert (drawn[split_columns(drawn)].iloc[:4].nunique() == 1).all()
+    with pytest.raises(SplitError, match="007 is on both"):  # 7 and 007 may be two
+        check_splits(table.assign(patient_id=["7", "007", "007", *[""] * 9]), where="x")
+
+
+def test_words_for_no_target_are_no_class_and_blanks_around_one_make_no_other():
+    table = make_splits(slides(["a", "b ", "NA", " a", "b", "null"] * 4), "label", num=2)
+    assert table["target"].value_counts().to_dict() == {"a": 8, "b": 8}
+    values = make_splits(slides([*(f"{i}.5" for i in range(12)), "nan", " "]), "label", num=2)
+    assert target_kind(values["target"], where="x") == "values"
+
+
+def test_rows_longer_than_the_header_are_not_shifted(tmp_path):
+    header, *rows = GOOD.to_csv(index=False).splitlines()
+    path = tmp_path / "long.csv"
+    path.write_text("\n".join([header, *(f"{row},train" for row in rows)]))
+    with pytest.raises(SplitError, match="rows have more fields than its header"):
+        read_splits(path)
+
+
+def test_a_named_group_must_be_there_and_what_a_check_refuses_is_not_drawn():
+    with pytest.raises(SplitError, match="no column typo to check; it has slide, target, patient_id"):
+        check_splits(GOOD, where="x", group="typo")
+    with pytest.raises(SplitError, match="fewer than two different targets in"):
+        make_splits(slides(["0.5", "1.5"]), "label", num=1)
+    with pytest.raises(SplitError, match="group column slide has a name of the split file's own"):
+        make_splits(slides(["a", "b"] * 6).assign(slide="x"), "label", group="slide")

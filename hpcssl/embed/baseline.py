@@ -89,11 +89,13 @@ class Baseline:
             about = {"weights": str(file), "weights_digest": digest_file(file)}
         model.eval().requires_grad_(False)
         config = model.pretrained_cfg
+        features = _features(model, self.stage, config["mean"], config["std"])
+        px = int(config["input_size"][-1])
         return Embedder(
             module=model,
-            features=_features(model, self.stage, config["mean"], config["std"]),
-            dim=model.num_features if self.stage is None else _channels(model, self.model, self.stage),
-            image_px=int(config["input_size"][-1]),
+            features=features,
+            dim=_dim(features, px, self.model) if self.stage is None else _channels(model, self.model, self.stage),
+            image_px=px,
             multiple_px=_patch_px(model),
             about=about,
         )
@@ -111,6 +113,14 @@ def _features(model: Any, stage: int | None, mean: tuple[float, ...], std: tuple
         return kept[0].mean(dim=(2, 3))
 
     return features
+
+
+def _dim(features: Any, px: int, name: str) -> int:
+    """Return the number of features by computing some: timm's num_features is not what every model's head gives."""
+    shape = tuple(features(torch.zeros(1, px, px, 3, dtype=torch.uint8)).shape)
+    if len(shape) != 2:
+        raise ConfigError(f"timm:{name}: gives {shape} for a tile; expected one row of features")
+    return shape[1]
 
 
 def _channels(model: Any, name: str, stage: int) -> int:

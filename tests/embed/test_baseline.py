@@ -61,6 +61,11 @@ def test_the_papers_baselines_have_2048_and_1024_features():
         assert (loaded.dim, loaded.features(PIXELS).shape[1]) == (dim, dim)
 
 
+def test_a_head_that_widens_the_features_gives_its_own_number_of_them():
+    loaded = Baseline.parse("timm:mobilenetv3_large_100:random").load()  # timm's num_features is 960
+    assert (loaded.dim, loaded.features(PIXELS).shape[1]) == (1280, 1280)
+
+
 def test_random_weights_are_the_same_each_time_and_others_than_the_files(resnet):
     first, second = (Baseline.parse("timm:resnet18:random").load().features(PIXELS) for _ in range(2))
     assert torch.equal(first, second)

@@ -25,14 +25,7 @@ def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
     """Return the figure of a checked results table and its summary."""
     last = {arm: matrix.iloc[:, -1] for arm, matrix in score_matrices(results).items()}
     counts = replicas_with_value(results)
-    table = pd.concat(
-        [
-            pd.DataFrame(
-                {**arm._asdict(), "split": values.index, "replicas": counts.loc[arm], "score": values.to_numpy()}
-            )
-            for arm, values in last.items()
-        ]
-    )
+    table = pd.concat([_rows(arm, values, counts.loc[arm]) for arm, values in last.items()])
     tasks = sorted({arm.task for arm in last})
     styles = looks(list(last))
     columns = 2 if len(tasks) > 1 and len(styles) <= _MAX_PER_HALF_WIDTH else 1
@@ -45,6 +38,12 @@ def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
         png=draw(WIDTH_INCH, height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
         table=table,
     )
+
+
+def _rows(arm: Arm, values: pd.Series, counts: pd.Series) -> pd.DataFrame:
+    """Return an arm's splits with their scores and how many replicas have one, 0 for a split that did not get there."""
+    replicas = counts.reindex(values.index, fill_value=0)
+    return pd.DataFrame({**arm._asdict(), "split": values.index, "replicas": replicas, "score": values.to_numpy()})
 
 
 def _caption(*, several: bool) -> str:

@@ -21,33 +21,43 @@ _MOST_TOLD = 8  # encoders whose pairs are told in words
 
 
 def representatives(summary: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return (encoder, last checkpoint) of every encoder, the best mean over the tasks first."""
+    """Return (encoder, last checkpoint) of every encoder, the best mean over the tasks first, those without one last.
+
+    Without one: without a score on some task, or all of them where tasks are judged by different metrics.
+    """
     arms = set(zip(summary["encoder"].map(str), summary["checkpoint"].map(str)))
     last = {encoder: (encoder, c) for encoder, c in sorted(arms, key=lambda a: arm_order(Arm("", *a)))}
-    scores = summary.set_index(["encoder", "checkpoint"])["score"].groupby(level=[0, 1]).mean()
-    return sorted(last.values(), key=lambda arm: (-np.nan_to_num(scores[arm], nan=-1.0), arm))
+    means = {arm: _mean(summary, *arm) for arm in last.values()}
+    return sorted(means, key=lambda arm: (np.isnan(means[arm]), -np.nan_to_num(means[arm]), arm))
 
 
 def leaderboard(summary: pd.DataFrame) -> pd.DataFrame:
     """Return one row an encoder, the best first: encoder, checkpoint, of every task the score, and their mean.
 
-    A score is text, mean and interval; the mean is NaN unless the encoder has a score on every task.
+    A score is text, mean and interval; the mean is NaN unless the encoder has a score on every task, and where some
+    tasks are judged by AUC and others by R².
     """
     tasks = summary.drop_duplicates("task").set_index("task")["metric"]
     by_arm = summary.set_index(["encoder", "checkpoint", "task"])
     rows = []
     for encoder, checkpoint in representatives(summary):
         row: dict[str, object] = {"encoder": encoder, "checkpoint": checkpoint}
-        scores = []
         for task, metric in tasks.items():
             key = (encoder, checkpoint, task)
             found = by_arm.loc[key] if key in by_arm.index else None
-            scores.append(np.nan if found is None else found["score"])
             told = "–" if found is None else interval_text(found["score"], found["score_low"], found["score_high"])
             row[f"{task}{_METRIC_NAMES[metric]}"] = told
-        row["mean"] = float(np.mean(scores))
+        row["mean"] = _mean(summary, encoder, checkpoint)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _mean(summary: pd.DataFrame, encoder: str, checkpoint: str) -> float:
+    """Return the mean score over all tasks, NaN where one is missing or they differ in their metric."""
+    rows = summary[(summary["encoder"] == encoder) & (summary["checkpoint"] == checkpoint)]
+    if summary["metric"].nunique() > 1 or rows["task"].nunique() < summary["task"].nunique():
+        return np.nan
+    return float(rows["score"].mean(skipna=False))
 
 
 def pairs(results: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:

@@ -167,3 +167,12 @@ def test_names_that_matplotlib_would_interpret(figures, make_results) -> None:
     curves.curve_parts(results)
     texts = [text.get_text() for text in figures[0].axes[-1].get_legend().get_texts()]
     assert texts == ["$\\frac$", " _vit, untrained"]
+
+
+def test_a_split_that_did_not_reach_the_last_epoch_has_no_replicas(make_results) -> None:
+    frame = make_results({("t", "e", "0"): 0.7, ("t", "e", "10"): 0.8}, splits=3, epochs=2)
+    frame = frame[~((frame["split"] == 2) & (frame["epoch"] == 2) & (frame["checkpoint"] == "10"))]
+    results = checked(frame)
+    table = checkpoints.checkpoints_part(results, summarise(results)).table.set_index(["checkpoint", "split"])
+    assert table["replicas"].tolist() == [2, 2, 2, 2, 0, 2]
+    assert table["score"].isna().tolist() == [False] * 4 + [True, False]

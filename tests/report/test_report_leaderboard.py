@@ -128,3 +128,21 @@ def test_what_was_not_trained_has_no_curve(make_results, write_results, tmp_path
     out = write_report(tmp_path / "out", results=write_results(results), title="t").parent
     assert set(pd.read_csv(out / "curves_lung.csv")["encoder"]) == {"vit"}
     assert set(pd.read_csv(out / "leaderboard.csv")["encoder"]) == {"vit", "vit, k-NN"}
+
+
+def test_the_order_is_that_of_the_shown_mean_and_none_comes_last(make_results) -> None:
+    levels = {("lung", "a", ""): 0.95, ("lung", "b", ""): 0.6, ("lung", "c", ""): 0.7}
+    levels |= {("skin", "b", ""): 0.6, ("skin", "c", ""): 0.7}
+    table = leaderboard(summarise(make_results(levels)))
+    assert table["encoder"].tolist() == ["c", "b", "a"]
+    assert table["mean"].isna().tolist() == [False, False, True]
+
+
+def test_auc_and_r2_have_no_mean(make_results) -> None:
+    levels = {(task, encoder, ""): 0.7 for task in ("lung", "skin") for encoder in ("b", "a")}
+    frame = make_results(levels)
+    frame.loc[(frame["task"] == "skin") & (frame["metric"] == "auc"), "metric"] = "r2"
+    table = leaderboard(summarise(frame))
+    assert list(table.columns) == ["encoder", "checkpoint", "lung", "skin (R²)", "mean"]
+    assert table["mean"].isna().all()
+    assert table["encoder"].tolist() == ["a", "b"]

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="by similarity, or each neighbour alike (%(default)s)",
     )
     parser.add_argument("--tiles-per-slide", type=int, default=100, help="at most, at even distances (%(default)s)")
+    parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out slides without features and features without slides"
     )
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from hpcssl.mccv.run import plan_parts
 
     allowed = {"allow_missing": args.allow_missing, "allow_extra": args.allow_missing}
-    parts = plan_parts(args.features, args.splits, PRESETS["gma-50"], replicas=1, **allowed)
+    parts = plan_parts(args.features, args.splits, PRESETS["gma-50"], replicas=1, kind=args.kind, **allowed)
     tell_left_out(parts)
     weighted = args.votes == "weighted"
     with progress("nearest neighbours", total=len(parts), unit="tables") as advance:

@@ -22,10 +22,11 @@ from torch import Tensor
 from hpcssl.core.errors import ConfigError, SplitError
 from hpcssl.features.folder import FeatureSet
 from hpcssl.mccv.metrics import auc
-from hpcssl.mccv.run import COLUMNS, Part, collect, file_name, part_done, sides_of, targets_of, write_part
+from hpcssl.mccv.run import COLUMNS, Part, check_tasks, collect, file_name, part_done, sides_of, targets_of, write_part
 from hpcssl.mccv.splits import CLASSES
 
 TEMPERATURE = 0.07
+_FROM_PART = ("target", "table_digest", "slides", "train", "splits_digest", "features_digest")  # of its record
 _ROWS = 512  # tiles whose similarities to all others are in memory at a time
 
 
@@ -52,19 +53,24 @@ def knn_parts(
     Raises
     ------
     ConfigError, FeatureError, SplitError
-        For settings, features or splits that cannot be used, or a part in `out` made with something else.
+        For settings, features or splits that cannot be used, or a part in `out` made with something else, or one of
+        the same task from other splits.
     """
     if k < 1 or tiles_per_slide < 1:
         raise ConfigError(f"k = {k}, {tiles_per_slide} tiles a slide: expected at least 1 of each")
     for part in parts:
         if part.kind != CLASSES:
-            raise SplitError(f"task {part.task}: a target of values; k-NN tells classes only")
+            raise SplitError(
+                f"task {part.task}: a target of values; k-NN tells classes only (--kind classes, if the numbers are)"
+            )
+    if out is not None:
+        check_tasks(out / "parts", parts)
     tables = []
     for part in parts:
         encoder = f"{part.features.encoder}, k-NN"
         about = {"task": part.task, "encoder": encoder, "checkpoint": part.features.checkpoint}
         record = {"k": k, "weighted": weighted, "tiles_per_slide": tiles_per_slide, **about}
-        record |= {key: part.record[key] for key in ("slides", "train", "splits_digest", "features_digest")}
+        record |= {key: part.record[key] for key in _FROM_PART}
         name = "__".join(file_name(text) for text in about.values())
         if out is not None and part_done(out / "parts", name, record):
             on_progress(1)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hpcssl.mccv.splits import CLASSES, TRAIN, read_splits, split_columns, split
 
 COLUMNS = ("task", "encoder", "checkpoint", "split", "replica", "epoch", "metric", "value")
 _KEY = list(COLUMNS[:-1])
+_LATER = ("table_digest", "target")  # of a part's record, what the first ones do not have
 _LONGEST_NAME = 60
 _ONLY = "__split="  # in the file name of a part that holds one run
 
@@ -40,16 +42,18 @@ class Part:
     """One task with one feature set: what is to be fitted, and with what."""
 
     task: str
+    splits: Path
+    """The task's split file."""
     encoder: str
     """Its name in the results."""
     features: FeatureSet
     preset: MccvPreset
     table: pd.DataFrame
-    """Checked splits of the slides that have features."""
+    """Checked splits of the slides that have features, with missing ones allowed in every feature set of the call."""
     kind: str
     """Of the target: classes or values."""
     left_out: tuple[str, ...]
-    """Slides without features, and slides with features that the splits do not name."""
+    """Slides without features, here or in another set of the call, and with features but not in the splits."""
     runs: tuple[tuple[int, int], ...]
     """(split, replica), both from 1."""
     name: str
@@ -85,12 +89,17 @@ def plan_parts(
     parts: dict[str, Part] = {}
     for path in splits:
         table = read_splits(path, kind=kind)
+        kind_of_all = target_kind(table["target"], kind, where=str(path))  # a feature set may lack what tells it
+        keep = partial(without_missing, table, allow_missing=allow_missing, allow_extra=allow_extra, kind=kind_of_all)
+        shared = table["slide"]
+        if allow_missing:  # sets are compared on the same slides
+            shared = shared[shared.isin(set.intersection(*(set(found.slides) for found in sets)))]
         for found in sets:
-            where = f"{path} with {found.folder}"
-            allowed = {"allow_missing": allow_missing, "allow_extra": allow_extra}
-            kept = without_missing(table, found.slides, where=where, kind=kind, **allowed)
+            kept = keep(found.slides, where=f"{path} with {found.folder}")
+            if len(kept) > len(shared):
+                kept = keep(shared.tolist(), where=f"{path}, slides that all --features have")
             for one in presets:
-                part = _part(path, kept, table, found, one, replicas, only, kind, seed)
+                part = _part(path, kept, table, found, one, replicas, only, kind_of_all, seed)
                 if part.name in parts:
                     raise ConfigError(
                         f"{found.folder}: task {part.task} with encoder {found.encoder!r}, checkpoint"
@@ -128,12 +137,13 @@ def run_parts(
     Raises
     ------
     ConfigError
-        If a part in `out` was made with something else; the message names the setting and both values. If a slide of
-        `attention` is in validation nowhere.
+        If a part in `out` was made with something else; the message names the setting and both values. If a part of
+        the same task in `out` was made from another split file. If a slide of `attention` is in validation nowhere.
     """
     folder = out / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder, preset, seed)
+    check_tasks(folder, parts)
     wanted = {part.name: _attention_files(out, part, attention) for part in parts}
     for slide in attention:
         if not any(slide in files for files in wanted.values()):
@@ -166,9 +176,10 @@ def write_part(folder: Path, name: str, record: dict[str, Any], table: pd.DataFr
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """Read a results table; `task`, `encoder`, `checkpoint` and `metric` stay text, blank = ""."""
+    """Read a results table; `task`, `encoder`, `checkpoint` and `metric` stay text; a blank value is NaN."""
     text = dict.fromkeys(("task", "encoder", "checkpoint", "metric"), str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False)[list(COLUMNS)]
+    table = pd.read_csv(path, dtype=text, keep_default_na=False)[list(COLUMNS)]
+    return table.assign(value=pd.to_numeric(table["value"], errors="coerce").astype(float))
 
 
 def file_name(text: str) -> str:
@@ -195,7 +206,7 @@ def _part(
     preset: MccvPreset,
     replicas: int,
     only: tuple[int, int] | None,
-    kind: str | None,
+    kind: str,
     seed: int,
 ) -> Part:
     task = task_name(path)
@@ -209,7 +220,6 @@ def _part(
             )
         runs = (only,)
         name += f"{_ONLY}{only[0]}_replica={only[1]}"
-    kind = target_kind(kept["target"], kind, where=str(path))
     record = {
         "task": task,
         "encoder": encoder,
@@ -219,6 +229,7 @@ def _part(
         "replicas": replicas,
         "only": only and list(only),
         "target": kind,
+        "table_digest": digest_bytes(table.to_csv(index=False).encode()),
         "slides": len(kept),
         "train": float(np.mean([len(sides_of(kept, split)[0]) for split, _ in runs])),
         "splits_digest": digest_bytes(kept.to_csv(index=False).encode()),
@@ -226,12 +237,13 @@ def _part(
     }
     return Part(
         task=task,
+        splits=path,
         encoder=encoder,
         features=features,
         preset=preset,
         table=kept,
         kind=kind,
-        left_out=tuple(sorted(set(table["slide"]).symmetric_difference(features.slides))),
+        left_out=tuple(sorted({*table["slide"], *features.slides} - {*kept["slide"]})),
         runs=runs,
         name=name,
         record=record,
@@ -307,6 +319,21 @@ def _check_folder(folder: Path, preset: MccvPreset, seed: int) -> None:
             _refuse_difference(path, found, wanted)
 
 
+def check_tasks(folder: Path, parts: Sequence[Part]) -> None:
+    """Refuse (ConfigError) a task of which `folder` holds a part from another split table or kind of target."""
+    of_task = {part.task: part for part in parts}
+    for path in sorted(folder.glob("[!.]*.csv")):
+        record = _read_record(path)
+        part = of_task.get(record.get("task", ""))
+        for key, told in (("table_digest", "another split table"), ("target", "another kind of target")):
+            if part is not None and record.get(key, part.record[key]) != part.record[key]:
+                was, now = (str(r[key])[:12] for r in (record, part.record))
+                raise ConfigError(
+                    f"{part.splits}: {path} has the same task {part.task} from {told} ({was}, now {now}); rename the"
+                    f" splits file (its name is the task), choose another --out, or delete the old parts of the task"
+                )
+
+
 def _training(preset: dict[str, Any]) -> dict[str, Any]:
     """Return a preset without its head."""
     return {key: value for key, value in preset.items() if key not in HEAD_SETTINGS}
@@ -332,6 +359,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _refuse_difference(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old = {**{key: new[key] for key in _LATER if key in new}, **old}
     difference = first_difference(old, new)
     if difference:
         key, was, now = difference

@@ -95,3 +95,13 @@ def test_settings_and_targets_that_cannot_be_used(inputs):
     table.to_csv(inputs / "organ.csv", index=False)
     with pytest.raises(SplitError, match="k-NN tells classes only"):
         knn.knn_parts(parts(inputs))
+
+
+def test_numbers_that_are_classes_can_be_told_to_be(inputs, capsys):
+    grades = [str(i % 3 + (i % 2) / 2) for i in range(24)]  # 0, 0.5 … 2.5
+    table = pd.DataFrame({"slide_id": SLIDES, "label": grades})
+    make_splits(table, "label", num=2, kind="classes").to_csv(inputs / "organ.csv", index=False)
+    call = ["knn", "--features", str(inputs / "uni"), "--splits", str(inputs / "organ.csv")]
+    assert main(call) == 2
+    assert "--kind classes" in capsys.readouterr().err
+    assert main([*call, "--kind", "classes"]) == 0

@@ -11,6 +11,7 @@ from hpcssl.core.errors import ConfigError, FeatureError, SplitError
 from hpcssl.features.files import write_slide
 from hpcssl.features.folder import write_index
 from hpcssl.mccv import run as run_module
+from hpcssl.mccv.knn import knn_parts
 from hpcssl.mccv.presets import PRESETS
 from hpcssl.mccv.run import COLUMNS, file_name, plan_parts, read_results, run_parts
 from hpcssl.mccv.splits import make_splits
@@ -100,7 +101,7 @@ def test_parts_made_with_something_else_are_refused(inputs):
     (inputs / "untrained" / "more.h5").unlink()
     table = pd.DataFrame({"slide_id": SLIDES, "label": ["a", "b"] * 8})
     make_splits(table, "label", num=3, seed=9).to_csv(inputs / "breast.csv", index=False)
-    with pytest.raises(ConfigError, match="splits_digest = "):
+    with pytest.raises(ConfigError, match=r"breast\.csv: .*__0\.csv has the same task breast from another split table"):
         bench(inputs, ["untrained"])
     (inputs / "out" / "parts" / "breast__timm-vit-small__0.json").unlink()
     with pytest.raises(ConfigError, match=r"no readable breast__timm-vit-small__0\.json"):
@@ -248,3 +249,65 @@ def test_no_map_without_places(inputs):
     trained = table["slide"][(table[["mccv1", "mccv2", "mccv3"]] == "train").all(axis=1)].iloc[0]
     with pytest.raises(ConfigError, match=f"slide {trained}: in validation in no run"):
         run_parts(parts, PRESET, inputs / "out", attention=[trained])
+
+
+def test_a_blank_value_is_nan(tmp_path):
+    row = "breast,uni,,1,1,1,"
+    (tmp_path / "r.csv").write_text(",".join(COLUMNS) + f"\n{row}auc,\n{row}accuracy,0.5\n")
+    table = read_results(tmp_path / "r.csv")
+    assert table["value"].dtype == float
+    assert table["value"].isna().tolist() == [True, False]
+
+
+def test_feature_sets_are_compared_on_the_slides_that_all_have(inputs):
+    (inputs / "trained" / "s03.h5").unlink()
+    (inputs / "untrained" / "s04.h5").unlink()
+    paths = [inputs / "trained", inputs / "untrained"], [inputs / "breast.csv"]
+    parts = plan_parts(*paths, PRESET, allow_missing=True)
+    for part in parts:
+        assert part.table["slide"].tolist() == [s for s in SLIDES if s not in ("s03", "s04")]
+        assert part.left_out == ("s03", "s04")
+    assert len({part.record["splits_digest"] for part in parts}) == 1
+    (alone,) = plan_parts(paths[0][:1], paths[1], PRESET, allow_missing=True)
+    assert alone.left_out == ("s03",)
+
+
+def test_the_kind_is_that_of_the_whole_table(inputs):
+    values = [str(i % 4) for i in range(15)] + ["0.5"]  # without the last slide they look like classes
+    table = pd.DataFrame({"slide_id": SLIDES, "age": values})
+    make_splits(table, "age", num=3).to_csv(inputs / "breast.csv", index=False)
+    (inputs / "trained" / "s15.h5").unlink()
+    parts = plan_parts([inputs / "untrained", inputs / "trained"], [inputs / "breast.csv"], PRESET, allow_missing=True)
+    assert [(part.kind, part.record["target"]) for part in parts] == [("values", "values")] * 2
+
+
+def test_two_tables_or_kinds_of_one_task_do_not_share_results(inputs):
+    labels = [str(i % 2) for i in range(16)]
+    (inputs / "other").mkdir()
+    for seed, folder in ((0, inputs), (9, inputs / "other")):
+        table = make_splits(pd.DataFrame({"slide_id": SLIDES, "label": labels}), "label", num=3, seed=seed)
+        table.to_csv(folder / "breast.csv", index=False)
+    bench(inputs, ["untrained"])
+    before = (inputs / "out" / "results.csv").read_bytes()
+    other = plan_parts([inputs / "trained"], [inputs / "other" / "breast.csv"], PRESET)
+    told = r"other/breast\.csv: .*vit-small__0\.csv has the same task breast from another split table .*rename"
+    with pytest.raises(ConfigError, match=told):
+        run_parts(other, PRESET, inputs / "out")
+    with pytest.raises(ConfigError, match=told):
+        knn_parts(other, out=inputs / "out")
+    with pytest.raises(ConfigError, match=r"another kind of target \(classes, now values\)"):
+        bench(inputs, ["trained"], kind="values")
+    assert (inputs / "out" / "results.csv").read_bytes() == before
+    knn_parts(plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET), out=inputs / "out")
+    (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()
+    with pytest.raises(ConfigError, match=r"k-NN__500\.csv has the same task"):
+        run_parts(other, PRESET, inputs / "out")
+
+
+def test_a_part_of_before_there_were_digests_of_whole_tables_is_kept(inputs):
+    bench(inputs, ["untrained"])
+    path = inputs / "out" / "parts" / "breast__timm-vit-small__0.json"
+    record = json.loads(path.read_text())
+    del record["table_digest"]
+    path.write_text(json.dumps(record))
+    assert len(bench(inputs)) == 96

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiles-per-slide", type=int, default=100, help="at most, at even distances (%(default)s)")
     parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
     parser.add_argument(
-        "--allow-missing", action="store_true", help="leave out slides without features and features without slides"
+        "--allow-missing",
+        action="store_true",
+        help="leave out slides that one of FEATURES lacks, and features without slides",
     )
 
 

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="split=7,replica=1", help="one run alone; it comes out as among all")
     parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
     parser.add_argument(
-        "--allow-missing", action="store_true", help="leave out slides without features and features without slides"
+        "--allow-missing",
+        action="store_true",
+        help="leave out slides that one of FEATURES lacks, and features without slides",
     )
     parser.add_argument(
         "--threads",

@@ -132,7 +132,7 @@ def cancel_(args: argparse.Namespace) -> int:
 def requeue_(args: argparse.Namespace) -> int:
     """Start a run's job again."""
     from hpcssl.core.errors import RunError
-    from hpcssl.jobs.launch import submit
+    from hpcssl.jobs.launch import reserved, submit
     from hpcssl.jobs.slurm import queued, requeue
 
     asked = _submission(args.folder)
@@ -147,7 +147,8 @@ def requeue_(args: argparse.Namespace) -> int:
         requeue(job)
         print(f"job {job} of {args.folder} saves and starts again")
         return 0
-    job = submit(args.folder, asked.resources, wait_min=asked.wait_min)
+    with reserved(args.folder):
+        job = submit(args.folder, asked.resources, wait_min=asked.wait_min)
     print(f"job {job} submitted; run folder {args.folder}")
     return 0
 

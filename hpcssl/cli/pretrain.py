@@ -129,8 +129,8 @@ def pretrain(
     from hpcssl.jobs.cluster import check_cluster
     from hpcssl.jobs.elastic import parse_gpus, with_gpus
     from hpcssl.jobs.follow import attach, load_bench
-    from hpcssl.jobs.launch import launch
-    from hpcssl.runs.folder import prepare_run
+    from hpcssl.jobs.launch import launch, reserved
+    from hpcssl.runs.folder import CONFIG, prepare_run
     from hpcssl.runs.metrics import last_record
 
     check_cluster(cluster, resources)
@@ -143,12 +143,14 @@ def pretrain(
         return _dry_run(out, resources, cluster, recipe.global_batch, wait_min)
     if told:
         print(told)
-    is_new = not out.exists()
-    prepare_run(out, recipe, data=data, derived=timeline.derived())
-    if bench:
-        attach(out, bench)
-    if cluster == "slurm":
-        return _submit(out, resources, wait_min, is_new=is_new)
+    was_there = out.exists()
+    with reserved(out):
+        is_new = not (out / CONFIG).exists()
+        prepare_run(out, recipe, data=data, derived=timeline.derived())
+        if bench:
+            attach(out, bench)
+        if cluster == "slurm":
+            return _submit(out, resources, wait_min, is_new=is_new, was_there=was_there)
     record = last_record(out)
     done = record["step"] if record else 0
     with progress("pretraining", total=timeline.stop_step - done, unit="steps") as advance:
@@ -197,18 +199,22 @@ def _checked(
     return recipe, data, timeline, told
 
 
-def _submit(out: Path, resources: Resources, wait_min: float, *, is_new: bool) -> str:
-    """Submit the run; where SLURM refuses it, a folder that was made for it goes again."""
+def _submit(out: Path, resources: Resources, wait_min: float, *, is_new: bool, was_there: bool) -> str:
+    """Submit the run; where SLURM refuses one that is new, what was made for it goes again."""
     import shutil
 
     from hpcssl.core.errors import RunError
     from hpcssl.jobs.launch import submit
+    from hpcssl.jobs.submission import FILE
 
     try:
         return submit(out, resources, wait_min=wait_min)
     except RunError:
-        if is_new:
-            shutil.rmtree(out)
+        if is_new and not (out / FILE).exists():
+            if not was_there:
+                shutil.rmtree(out)
+            for made in out.glob("[!.]*"):  # nothing but hidden names was there before
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
         raise
 
 

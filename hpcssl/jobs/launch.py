@@ -6,11 +6,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hpcssl.core.atomic import alone
 from hpcssl.core.errors import RunError, UserError
 from hpcssl.jobs.causes import read_words
 from hpcssl.jobs.cluster import Batch, Resources, live_ranks, python, start_name, stop_local, submit_local
@@ -18,7 +20,7 @@ from hpcssl.jobs.elastic import begin_in_s
 from hpcssl.jobs.lifecycle import newest_step
 from hpcssl.jobs.refusal import with_fix
 from hpcssl.jobs.slurm import queued
-from hpcssl.jobs.submission import read_submission, write_submission
+from hpcssl.jobs.submission import FILE, read_submission, write_submission
 from hpcssl.jobs.worker import WORDS, PretrainJob
 from hpcssl.runs.history import record_end
 from hpcssl.runs.metrics import last_record
@@ -27,6 +29,25 @@ _POLL_S = 0.2
 _FULL_BYTES = 1 << 20
 _MISSING_S = 5.0  # how long a rank may be gone without a word while others run; the first seconds are its start
 _GRACE_S = 30.0  # for a step and a checkpoint
+
+
+@contextmanager
+def reserved(run: Path) -> Iterator[None]:
+    """Hold the right to prepare and submit a run, of which no job of SLURM's is under way.
+
+    Raises
+    ------
+    UserError
+        If another process prepares or submits it at this moment, a job of it waits or runs, or SLURM does not answer.
+        Without SLURM's commands here, its jobs cannot be asked for, and are taken to be over.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with alone(run / FILE):
+        before = read_submission(run)
+        under_way = queued([before.job]) if before and before.job and shutil.which("squeue") else {}
+        for job, line in under_way.items():
+            raise RunError(f"{run}: job {job} of this run is {line.state.lower()}; hpcssl jobs cancel {run} ends it")
+        yield
 
 
 def launch(
@@ -90,7 +111,7 @@ def batch_of(run: Path, resources: Resources, *, wait_min: float) -> Batch:
 
 
 def submit(run: Path, resources: Resources, *, wait_min: float = 0.0) -> str:
-    """Submit a prepared run to SLURM; returns the job's id.
+    """Submit a prepared run, which is `reserved`, to SLURM; returns the job's id.
 
     Parameters
     ----------
@@ -99,12 +120,8 @@ def submit(run: Path, resources: Resources, *, wait_min: float = 0.0) -> str:
     Raises
     ------
     RunError
-        If a job of the run is under way, or with SLURM's words and what to do about them, where it refuses this one.
+        With SLURM's words and what to do about them, where it refuses the job.
     """
-    before = read_submission(run)
-    under_way = queued([before.job]) if before and before.job else {}
-    for job, line in under_way.items():
-        raise RunError(f"{run}: job {job} of this run is {line.state.lower()}; hpcssl jobs cancel {run} ends it")
     batch = batch_of(run, resources, wait_min=wait_min)
     try:
         job = batch.submit()

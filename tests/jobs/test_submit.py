@@ -1,0 +1,99 @@
+"""What a submission that is refused leaves: SLURM's commands are played by scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpcssl.cli.main import main
+from hpcssl.core.atomic import alone
+from hpcssl.core.errors import UserError
+from hpcssl.jobs.cluster import Resources
+from hpcssl.jobs.launch import reserved
+from hpcssl.jobs.submission import FILE, read_submission, write_submission
+
+ACCEPTS = "echo Submitted batch job 7"
+REFUSES = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Sets what SLURM's commands do."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def answer(**commands: str) -> None:
+        for name, line in commands.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / name).chmod(0o755)
+
+    answer(srun="", squeue="", sbatch=ACCEPTS)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return answer
+
+
+@pytest.fixture
+def pretrain(small, data, tmp_path):
+    """Starts a run `run` and returns the exit code."""
+    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe())
+    (tmp_path / "profile.yaml").write_text("gpus_per_node: 0\ncpus_per_gpu: 1\n")
+
+    def start(cluster: str = "slurm", *more: str) -> int:
+        where = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / "run")
+        profile = ("--profile", tmp_path / "profile.yaml") if cluster == "slurm" else ()
+        return main([str(word) for word in ("pretrain", recipe, *where, "--cluster", cluster, *profile, *more)])
+
+    return start
+
+
+def _content(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_of_a_new_run_that_is_refused_nothing_is_left(slurm, pretrain, tmp_path):
+    slurm(sbatch=REFUSES)
+    assert pretrain() == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".mine").write_text("x")
+    assert pretrain() == 2
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".mine"], "made before, and not by us"
+    slurm(sbatch=ACCEPTS)
+    assert pretrain() == 0
+    assert read_submission(tmp_path / "run").job == "7"
+
+
+def test_a_run_that_was_there_outlives_a_refusal(slurm, pretrain, tmp_path):
+    assert pretrain() == 0
+    slurm(sbatch=REFUSES)
+    assert pretrain() == 2
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "local", "none"])
+def test_a_run_under_way_is_neither_changed_nor_started_beside_its_job(slurm, pretrain, tmp_path, capsys, cluster):
+    assert pretrain() == 0
+    before = _content(tmp_path / "run")
+    slurm(squeue="echo '7|PENDING|Priority|'")
+    assert pretrain(cluster, "--set", "train.hang_s=99") == 2
+    assert "job 7 of this run is pending; hpcssl jobs cancel" in capsys.readouterr().err
+    assert _content(tmp_path / "run") == before
+
+
+def test_of_two_submissions_at_once_one_is_refused_and_harms_nothing(slurm, pretrain, tmp_path, capsys):
+    assert pretrain() == 0
+    before = _content(tmp_path / "run")
+    with alone(tmp_path / "run" / FILE):  # the other one is still at it
+        assert pretrain() == 2
+    assert "another process is making it" in capsys.readouterr().err
+    assert _content(tmp_path / "run") == before
+    with reserved(tmp_path / "run"), pytest.raises(UserError, match="another process"), reserved(tmp_path / "run"):
+        pass
+
+
+def test_without_slurms_commands_its_jobs_are_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    write_submission(tmp_path, "slurm", Resources(), job="7")
+    with reserved(tmp_path):
+        pass

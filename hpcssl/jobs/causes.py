@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hpcssl.core.errors import UserError
 from hpcssl.jobs.cluster import log_of_start
 from hpcssl.jobs.slurm import failed_nodes, job_facts, seconds_left
 from hpcssl.jobs.submission import read_submission
@@ -38,11 +39,14 @@ def log_file(run: Path, job: str, rank: int = 0) -> Path:
 
 
 def why_warned(run: Path, job: str) -> str:
-    """Return why SLURM has warned a job that runs."""
-    facts = job_facts(job)
+    """Return why SLURM has warned a job that runs; never an error, so that nothing keeps the job from going on."""
+    try:
+        facts, submission = job_facts(job), read_submission(run)
+    except UserError:
+        return WARNED
     if facts.get("PreemptTime", "None") != "None":
         return PREEMPTED
-    submission, left = read_submission(run), seconds_left(facts)
+    left = seconds_left(facts)
     lead_s = submission.resources.profile.signal_lead_s if submission else 0
     return TIME_LIMIT if left is not None and left <= lead_s + _EARLY_S else WARNED
 

@@ -21,6 +21,8 @@ from hpcssl.runs.folder import Generation
 from hpcssl.runs.history import End, read_end, read_starts, record_end
 
 MOST_FAILURES = 3
+_STOP_RETRY_S = 60.0  # for a controller that is away; SLURM, which has warned, will not wait much longer
+_END_RETRY_S = 900.0
 
 
 def claim(run: Path, start: str, place: Place) -> Generation:
@@ -61,9 +63,10 @@ def stop(run: Path, start: str, place: Place, why: str) -> None:
     job = place.slurm_job
     if job is None:
         record_end(run, start=start, job=None, state="stopped", why=why, step=newest_step(run))
-    elif is_still(job, restart_count()):  # else it is cancelled, or requeued from outside; the next start finds out
+    # else it is cancelled, or requeued from outside; the next start finds out
+    elif is_still(job, restart_count(), retry_s=_STOP_RETRY_S):
         record_end(run, start=start, job=job, state="requeued", why=why_warned(run, job), step=newest_step(run))
-        requeue(job)
+        requeue(job, retry_s=_STOP_RETRY_S)
 
 
 def afterwards(run: Path, start: str, job: str) -> str:
@@ -78,7 +81,7 @@ def afterwards(run: Path, start: str, job: str) -> str:
     RunError
         With the cause, if the job has failed too often without progress, or SLURM does not requeue it.
     """
-    if not is_still(job, restart_count()):
+    if not is_still(job, restart_count(), retry_s=_END_RETRY_S):
         return ""
     step = newest_step(run)
     why = why_died(run, start, job)
@@ -87,7 +90,7 @@ def afterwards(run: Path, start: str, job: str) -> str:
         return ""
     if end.failures >= MOST_FAILURES:
         raise RunError(_in_vain(run, end))
-    requeue(job)
+    requeue(job, retry_s=_END_RETRY_S)
     return f"{end.why}; requeued from step {step} (failure {end.failures} of at most {MOST_FAILURES} without progress)"
 
 

@@ -13,6 +13,9 @@ from datetime import datetime
 from hpcssl.core.errors import RunError
 
 _PATIENCE_S = 60.0  # a controller under load answers late
+_PAUSE_S = 5.0
+# what asking again does not change; all else, a controller that is away above all, may
+_FOR_GOOD = re.compile(r"invalid (?:job|user)|denied|not permitted|disabled|already|is pending", re.IGNORECASE)
 _CONFIRMED = re.compile(r"to start at (\S+)")
 
 
@@ -43,15 +46,15 @@ def queued(jobs: Iterable[str]) -> dict[str, Queued]:
     return {job: Queued(state=s, reason=reason, nodes=nodes) for job, s, reason, nodes in rows if job in wanted}
 
 
-def job_facts(job: str) -> dict[str, str]:
+def job_facts(job: str, *, retry_s: float = 0.0) -> dict[str, str]:
     """Return what `scontrol show job` says, by its names; RunError where SLURM knows no such job or does not answer."""
-    words = _ask("scontrol", "--oneliner", "show", "job", job).split()
+    words = _ask("scontrol", "--oneliner", "show", "job", job, retry_s=retry_s).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def is_still(job: str, restarts: int) -> bool:
+def is_still(job: str, restarts: int, *, retry_s: float = 0.0) -> bool:
     """Return whether a job runs, and is still the start that it was after so many restarts."""
-    facts = job_facts(job)
+    facts = job_facts(job, retry_s=retry_s)
     # SIGNALING, while SLURM is sending the very warning
     return facts.get("JobState") in ("RUNNING", "SIGNALING") and facts.get("Restarts") == str(restarts)
 
@@ -61,9 +64,13 @@ def seconds_left(facts: dict[str, str]) -> float | None:
     return None if "EndTime" not in facts else _seconds_until(facts["EndTime"])
 
 
-def requeue(job: str) -> None:
-    """Let a job start again."""
-    _ask("scontrol", "requeue", job)
+def requeue(job: str, *, retry_s: float = 0.0) -> None:
+    """Let a job start again; RunError with SLURM's words where it does not."""
+    try:
+        _ask("scontrol", "requeue", job, retry_s=retry_s)
+    except RunError as error:
+        if "is pending" not in str(error):  # else it was done, and only the answer was lost
+            raise
 
 
 def cancel(job: str) -> None:
@@ -124,12 +131,25 @@ def _seconds_until(moment: str) -> float | None:
         return None
 
 
-def _ask(*command: str) -> str:
-    """Run one of SLURM's commands and return its words; RunError with its complaint."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RunError(f"{shlex.join(command)}: {error}") from None
-    if done.returncode:
-        raise RunError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
-    return done.stdout
+def _ask(*command: str, retry_s: float = 0.0) -> str:
+    """Run one of SLURM's commands and return its words; RunError with its complaint.
+
+    Parameters
+    ----------
+    retry_s : for how long to ask again where SLURM does not answer, in seconds
+    """
+    until, pause_s = time.monotonic() + retry_s, _PAUSE_S
+    while True:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+            why = "" if not done.returncode else " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            why = str(error)
+        except OSError as error:
+            raise RunError(f"{shlex.join(command)}: {error}") from None
+        if not why:
+            return done.stdout
+        if _FOR_GOOD.search(why) or time.monotonic() + pause_s > until:
+            raise RunError(f"{shlex.join(command)}: {why}")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 60.0)

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from hpcssl.core.errors import RunError
 from hpcssl.jobs import causes
-from hpcssl.jobs.causes import failure_file, log_file, why_died, why_ended
+from hpcssl.jobs.causes import failure_file, log_file, why_died, why_ended, why_warned
 
 JOB = "42"
 BEFORE = """[hpcssl] start t-0 on node[1-2]
@@ -120,3 +121,27 @@ def test_a_node_that_srun_names_has_failed(run, said):
     failure_file(run, "t-1", 1).write_text('{"torn')
     assert why_died(run, "t-1", JOB) == "a node failed: node2"
     assert why_ended(run, START, by_slurm=True) == ("a node failed: node2", True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"PreemptTime": "2026-11-21T15:37:51"}, causes.PREEMPTED),
+        ({"PreemptTime": "None", "EndTime": "2026-11-21T15:37:51"}, causes.TIME_LIMIT),
+        ({"EndTime": "Unknown"}, causes.WARNED),
+    ],
+)
+def test_why_slurm_warns(run, monkeypatch, facts, why):
+    monkeypatch.setattr(causes, "job_facts", lambda job: facts)
+    assert why_warned(run, JOB) == why
+
+
+def test_a_warning_that_slurm_does_not_explain(run, monkeypatch):
+    def silent(job):
+        raise RunError("Unable to contact slurm controller")
+
+    monkeypatch.setattr(causes, "job_facts", silent)
+    assert why_warned(run, JOB) == causes.WARNED
+    monkeypatch.setattr(causes, "job_facts", lambda job: {})
+    (run / "submission.json").write_text("{")
+    assert why_warned(run, JOB) == causes.WARNED, "a damaged file keeps no run from going on"

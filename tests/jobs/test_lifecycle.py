@@ -28,10 +28,10 @@ def run(tmp_path):
 def requeued(monkeypatch):
     """The jobs that were requeued, while SLURM says that the job runs and is the same start."""
     asked: list[str] = []
-    monkeypatch.setattr(lifecycle, "is_still", lambda job, restarts: True)
+    monkeypatch.setattr(lifecycle, "is_still", lambda job, restarts, *, retry_s: retry_s > 30)
     monkeypatch.setattr(lifecycle, "why_warned", lambda run, job: "preempted")
     monkeypatch.setattr(lifecycle, "why_died", lambda run, start, job: f"{start} died")
-    monkeypatch.setattr(lifecycle, "requeue", asked.append)
+    monkeypatch.setattr(lifecycle, "requeue", lambda job, *, retry_s: asked.append(job))
     return asked
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_finished_is_not_started_again(run, requeued):
 
 
 def test_what_slurm_is_ending_is_left_to_it(run, requeued, monkeypatch):
-    monkeypatch.setattr(lifecycle, "is_still", lambda job, restarts: False)
+    monkeypatch.setattr(lifecycle, "is_still", lambda job, restarts, *, retry_s: False)
     _begin(run, "a-0")
     stop(run, "a-0", PLACE, "asked")
     assert afterwards(run, "a-0", JOB) == ""

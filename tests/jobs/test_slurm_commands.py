@@ -1,0 +1,65 @@
+"""SLURM's own commands, played by a script: what is asked again, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcssl.core.errors import RunError
+from hpcssl.jobs import slurm
+from hpcssl.jobs.slurm import is_still, queued, requeue
+
+AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """An scontrol that says the given words in error, each once, and then answers; returns how often it was asked."""
+
+    def begin(*complaints: str, answer: str = "JobState=RUNNING Restarts=2"):
+        lines = ["#!/bin/sh", f"echo x >>{tmp_path}/asked"]
+        for number, words in enumerate(complaints, 1):
+            lines.append(f"[ $(wc -l <{tmp_path}/asked) = {number} ] && {{ echo '{words}' >&2; exit 1; }}")
+        (tmp_path / "scontrol").write_text("\n".join([*lines, f"echo '{answer}'", ""]))
+        (tmp_path / "scontrol").chmod(0o755)
+        return lambda: len((tmp_path / "asked").read_text().split())
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm, "_PAUSE_S", 0.05)
+    return begin
+
+
+def test_a_controller_that_is_away_is_asked_again(scontrol):
+    asked = scontrol(AWAY, "Socket timed out on send/recv operation")
+    assert is_still("7", 2, retry_s=20)
+    assert asked() == 3
+
+
+def test_only_for_so_long(scontrol):
+    asked = scontrol(*[AWAY] * 100)
+    with pytest.raises(RunError, match=r"scontrol requeue 7: .*Unable to contact"):
+        requeue("7", retry_s=0.5)
+    assert 2 < asked() < 10, "with longer and longer pauses"
+    with pytest.raises(RunError, match="Unable to contact"):
+        is_still("7", 2)
+
+
+def test_what_slurm_refuses_for_good_is_not_asked_again(scontrol):
+    asked = scontrol("Invalid job id specified", "Invalid job id specified")
+    with pytest.raises(RunError, match="Invalid job id"):
+        is_still("7", 2, retry_s=20)
+    assert asked() == 1
+
+
+def test_a_requeue_whose_answer_was_lost_is_done(scontrol):
+    asked = scontrol("Socket timed out on send/recv operation", "Job is pending execution for job 7")
+    requeue("7", retry_s=20)
+    assert asked() == 2
+
+
+def test_without_slurm_nothing_is_waited_for(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: pytest.fail("there is nothing to wait for"))
+    with pytest.raises(RunError, match="squeue"):
+        queued(["7"])
+    with pytest.raises(RunError, match="scontrol"):
+        is_still("7", 0, retry_s=60)

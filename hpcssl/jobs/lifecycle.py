@@ -18,11 +18,12 @@ from hpcssl.jobs.cluster import Place, restart_count, start_name
 from hpcssl.jobs.slurm import is_still, requeue
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.folder import Generation
-from hpcssl.runs.history import End, read_end, read_starts, record_end
+from hpcssl.runs.history import End, fail_end, read_end, read_starts, record_end
 
 MOST_FAILURES = 3
 _STOP_RETRY_S = 60.0  # for a controller that is away; SLURM, which has warned, will not wait much longer
 _END_RETRY_S = 900.0
+_REFUSED = "; SLURM has not started it again: "
 
 
 def claim(run: Path, start: str, place: Place) -> Generation:
@@ -59,14 +60,21 @@ def finish(run: Path, start: str, place: Place) -> None:
 
 
 def stop(run: Path, start: str, place: Place, why: str) -> None:
-    """Record that a start has stopped, and why; on SLURM let it start again, unless SLURM is ending it already."""
+    """Record that a start has stopped, and why; on SLURM let it start again, unless SLURM is ending it already.
+
+    Raises
+    ------
+    RunError
+        If SLURM does not start it again.
+    """
     job = place.slurm_job
     if job is None:
         record_end(run, start=start, job=None, state="stopped", why=why, step=newest_step(run))
     # else it is cancelled, or requeued from outside; the next start finds out
     elif is_still(job, restart_count(), retry_s=_STOP_RETRY_S):
-        record_end(run, start=start, job=job, state="requeued", why=why_warned(run, job), step=newest_step(run))
-        requeue(job, retry_s=_STOP_RETRY_S)
+        # before it is asked for, which ends this process
+        end = record_end(run, start=start, job=job, state="requeued", why=why_warned(run, job), step=newest_step(run))
+        _requeue(run, end, job, retry_s=_STOP_RETRY_S)
 
 
 def afterwards(run: Path, start: str, job: str) -> str:
@@ -90,13 +98,22 @@ def afterwards(run: Path, start: str, job: str) -> str:
         return ""
     if end.failures >= MOST_FAILURES:
         raise RunError(_in_vain(run, end))
-    requeue(job, retry_s=_END_RETRY_S)
+    _requeue(run, end, job, retry_s=_END_RETRY_S)
     return f"{end.why}; requeued from step {step} (failure {end.failures} of at most {MOST_FAILURES} without progress)"
 
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint; 0 before the first."""
     return max(checkpoint_steps(run), default=0)
+
+
+def _requeue(run: Path, end: End, job: str, *, retry_s: float) -> None:
+    """Let a job start again; where SLURM refuses that, the end that is recorded says so."""
+    try:
+        requeue(job, retry_s=retry_s)
+    except RunError as error:
+        fail_end(run, f"{end.why.partition(_REFUSED)[0]}{_REFUSED}{error}")  # the batch script tries it once more
+        raise
 
 
 def _in_vain(run: Path, end: End) -> str:

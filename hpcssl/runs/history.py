@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,19 @@ def record_end(
         generation=newest_generation(run),
         time=time.time(),
     )
-    write_atomic(run / END, json.dumps(asdict(end)) + "\n")
+    _write(run, end)
     return end
+
+
+def fail_end(run: Path, why: str) -> None:
+    """Say of the end that was written last that it failed after all, and why."""
+    end = _last_end(run)
+    if end:
+        _write(run, replace(end, state="failed", why=why, time=time.time()))
+
+
+def _write(run: Path, end: End) -> None:
+    write_atomic(run / END, json.dumps(asdict(end)) + "\n")
 
 
 def _last_end(run: Path) -> End | None:

@@ -104,6 +104,26 @@ def test_what_slurm_is_ending_is_left_to_it(run, requeued, monkeypatch):
     assert read_end(run) is None, "the next start finds out why"
 
 
+def test_a_requeue_that_slurm_refuses_is_recorded_as_a_failure(run, requeued, monkeypatch):
+    def refuse(job, *, retry_s):
+        raise RunError("scontrol requeue 7: Requested operation is presently disabled")
+
+    monkeypatch.setattr(lifecycle, "requeue", refuse)
+    _begin(run, "a-0")
+    with pytest.raises(RunError, match="presently disabled"):
+        stop(run, "a-0", PLACE, "asked")
+    words = "SLURM has not started it again: scontrol requeue 7: Requested operation is presently disabled"
+    assert (read_end(run).state, read_end(run).why) == ("failed", f"preempted; {words}")
+    with pytest.raises(RunError, match="presently disabled"):
+        afterwards(run, "a-0", JOB)
+    assert read_end(run).why == f"preempted; {words}", "said once"
+    assert _begin(run, "b-0") == f"preempted; {words}"
+    with pytest.raises(RunError, match="presently disabled"):
+        afterwards(run, "b-0", JOB)
+    end = read_end(run)
+    assert (end.state, end.why, end.failures) == ("failed", f"b-0 died; {words}", 1)
+
+
 def test_without_slurm_a_stop_is_recorded_and_no_more(run, requeued):
     here = Place(world=World())
     _begin(run, "a-0", here)

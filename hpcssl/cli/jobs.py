@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logs.add_argument("--rank", type=int, default=0, help="of which process (%(default)s)")
     logs.add_argument("--lines", type=int, default=40, help="how many of the last ones (%(default)s)")
     logs.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
-    cancel = actions.add("cancel", "let a run save and stop", example="hpcssl jobs cancel runs/a", run=cancel_)
+    text = "let a run save and stop; on SLURM it has the cluster's KillWait for that, 30 s as a rule"
+    cancel = actions.add("cancel", text, example="hpcssl jobs cancel runs/a", run=cancel_)
     text = "start a run's job again, from its newest checkpoint; where it is gone, submit it as it was"
     requeue = actions.add("requeue", text, example="hpcssl jobs requeue runs/a", run=requeue_)
     text = "submit what the benchmark of a run lacks (see hpcssl pretrain --benchmark-with)"
@@ -118,7 +119,7 @@ def cancel_(args: argparse.Namespace) -> int:
     asked = _submission(args.folder)
     if asked.job and queued([asked.job]):
         cancel(asked.job)
-        print(f"job {asked.job} of {args.folder} is cancelled; it saves first")
+        print(f"job {asked.job} of {args.folder} is cancelled; it saves first, within SLURM's KillWait")
     elif asked.is_here():
         os.kill(asked.pid, signal.SIGINT)
         print(f"{args.folder}: its launcher (process {asked.pid}) is asked to stop; it saves first")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.errors import RunError
-from hpcssl.jobs.causes import log_file
+from hpcssl.jobs.causes import WITHOUT_A_WORD, log_file, why_ended
 from hpcssl.jobs.slurm import Queued, queued
 from hpcssl.jobs.submission import FILE, Submission, read_submission
 from hpcssl.runs.folder import CONFIG, read_config
@@ -30,7 +30,7 @@ class RunState:
     Attributes
     ----------
     state : `pending`, `running` and other words of SLURM's queue; `finished`, `stopped`, `requeued` or `failed`, as its
-        newest start ended; `not started`; `lost` where that left no word; `unknown` where SLURM does not answer
+        newest start ended; `not started`; `lost` where nobody left a word; `unknown` where SLURM does not answer
     why : why it waits, stopped or failed; empty while it runs
     job : SLURM's id; None elsewhere
     step, stop_step, samples_seen : how far it is
@@ -118,7 +118,7 @@ def _state(run: Path, submission: Submission | None, queue: Mapping[str, Queued]
     if queue is None and job:
         state, why = "unknown", "SLURM, whose job it is, does not answer here"
     else:
-        state, why = _state_and_why(run, submission, waiting, bool(starts))
+        state, why = _state_and_why(run, submission, waiting, newest)
     left = derived["samples"] - last["samples_seen"]
     return RunState(
         run=run,
@@ -137,7 +137,7 @@ def _state(run: Path, submission: Submission | None, queue: Mapping[str, Queued]
 
 
 def _state_and_why(
-    run: Path, submission: Submission | None, waiting: Queued | None, has_started: bool
+    run: Path, submission: Submission | None, waiting: Queued | None, start: Mapping[str, Any]
 ) -> tuple[str, str]:
     if waiting:
         return waiting.state.lower(), "" if waiting.reason == "None" else waiting.reason
@@ -147,7 +147,12 @@ def _state_and_why(
         return "running", ""
     if end:
         return end.state, "" if end.state == "finished" else end.why
-    return ("lost", "its last start left no word; start it again") if has_started else ("not started", "")
+    if not start:
+        return "not started", ""
+    why, is_failure = why_ended(run, start, by_slurm=False)  # it left no word, but SLURM may have
+    if why == WITHOUT_A_WORD:
+        return "lost", "its last start left no word; start it again"
+    return "failed" if is_failure else "stopped", why
 
 
 def _newest_records(run: Path) -> list[dict[str, Any]]:

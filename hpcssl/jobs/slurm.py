@@ -74,7 +74,7 @@ def requeue(job: str, *, retry_s: float = 0.0) -> None:
 
 
 def cancel(job: str) -> None:
-    """End a job; what runs saves first."""
+    """End a job; what runs has SLURM's KillWait, 30 s as a rule, to save first."""
     _ask("scancel", job)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from hpcssl.cli.main import main
+from hpcssl.jobs import causes, listing
+from hpcssl.jobs.causes import log_file
 from hpcssl.jobs.cluster import Resources
 from hpcssl.jobs.launch import launch
 from hpcssl.jobs.listing import find_runs, list_runs
@@ -83,6 +85,26 @@ def test_how_the_newest_start_ended(runs):
     record_end(run, start="u-0", job=None, state="finished", why="finished", step=13)
     state = _state(run)
     assert (state.state, state.why, state.starts) == ("finished", "", 2)
+
+
+@pytest.mark.parametrize(
+    ("reason", "state", "why"),
+    [
+        ("", "stopped", "cancelled"),
+        (" DUE TO TIME LIMIT", "failed", "time limit"),
+        (None, "lost", "its last start left no word; start it again"),
+    ],
+)
+def test_how_slurm_ended_a_job_that_left_no_word(runs, monkeypatch, reason, state, why):
+    monkeypatch.setattr(listing, "queued", lambda jobs: {})
+    monkeypatch.setattr(causes, "failed_nodes", lambda nodes, since: [])
+    (run,) = runs("a")
+    write_submission(run, "slurm", Resources(), job="7")
+    _start(run, start="t-0", job="7")
+    said = "" if reason is None else f"error: *** STEP 7.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{reason} ***\n"
+    log_file(run, "7").write_text(f"[hpcssl] start t-0 on node1\n{said}")
+    found = _state(run)
+    assert (found.state, found.why) == (state, why)
 
 
 def test_a_run_of_slurm_is_told_where_there_is_no_slurm(runs, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.errors import UserError
-from hpcssl.jobs.cluster import log_of_start
+from hpcssl.jobs.cluster import OUT_OF_TIME, log_of_start
 from hpcssl.jobs.slurm import failed_nodes, job_facts, seconds_left
 from hpcssl.jobs.submission import read_submission
 
@@ -66,6 +66,8 @@ def why_ended(run: Path, start: Mapping[str, Any], *, by_slurm: bool) -> tuple[s
     node = _NODE.search(log)
     if node:
         return _failed([node[1]]), True
+    if OUT_OF_TIME in log:
+        return TIME_LIMIT, True
     # the words of several steps; what gives no reason came along with one that does
     said = sorted(_CANCELLED.findall(log), key=lambda reason: not reason)
     if not said or said[0] == _NODE_FAILURE:

@@ -24,6 +24,7 @@ from hpcssl.core.world import World
 from hpcssl.jobs.profile import Profile
 
 _MARK = "[hpcssl] start {} on "  # begins a line of the log
+OUT_OF_TIME = "[hpcssl] at the time limit, and not stopped yet: SLURM is asked to start the job again"
 _FAR_MIN = 60 * 24 * 365  # submitit's local executor has a limit of two minutes if none is said
 
 
@@ -181,14 +182,24 @@ class Batch:
         executor.update_parameters(
             **{key: value for key, value in asked.items() if value},
             additional_parameters=self._more(),
-            setup=[_mark(f"{self.token}-${{SLURM_RESTART_COUNT:-0}}"), *profile.batch_setup, *_choose_nodes(resources)],
+            setup=[
+                _mark(f"{self.token}-${{SLURM_RESTART_COUNT:-0}}"),
+                *_requeue_before_the_limit(profile),
+                *profile.batch_setup,
+                *_choose_nodes(resources),
+            ],
             # the ranks of a step end together; and since SLURM 22.05 a step does not inherit its job's cores
             srun_args=[
                 "--kill-on-bad-exit=1",
                 f"--ntasks-per-node={ranks}",
                 f"--cpus-per-task={profile.cpus_per_gpu}",
             ],
-            teardown=[f'{shlex.join(self.afterwards)} "$?"'],
+            teardown=[
+                f'{shlex.join(self.afterwards)} "$?"',
+                "hpcssl_code=$?",
+                "kill $hpcssl_timer 2>/dev/null",
+                "exit $hpcssl_code",
+            ],
         )
         return executor
 
@@ -218,6 +229,18 @@ def log_of_start(log: str, start: str) -> str:
 
 def _mark(start: str) -> str:
     return f'echo "{_MARK.format(start)}$SLURM_JOB_NODELIST" >&2'
+
+
+def _requeue_before_the_limit(profile: Profile) -> list[str]:
+    """Return lines of the batch script that requeue the job shortly before its time limit, at which SLURM ends it.
+
+    Ranks that were warned requeue it themselves, and earlier. Those that have not got that far, in a long step or with
+    a file system that hangs, get SLURM's KillWait to save, and another start in any case.
+    """
+    after_s = 60 * profile.timeout_min - -(-profile.signal_lead_s // 3)
+    ask = 'until scontrol requeue "$SLURM_JOB_ID"; do sleep 5; done'
+    wait = f"trap 'kill $! 2>/dev/null; exit' TERM; sleep {after_s} & wait $!"  # nothing is left when it is killed
+    return [f'({wait}; echo "{OUT_OF_TIME}"; {ask}) >&2 &', "hpcssl_timer=$!"]
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import pytest
 from hpcssl.core.errors import RunError
 from hpcssl.jobs import causes
 from hpcssl.jobs.causes import failure_file, log_file, why_died, why_ended, why_warned
+from hpcssl.jobs.cluster import OUT_OF_TIME
 
 JOB = "42"
 BEFORE = """[hpcssl] start t-0 on node[1-2]
@@ -50,6 +51,12 @@ def _word(run, rank: int, message: str, *, told: bool = False, time: float = 0.0
 def test_slurms_last_words_in_the_log(run, reason, why, is_failure):
     _write(run, f"slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{reason} ***")
     assert why_ended(run, START, by_slurm=True) == (why, is_failure)
+
+
+def test_at_the_time_limit_the_batch_script_asks_for_another_start(run):
+    said = "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51 DUE TO JOB REQUEUE ***"
+    _write(run, f"{OUT_OF_TIME}\n{said}")
+    assert why_ended(run, START, by_slurm=True) == (causes.TIME_LIMIT, True)
 
 
 def test_a_reason_outweighs_words_without_one(run):

@@ -1,0 +1,67 @@
+"""The batch script of a run, with SLURM's commands played by scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import replace
+
+import pytest
+
+from hpcssl.jobs import cluster
+from hpcssl.jobs.cluster import OUT_OF_TIME, Batch, Resources
+from hpcssl.jobs.profile import Profile
+
+
+@pytest.fixture
+def batch(tmp_path, monkeypatch):
+    """A batch job whose ranks are `true`, on a SLURM of shell scripts."""
+    commands = {
+        "srun": 'while [ "${1#-}" != "$1" ]; do case $1 in --output|--error) shift;; esac; shift; done; exec "$@"',
+        "scontrol": f'echo "$@" >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt 1 ]',
+    }
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    resources = Resources(profile=Profile(gpus_per_node=0, cpus_per_gpu=1, timeout_min=1, signal_lead_s=30))
+    return Batch(
+        name="n", token="t", folder=tmp_path, resources=resources, command=("true",), afterwards=("sh", "-c", "exit $0")
+    )
+
+
+def _run(batch: Batch, *, sleep: str = "exec /bin/sleep $1") -> subprocess.CompletedProcess[str]:
+    (batch.folder / "sleep").write_text(f"#!/bin/sh\n{sleep}\n")
+    (batch.folder / "sleep").chmod(0o755)
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    with (batch.folder / "log").open("w") as log:  # a file, which what is left behind may keep open
+        return subprocess.run(
+            ["bash"], input=batch.script(), env=env, stdout=log, stderr=log, text=True, timeout=60, check=False
+        )
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_job_ends_with_what_its_last_command_says(small, batch, code):
+    begun, pid = time.monotonic(), batch.folder / "pid"
+    command = ("sh", "-c", f"until [ -s {pid} ]; do /bin/sleep 0.1; done; exit {code}")
+    assert _run(replace(batch, command=command), sleep=f"echo $$ >{pid}; exec /bin/sleep $1").returncode == code
+    assert time.monotonic() - begun < 30, "the timer holds nothing up"
+    small.wait_until(lambda: not small.alive(int(pid.read_text())), 10, "nothing of it is left")
+    assert not (batch.folder / "asked").exists()
+
+
+def test_before_the_time_limit_it_asks_for_another_start_until_slurm_agrees(batch):
+    """Sleeping is noted, and over at once."""
+    batch = replace(batch, command=("/bin/sleep", "3"))
+    assert _run(batch, sleep=f"echo $1 >>{batch.folder}/slept").returncode == 0
+    assert (batch.folder / "slept").read_text().split() == ["50", "5"], "10 s before the limit, then again"
+    assert (batch.folder / "asked").read_text().splitlines() == ["requeue 7"] * 2
+    assert OUT_OF_TIME in (batch.folder / "log").read_text().splitlines()
+
+
+def test_the_timer_is_later_than_the_warning_and_earlier_than_the_limit():
+    for lead_s in (1, 2, 3, 59):
+        line = cluster._requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]
+        after_s = int(line.partition("; sleep ")[2].split()[0])
+        assert 60 - lead_s <= after_s < 60

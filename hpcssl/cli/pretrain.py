@@ -133,7 +133,7 @@ def pretrain(
     from hpcssl.runs.folder import CONFIG, prepare_run
     from hpcssl.runs.metrics import last_record
 
-    check_cluster(cluster, resources)
+    check_cluster(cluster, resources, out)
     recipe, data, timeline, told = _checked(recipe_name, overrides, store, schedule)
     if gpus:
         resources = with_gpus(resources, *parse_gpus(gpus), global_batch=recipe.global_batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -89,13 +90,13 @@ class Place:
         )
 
 
-def check_cluster(cluster: str, resources: Resources) -> None:
+def check_cluster(cluster: str, resources: Resources, out: Path) -> None:
     """Refuse what cannot be started from here, before anything is written.
 
     Raises
     ------
     ConfigError
-        For several machines without SLURM, or SLURM on a machine that has no `srun`.
+        For several machines without SLURM, SLURM on a machine that has no `srun`, or `out` of a name that it misreads.
     """
     if cluster != "slurm" and resources.nodes > 1:
         raise ConfigError(f"--nodes {resources.nodes} needs --cluster slurm; --cluster {cluster} is this machine alone")
@@ -104,6 +105,17 @@ def check_cluster(cluster: str, resources: Resources) -> None:
         raise ConfigError(f"{resources.processes_per_node} processes need as many GPUs; this machine shows {gpus}")
     if cluster == "slurm" and not shutil.which("srun"):
         raise ConfigError("--cluster slurm: no srun on PATH; run this on a login node, or see hpcssl doctor")
+    if cluster == "slurm":
+        _check_name(out)
+
+
+def _check_name(folder: Path) -> None:
+    r"""Refuse what SLURM reads as something else in the names of logs: `%j` is a job there, and `\` no character."""
+    found = re.search(r"[%\\\n]", str(folder.resolve()))
+    if found:
+        raise ConfigError(
+            f"{str(folder.resolve())!r}: SLURM cannot write logs to a path with {found[0]!r}; choose another"
+        )
 
 
 def submit_local(work: Any, folder: Path, resources: Resources, *, name: str) -> Any:
@@ -328,9 +340,12 @@ def submit_array(
 
     Raises
     ------
+    ConfigError
+        For a folder of a name that SLURM misreads.
     RunError
         With SLURM's own words where it refuses the job.
     """
+    _check_name(folder)
     asked = {
         "mem_gb": profile.mem_gb_per_gpu,
         "slurm_partition": profile.partition,

@@ -8,9 +8,10 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
-from hpcssl.core.errors import UserError
-from hpcssl.jobs.cluster import Resources
+from hpcssl.core.errors import ConfigError, UserError
+from hpcssl.jobs.cluster import Resources, submit_array
 from hpcssl.jobs.launch import reserved
+from hpcssl.jobs.profile import Profile
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
 
 ACCEPTS = "echo Submitted batch job 7"
@@ -97,3 +98,14 @@ def test_without_slurms_commands_its_jobs_are_over(tmp_path, monkeypatch):
     write_submission(tmp_path, "slurm", Resources(), job="7")
     with reserved(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["a%j", "100 %", "a\\b", "a\nb"])
+def test_a_path_that_slurm_misreads_is_refused_in_one_line(slurm, data, tmp_path, capsys, name):
+    given = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / name / "run")
+    assert main(["pretrain", "dino-vits16-opal", *map(str, given), "--cluster", "slurm"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "SLURM cannot write logs to a path with" in line
+    assert not (tmp_path / name).exists()
+    with pytest.raises(ConfigError, match="SLURM cannot write logs"):
+        submit_array([], tmp_path / name, Profile(), name="n", gpus=0, after=())

@@ -168,12 +168,8 @@ class Batch:
         RunError
             With SLURM's own words where it refuses the job.
         """
-        try:
-            # submitit prints SLURM's refusal, too; the error below tells it
-            with outside_of_a_job(), redirect_stderr(io.StringIO()):
-                return str(self._executor()._submit_command(shlex.join(self.command)).job_id)
-        except submitit.core.utils.FailedJobError as error:
-            raise RunError(" ".join(str(error).split())) from None
+        with _submitting():
+            return str(self._executor()._submit_command(shlex.join(self.command)).job_id)
 
     def _executor(self) -> Any:
         executor = submitit.SlurmExecutor(folder=self.folder.resolve())
@@ -193,6 +189,7 @@ class Batch:
         }
         executor.update_parameters(
             **{key: value for key, value in asked.items() if value},
+            wckey=None,  # else submitit's own, which a cluster that tracks them refuses
             additional_parameters=self._more(),
             setup=[
                 _mark(f"{self.token}-${{SLURM_RESTART_COUNT:-0}}"),
@@ -226,6 +223,17 @@ class Batch:
         if self.begin_in_s >= 1:
             more["begin"] = f"now+{round(self.begin_in_s)}"
         return more
+
+
+@contextmanager
+def _submitting() -> Iterator[None]:
+    """Submit something meanwhile; RunError with the words of SLURM, or of submitit, where that does not succeed."""
+    try:
+        # submitit prints SLURM's refusal, too; the error tells it
+        with outside_of_a_job(), redirect_stderr(io.StringIO()):
+            yield
+    except RuntimeError as error:  # what submitit's own errors all are
+        raise RunError(" ".join(str(error).split())) from None
 
 
 def start_name(token: str) -> str:
@@ -367,9 +375,7 @@ def submit_array(
         timeout_min=profile.timeout_min,
         **{key: value for key, value in asked.items() if value},
     )
-    try:
-        with outside_of_a_job(), redirect_stderr(io.StringIO()), executor.batch():
-            jobs = [executor.submit(call) for call in calls]
-    except submitit.core.utils.FailedJobError as error:
-        raise RunError(" ".join(str(error).split())) from None
+    executor._executor.update_parameters(wckey=None)  # the other one leaves out what is None
+    with _submitting(), executor.batch():
+        jobs = [executor.submit(call) for call in calls]
     return str(jobs[0].job_id).partition("_")[0]

@@ -8,8 +8,8 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
-from hpcssl.core.errors import ConfigError, UserError
-from hpcssl.jobs.cluster import Resources, submit_array
+from hpcssl.core.errors import ConfigError, RunError, UserError
+from hpcssl.jobs.cluster import Batch, Resources, submit_array
 from hpcssl.jobs.launch import reserved
 from hpcssl.jobs.profile import Profile
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
@@ -109,3 +109,21 @@ def test_a_path_that_slurm_misreads_is_refused_in_one_line(slurm, data, tmp_path
     assert not (tmp_path / name).exists()
     with pytest.raises(ConfigError, match="SLURM cannot write logs"):
         submit_array([], tmp_path / name, Profile(), name="n", gpus=0, after=())
+
+
+def test_what_slurm_says_that_submitit_does_not_understand_is_told(slurm, pretrain, tmp_path, capsys):
+    slurm(sbatch="echo accepted, but no number")
+    assert pretrain() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "accepted, but no number" in line
+    with pytest.raises(RunError, match="accepted, but no number"):
+        submit_array([print], tmp_path / "array", Profile(), name="n", gpus=0, after=())
+
+
+def test_no_job_has_a_workload_key_of_submitits(slurm, tmp_path):
+    slurm(sbatch=f"cp $1 {tmp_path}/script; {ACCEPTS}")
+    assert submit_array([print, print], tmp_path / "array", Profile(), name="n", gpus=0, after=()) == "7"
+    batch = Batch(name="n", token="t", folder=tmp_path, resources=Resources(), command=("a",), afterwards=("b",))
+    for script in ((tmp_path / "script").read_text(), batch.script()):
+        assert "#SBATCH --job-name=n" in script
+        assert "wckey" not in script

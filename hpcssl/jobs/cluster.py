@@ -26,6 +26,7 @@ from hpcssl.jobs.profile import Profile
 
 _MARK = "[hpcssl] start {} on "  # begins a line of the log
 OUT_OF_TIME = "[hpcssl] at the time limit, and not stopped yet: SLURM is asked to start the job again"
+_TIMEOUTS = 1_000_000  # a task of an array may run out of time so often: what it has done stays done
 _FAR_MIN = 60 * 24 * 365  # submitit's local executor has a limit of two minutes if none is said
 
 
@@ -365,7 +366,7 @@ def submit_array(
         "slurm_dependency": after and f"afterok:{':'.join(after)}",
         "slurm_additional_parameters": {"requeue": True} | ({"kill-on-invalid-dep": "yes"} if after else {}),
     }
-    executor = submitit.AutoExecutor(folder=folder.resolve(), cluster="slurm")
+    executor = submitit.AutoExecutor(folder=folder.resolve(), cluster="slurm", slurm_max_num_timeout=_TIMEOUTS)
     executor.update_parameters(
         name=name,
         nodes=1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
@@ -127,3 +128,10 @@ def test_no_job_has_a_workload_key_of_submitits(slurm, tmp_path):
     for script in ((tmp_path / "script").read_text(), batch.script()):
         assert "#SBATCH --job-name=n" in script
         assert "wckey" not in script
+
+
+def test_tasks_of_an_array_go_on_however_often_they_run_out_of_time(slurm, tmp_path):
+    submit_array([print, print], tmp_path / "array", Profile(), name="n", gpus=0, after=())
+    files = sorted((tmp_path / "array").glob("*_submitted.pkl"))
+    assert len(files) == 2
+    assert all(DelayedSubmission.load(file)._timeout_countdown > 10_000 for file in files)

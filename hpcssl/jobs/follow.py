@@ -2,10 +2,12 @@
 
 RUN/benchmark/bench.yaml                what is measured, with whole paths
 RUN/benchmark/features/step-000000320/  feature files of the slides that the splits name
+RUN/benchmark/submitted.json            for which checkpoints jobs were submitted once, and by which bench.yaml
 RUN/benchmark/results/                  as `hpcssl mccv` writes it; a curve over checkpoints in `hpcssl report`
 
-`submit_missing` looks at what is there and what is under way, and submits the rest; it is called when training starts
-and at each new checkpoint, and may be called at any time.
+`submit_missing` looks at what is there and what is under way, and submits the rest; it may be called at any time. When
+training starts and at each new checkpoint it is called for the newest and for those that nothing was submitted for yet:
+what fails whenever it is tried shall not be tried ever more often.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpcssl.core import config
-from hpcssl.core.atomic import write_atomic
+from hpcssl.core.atomic import digest_file, read_json, write_atomic
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs.array import Call, Submitted, jobs_under_way, submit_calls
 from hpcssl.jobs.profile import load_profile
@@ -32,7 +34,9 @@ from hpcssl.runs.folder import read_config
 _FIXED = ("store", "preset", "replicas", "seed", "tile_px")  # other values would mix in one table of results
 _POLL_S = 20.0
 _APART_S = 600.0
-_SUBMIT = "import pathlib, sys; from hpcssl.jobs import follow; follow.submit_missing(pathlib.Path(sys.argv[1]))"
+_SUBMIT = (
+    "import pathlib, sys; from hpcssl.jobs import follow; follow.submit_missing(pathlib.Path(sys.argv[1]), again=False)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +132,12 @@ def attach(run: Path, bench: Bench) -> None:
     write_atomic(file, config.dump_yaml(config.to_mapping(bench)))
 
 
-def submit_missing(run: Path) -> list[tuple[str, Submitted]]:
+def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitted]]:
     """Submit what the benchmark of a run lacks: per checkpoint an array over slides, after it one over tasks.
+
+    Parameters
+    ----------
+    again : also for checkpoints before the newest for which jobs were submitted once
 
     Returns
     -------
@@ -146,7 +154,8 @@ def submit_missing(run: Path) -> list[tuple[str, Submitted]]:
     store = importlib.import_module("hpcssl.tiles.store").Store.open(Path(bench.store))
     results, done = _folder(run) / "results", _done(_folder(run) / "results")
     submitted = []
-    for step in measured_steps(run, every=bench.every):
+    steps, tried = measured_steps(run, every=bench.every), _tried(run)
+    for step in steps if again else [step for step in steps if step == steps[-1] or step not in tried]:
         features = _folder(run) / "features" / f"step-{step:09d}"
         embedded = None
         if embedding.missing_slides(store, features, slides):
@@ -168,6 +177,7 @@ def submit_missing(run: Path) -> list[tuple[str, Submitted]]:
         for what, job in ((f"embeds step {step}", embedded), (f"measures step {step}", fitted)):
             if job and job.tasks:
                 submitted.append((what, job))
+        _note_tried(run, step)
     return submitted
 
 
@@ -275,6 +285,18 @@ def _done(results: Path) -> set[tuple[str, str, str]]:
 
 def _parts_in(results: Path) -> list[str]:
     return sorted(file.stem for file in (results / "parts").glob("[!.]*.csv"))
+
+
+def _tried(run: Path) -> set[int]:
+    """Return the steps for which jobs were submitted by the bench.yaml of now."""
+    file, bench = _folder(run) / "submitted.json", digest_file(_folder(run) / "bench.yaml")
+    noted = read_json(file, RunError(f"{file}: damaged; remove it")) if file.exists() else {}
+    return {int(step) for step in noted["steps"]} if noted.get("bench") == bench else set()
+
+
+def _note_tried(run: Path, step: int) -> None:
+    noted = {"bench": digest_file(_folder(run) / "bench.yaml"), "steps": sorted({*_tried(run), step})}
+    write_atomic(_folder(run) / "submitted.json", json.dumps(noted) + "\n")
 
 
 def _slides_of(bench: Bench) -> list[str]:

@@ -162,6 +162,29 @@ def test_after_a_failure_only_what_is_missing_is_done(queue, bench, run):
     assert {file: file.stat().st_mtime_ns for file in there} == there
 
 
+def test_by_itself_it_tries_again_only_the_newest_checkpoint(small, queue, bench, run):
+    attach(run, load_bench(bench))
+    queue.fails = lambda call: call.function.endswith("embed_share")
+    every = [f"{does} step {s}" for s in (0, 3, 6) for does in ("embeds", "measures")]
+    assert [what for what, _ in submit_missing(run, again=False)] == every, "each was never tried"
+    assert [what for what, _ in submit_missing(run, again=False)] == every[-2:]
+    add_checkpoint(small, run, 10)
+    assert [what for what, _ in submit_missing(run, again=False)] == ["embeds step 10", "measures step 10"]
+    queue.fails = lambda call: False
+    assert len(submit_missing(run)) == 8, "hpcssl jobs benchmark"
+
+
+def test_by_itself_it_tries_what_a_changed_benchmark_asks_for(queue, bench, run):
+    attach(run, load_bench(bench))
+    submit_missing(run, again=False)
+    queue.kinds()
+    attach(run, load_bench(bench))
+    assert submit_missing(run, again=False) == []
+    attach(run, load_bench(_rewritten(bench, head=["gma", "mean"])))
+    submit_missing(run, again=False)
+    assert queue.kinds() == ["mccv"] * 3
+
+
 def test_nothing_is_submitted_beside_what_is_under_way(queue, bench, run):
     attach(run, load_bench(bench))
     queue.waiting = ["hpcssl-embed"]

@@ -20,6 +20,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,18 @@ class Generation:
         return self._next.exists()
 
 
+def read_claims(run: Path) -> dict[int, dict[str, Any]]:
+    """Return what the starts that have claimed a folder say of themselves, and when that was, by generation."""
+    found = {}
+    for file in (run / "generations").glob("*"):
+        if file.name.isdigit():
+            with suppress(json.JSONDecodeError):  # none was said, or it died as it said it
+                begun = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(file.stat().st_mtime))
+                about = json.loads(file.read_text(encoding="utf-8"))
+                found[int(file.name)] = {"time": begun, "generation": int(file.name), **about}
+    return dict(sorted(found.items()))
+
+
 def newest_generation(run: Path) -> int:
     """Return the number of the newest start's claim; 0 before the first."""
     return max((int(f.name) for f in (run / "generations").glob("*") if f.name.isdigit()), default=0)
@@ -150,5 +163,9 @@ def record_start(run: Path, *, generation: int, **facts: Any) -> None:
     about = json.loads(claim.read_text(encoding="utf-8") or "{}") if claim.exists() else {}
     begun = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": platform.node(), "generation": generation}
     line = json.dumps({**begun, **about, **facts})
-    with (run / "restarts.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+    with (run / "restarts.jsonl").open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, 2)
+            if stream.read() != b"\n":  # torn by a kill
+                stream.write(b"\n")
+        stream.write(f"{line}\n".encode())

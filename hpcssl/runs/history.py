@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.atomic import write_atomic
-from hpcssl.runs.folder import newest_generation
+from hpcssl.runs.folder import newest_generation, read_claims
 
 RESTARTS = "restarts.jsonl"
 END = "end.json"
@@ -47,7 +47,7 @@ class End:
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of the restart history; a line that a kill tore is left out."""
+    """Return the lines of the restart history; for a start that died before its line was whole, what its claim says."""
     found = []
     file = run / RESTARTS
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
@@ -55,7 +55,9 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    lines = {start.get("generation") for start in found}
+    claims = [claim for number, claim in read_claims(run).items() if number not in lines and "start" in claim]
+    return sorted([*found, *claims], key=lambda start: start.get("generation", 0)) if claims else found
 
 
 def read_end(run: Path) -> End | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -34,6 +35,29 @@ def test_a_torn_line_is_left_out(run):
         stream.write('{"generation": 2, "wor')
     assert [start["generation"] for start in read_starts(run)] == [1]
     assert read_starts(run / "nowhere") == []
+
+
+def test_a_torn_line_does_not_swallow_the_next(run):
+    (run / RESTARTS).write_text('{"generation": 1, "wor')
+    record_start(run, generation=2)
+    record_start(run, generation=3)
+    assert [start["generation"] for start in read_starts(run)] == [2, 3]
+    assert (run / RESTARTS).read_text().count("\n") == 3
+
+
+def test_a_start_that_died_before_its_line_is_told_from_its_claim(run):
+    for generation in (1, 3):
+        Generation.take(run, start=f"a-{generation}", job="7", nodes=["node1"], why=f"why {generation}")
+        if generation == 1:
+            record_start(run, generation=1, world_size=2)
+            Generation.take(run)  # says nothing
+    (run / "generations" / "000004").write_text('{"start": "torn')
+    first, dead = read_starts(run)
+    assert (first["generation"], first["world_size"]) == (1, 2)
+    assert (dead["generation"], dead["start"], dead["why"], dead["nodes"]) == (3, "a-3", "why 3", ["node1"])
+    datetime.strptime(dead["time"], "%Y-%m-%dT%H:%M:%S%z")
+    record_start(run, generation=3, world_size=4)
+    assert [start.get("world_size") for start in read_starts(run)] == [2, 4]
 
 
 def test_an_end_counts_until_the_next_start(run):

@@ -81,8 +81,8 @@ class Job:
         return file.read_text(encoding="utf-8") if file.exists() else ""
 
     def starts(self) -> list[dict]:
-        """Return the restart history."""
-        return read_starts(self.run)
+        """Return the restart history: the starts that have got as far as training."""
+        return [start for start in read_starts(self.run) if "newest_checkpoint" in start]
 
     def whys(self) -> list[str]:
         """Return why every start began."""

@@ -24,7 +24,7 @@ WITHOUT_A_WORD = "ended without a word"
 _EARLY_S = 90.0  # SLURM looks at limits every 30 s, and may warn up to a minute early
 _SLURMS_WORDS = {"TIME LIMIT": TIME_LIMIT, "PREEMPTION": PREEMPTED, "JOB REQUEUE": REQUEUED, "": CANCELLED}
 # as slurmd writes them: *** STEP 7.0 ON node1 CANCELLED AT 2026-11-21T15:37:51 DUE TO TIME LIMIT ***
-_CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:,.*)? \*\*\*")
+_CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO (.+?))?(?:,.*)? \*\*\*")
 _NODE_FAILURE = "NODE FAILURE"
 # as srun writes them: srun: error: node2: tasks 2-3: Killed
 _DIED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")

@@ -7,6 +7,8 @@ import subprocess
 
 _PATIENCE_S = 30.0
 _SIZE = r"generic resource|\bgres\b|node configuration|node count|cpu count|more processors|memory"
+# "… (job submit limit, user's size and/or time limits)": it may be any of them
+_POLICY = r"(?<!and/or )time limit"
 # of SLURM's words: what to change, and the format in which sinfo lists what there is
 _FIXES = (
     (r"invalid partition|partition name", "set partition in the profile, or --partition; there are", "%R"),
@@ -20,7 +22,7 @@ _FIXES = (
         "ask for no more than there is (--nodes, --gpus-per-node; cpus_per_gpu and mem_gb_per_gpu in the profile):",
         "%R has %D nodes of %c cores, %m MB, GPUs %G",
     ),
-    (r"time limit", "set timeout_min in the profile; there are", "%R: at most %l"),
+    (_POLICY, "set timeout_min in the profile; there are", "%R: at most %l"),
     (r"feature|constraint", "set constraint in the profile; there are", "%R: %f"),
 )
 

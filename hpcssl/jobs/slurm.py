@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -41,7 +42,7 @@ def queued(jobs: Iterable[str]) -> dict[str, Queued]:
     if not wanted:
         return {}
     # all of one's own: squeue refuses a list of jobs if it has forgotten one of them
-    lines = _ask("squeue", "--noheader", "--me", "--format=%A|%T|%r|%N").splitlines()
+    lines = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%r|%N").splitlines()
     rows = [line.split("|") for line in lines if line.count("|") == 3]
     return {job: Queued(state=s, reason=reason, nodes=nodes) for job, s, reason, nodes in rows if job in wanted}
 

@@ -91,7 +91,7 @@ class PretrainJob:
                 if generation and not generation.is_stale():
                     stop(run, start, place, "stopped by a signal" if self._launcher_lives() else "its launcher is gone")
                 return "stopped"
-        if generation:
+        if generation and not generation.is_stale():
             finish(run, start, place)
         return "finished"
 

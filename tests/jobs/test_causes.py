@@ -45,6 +45,7 @@ def _word(run, rank: int, message: str, *, told: bool = False, time: float = 0.0
         (" DUE TO PREEMPTION", causes.PREEMPTED, False),
         (" DUE TO JOB REQUEUE", causes.REQUEUED, False),
         (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", "a node failed: SLURM does not say which", True),
+        (" DUE TO task-launch failure (2)", "task-launch failure (2)", False),
         ("", causes.REQUEUED, False),  # the job is back
     ],
 )

@@ -9,8 +9,9 @@ from hpcssl.core.world import World
 from hpcssl.jobs import lifecycle
 from hpcssl.jobs.cluster import Place
 from hpcssl.jobs.lifecycle import MOST_FAILURES, afterwards, claim, finish, main, stop
+from hpcssl.jobs.worker import PretrainJob
 from hpcssl.runs.checkpoint import checkpoint_path
-from hpcssl.runs.folder import record_start
+from hpcssl.runs.folder import Generation, record_start
 from hpcssl.runs.history import read_end, read_starts
 
 JOB = "7"
@@ -141,3 +142,15 @@ def test_the_batch_script_learns_its_exit_code(run, requeued, monkeypatch, capsy
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "[hpcssl] a-0 died; requeued from step 0 (failure 1 of at most 3 without progress)"
     assert said[-1].startswith("[hpcssl] error: ")
+
+
+@pytest.mark.parametrize("is_overtaken", [False, True])
+def test_a_start_that_another_has_overtaken_does_not_say_that_the_run_is_finished(run, monkeypatch, is_overtaken):
+    def trained(folder, **about):
+        if is_overtaken:
+            Generation.take(folder, start="later-0")
+
+    monkeypatch.setattr("hpcssl.train.entry.pretrain", trained)
+    assert PretrainJob(str(run), "t").on_rank([]) == "finished"
+    end = read_end(run)
+    assert end is None if is_overtaken else end.state == "finished"

@@ -28,7 +28,8 @@ def test_slurms_words_and_the_fix_in_one_line(monkeypatch, words, fix):
 
 
 def test_other_words_are_told_as_they_are():
-    assert with_fix("Job violates accounting/QOS policy") == "SLURM refused the job: Job violates accounting/QOS policy"
+    words = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    assert with_fix(words) == f"SLURM refused the job: {words}"
 
 
 def test_without_sinfo(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from hpcssl.core.errors import RunError
 from hpcssl.jobs import slurm
-from hpcssl.jobs.slurm import is_still, queued, requeue
+from hpcssl.jobs.slurm import Queued, is_still, queued, requeue
 
 AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 
@@ -63,3 +65,14 @@ def test_without_slurm_nothing_is_waited_for(monkeypatch):
         queued(["7"])
     with pytest.raises(RunError, match="scontrol"):
         is_still("7", 0, retry_s=60)
+
+
+def test_ones_own_jobs_are_asked_for_as_every_slurm_knows_it(tmp_path, monkeypatch):
+    """Some older ones have no `--me`."""
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked; echo "7|RUNNING|None|node1"\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert queued(["7", "8"]) == {"7": Queued(state="RUNNING", reason="None", nodes="node1")}
+    words = (tmp_path / "asked").read_text().split()
+    assert f"--user={os.getuid()}" in words
+    assert "--me" not in words

@@ -169,7 +169,7 @@ class Batch:
         RunError
             With SLURM's own words where it refuses the job.
         """
-        with _submitting():
+        with _submitting(self.resources.profile):
             return str(self._executor()._submit_command(shlex.join(self.command)).job_id)
 
     def _executor(self) -> Any:
@@ -227,11 +227,11 @@ class Batch:
 
 
 @contextmanager
-def _submitting() -> Iterator[None]:
+def _submitting(profile: Profile) -> Iterator[None]:
     """Submit something meanwhile; RunError with the words of SLURM, or of submitit, where that does not succeed."""
     try:
         # submitit prints SLURM's refusal, too; the error tells it
-        with outside_of_a_job(), redirect_stderr(io.StringIO()):
+        with heeding(profile), redirect_stderr(io.StringIO()):
             yield
     except RuntimeError as error:  # what submitit's own errors all are
         raise RunError(" ".join(str(error).split())) from None
@@ -337,6 +337,32 @@ def outside_of_a_job() -> Iterator[None]:
         os.environ.update(hidden)
 
 
+# sbatch heeds these before the lines of a script; what the script asks for in any case
+_ALWAYS_ASKED = (
+    *("TIMELIMIT", "SIGNAL", "JOB_NAME", "OPEN_MODE", "REQUEUE", "NO_REQUEUE", "OUTPUT", "ERROR", "ARRAY_INX"),
+    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "CPUS_PER_GPU"),
+)
+_ASKED_WITH = {  # and what it asks for where the profile does
+    "partition": ("PARTITION",),
+    "account": ("ACCOUNT",),
+    "constraint": ("CONSTRAINT",),
+    "mem_gb_per_gpu": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+}
+
+
+@contextmanager
+def heeding(profile: Profile) -> Iterator[None]:
+    """Keep from `sbatch` meanwhile the environment variables that outrank what a script asks for."""
+    asked = [names for setting, names in _ASKED_WITH.items() if getattr(profile, setting) is not None]
+    outranking = {f"SBATCH_{name}" for names in (_ALWAYS_ASKED, *asked) for name in names}
+    hidden = {name: os.environ.pop(name) for name in outranking & set(os.environ)}
+    try:
+        with outside_of_a_job():
+            yield
+    finally:
+        os.environ.update(hidden)
+
+
 def submit_array(
     calls: Sequence[Any], folder: Path, profile: Profile, *, name: str, gpus: int, after: Sequence[str]
 ) -> str:
@@ -377,6 +403,6 @@ def submit_array(
         **{key: value for key, value in asked.items() if value},
     )
     executor._executor.update_parameters(wckey=None)  # the other one leaves out what is None
-    with _submitting(), executor.batch():
+    with _submitting(profile), executor.batch():
         jobs = [executor.submit(call) for call in calls]
     return str(jobs[0].job_id).partition("_")[0]

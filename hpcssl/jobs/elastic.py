@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 
 from hpcssl.core.errors import ConfigError, RunError
-from hpcssl.jobs.cluster import Batch, Resources
+from hpcssl.jobs.cluster import Batch, Resources, heeding
 from hpcssl.jobs.slurm import could_start_in_s
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -65,7 +65,8 @@ def begin_in_s(batch: Batch, *, wait_min: float) -> float:
         return 0.0
     script, expected = batch.script(), []
     for nodes in sorted({batch.resources.nodes, *batch.resources.fewer_nodes}, reverse=True):
-        seconds = could_start_in_s(script, nodes)
+        with heeding(batch.resources.profile):
+            seconds = could_start_in_s(script, nodes)
         if seconds is not None and seconds <= 60 * wait_min:
             return seconds
         expected.append(seconds)

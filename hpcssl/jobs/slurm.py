@@ -113,6 +113,7 @@ def could_start_in_s(script: str, nodes: int) -> float | None:
             text=True,
             timeout=_PATIENCE_S,
             check=False,
+            env=_environment(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RunError(f"sbatch --test-only: {error}") from None
@@ -122,6 +123,11 @@ def could_start_in_s(script: str, nodes: int) -> float | None:
     if "configuration is not available" in done.stderr:
         return None
     raise RunError(" ".join(done.stderr.split()) or f"sbatch --test-only: exit code {done.returncode}, without a word")
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment in which SLURM's commands write times as they are read here."""
+    return {**os.environ, "SLURM_TIME_FORMAT": "standard"}
 
 
 def _seconds_until(moment: str) -> float | None:
@@ -142,7 +148,9 @@ def _ask(*command: str, retry_s: float = 0.0) -> str:
     until, pause_s = time.monotonic() + retry_s, _PAUSE_S
     while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False, env=_environment()
+            )
             why = "" if not done.returncode else " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         except subprocess.TimeoutExpired as error:
             why = str(error)

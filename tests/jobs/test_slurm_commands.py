@@ -8,7 +8,7 @@ import pytest
 
 from hpcssl.core.errors import RunError
 from hpcssl.jobs import slurm
-from hpcssl.jobs.slurm import Queued, is_still, queued, requeue
+from hpcssl.jobs.slurm import Queued, is_still, job_facts, queued, requeue
 
 AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 
@@ -76,3 +76,11 @@ def test_ones_own_jobs_are_asked_for_as_every_slurm_knows_it(tmp_path, monkeypat
     words = (tmp_path / "asked").read_text().split()
     assert f"--user={os.getuid()}" in words
     assert "--me" not in words
+
+
+def test_times_are_asked_for_as_they_are_read(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "EndTime=$SLURM_TIME_FORMAT"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert job_facts("7") == {"EndTime": "standard"}

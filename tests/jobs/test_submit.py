@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,20 @@ def test_tasks_of_an_array_go_on_however_often_they_run_out_of_time(slurm, tmp_p
     files = sorted((tmp_path / "array").glob("*_submitted.pkl"))
     assert len(files) == 2
     assert all(DelayedSubmission.load(file)._timeout_countdown > 10_000 for file in files)
+
+
+def test_what_a_job_asks_for_is_not_outranked_by_the_environment(slurm, monkeypatch, tmp_path):
+    """The users' own settings stay where the profile says nothing."""
+    slurm(sbatch=f"env >{tmp_path}/env; {ACCEPTS}")
+    theirs = {"SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "other", "SBATCH_ACCOUNT": "bio", "SBATCH_MEM_PER_CPU": "1"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    profile = Profile(partition="main", gpus_per_node=0, cpus_per_gpu=1)
+    batch = Batch(
+        name="n", token="t", folder=tmp_path, resources=Resources(profile=profile), command=("a",), afterwards=("b",)
+    )
+    for submit in (batch.submit, lambda: submit_array([print], tmp_path, profile, name="n", gpus=0, after=())):
+        assert submit() == "7"
+        seen = {line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SBATCH_")}
+        assert seen == {"SBATCH_ACCOUNT=bio", "SBATCH_MEM_PER_CPU=1"}
+    assert theirs.items() <= os.environ.items()

@@ -21,6 +21,7 @@ from hpcssl.jobs.follow import following
 from hpcssl.jobs.lifecycle import claim, finish, stop
 from hpcssl.jobs.rank import catch_stop_signals
 from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
+from hpcssl.jobs.submission import read_submission
 
 WORDS = "[rank 0] "  # begins what a run tells through rank 0
 
@@ -67,6 +68,8 @@ class PretrainJob:
         def say(text: str) -> None:
             print(f"[rank {place.world.rank}] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
+        if self._lacks_gpus():
+            say("WARNING: its GPU was asked for, and PyTorch sees none here: it trains on the CPU; see hpcssl doctor")
         alone, one_node = place.world.size == 1, len(place.nodes) == 1
         group = nullcontext() if alone else process_group(run / "generations", start, place.world, one_node=one_node)
         generation = None
@@ -94,6 +97,14 @@ class PretrainJob:
         if generation and not generation.is_stale():
             finish(run, start, place)
         return "finished"
+
+    def _lacks_gpus(self) -> bool:
+        """Return whether GPUs were asked for and none is to be seen."""
+        with suppress(UserError):  # a damaged file is for others to tell
+            asked = read_submission(Path(self.run))
+            wanted = asked is not None and asked.resources.profile.gpus_per_node > 0
+            return wanted and not importlib.import_module("torch").cuda.is_available()
+        return False
 
     def _launcher_lives(self) -> bool:
         if self.launcher_pid is None:

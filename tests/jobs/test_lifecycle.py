@@ -7,8 +7,10 @@ import pytest
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
 from hpcssl.jobs import lifecycle
-from hpcssl.jobs.cluster import Place
+from hpcssl.jobs.cluster import Place, Resources
 from hpcssl.jobs.lifecycle import MOST_FAILURES, afterwards, claim, finish, main, stop
+from hpcssl.jobs.profile import Profile
+from hpcssl.jobs.submission import write_submission
 from hpcssl.jobs.worker import PretrainJob
 from hpcssl.runs.checkpoint import checkpoint_path
 from hpcssl.runs.folder import Generation, record_start
@@ -154,3 +156,15 @@ def test_a_start_that_another_has_overtaken_does_not_say_that_the_run_is_finishe
     assert PretrainJob(str(run), "t").on_rank([]) == "finished"
     end = read_end(run)
     assert end is None if is_overtaken else end.state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "is_there", "warned"), [(4, False, True), (4, True, False), (0, False, False), (None, False, False)]
+)
+def test_a_rank_that_was_to_have_a_gpu_and_has_none_says_so(run, monkeypatch, capsys, gpus, is_there, warned):
+    monkeypatch.setattr("hpcssl.train.entry.pretrain", lambda run, **about: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: is_there)
+    if gpus is not None:
+        write_submission(run, "slurm", Resources(profile=Profile(gpus_per_node=gpus)), job=JOB)
+    PretrainJob(str(run), "t").on_rank([])
+    assert ("[rank 0] WARNING: its GPU was asked for" in capsys.readouterr().err) is warned

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcssl.core.errors import RunError
+from hpcssl.core.errors import RunError, UserError
 from hpcssl.jobs.causes import WITHOUT_A_WORD, log_file, why_ended
 from hpcssl.jobs.slurm import Queued, queued
 from hpcssl.jobs.submission import FILE, Submission, read_submission
@@ -108,7 +108,7 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _state(run: Path, submission: Submission | None, queue: Mapping[str, Queued] | None) -> RunState:
-    derived, starts = read_config(run)["derived"], read_starts(run)
+    derived, starts = _derived(run), read_starts(run)
     newest: dict[str, Any] = starts[-1] if starts else {}
     records = _newest_records(run)
     last = records[-1] if records else {"step": 0, "samples_seen": 0}
@@ -153,6 +153,14 @@ def _state_and_why(
     if why == WITHOUT_A_WORD:
         return "lost", "its last start left no word; start it again"
     return "failed" if is_failure else "stopped", why
+
+
+def _derived(run: Path) -> dict[str, Any]:
+    """Return what a run's config.yaml derives; of one that cannot be used, nothing, so that the others are listed."""
+    try:
+        return dict(read_config(run)["derived"])
+    except (UserError, KeyError, TypeError):
+        return {"stop_step": 0, "samples": 0}
 
 
 def _newest_records(run: Path) -> list[dict[str, Any]]:

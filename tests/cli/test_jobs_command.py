@@ -63,6 +63,17 @@ def test_a_run_that_was_not_started(runs):
     assert (state.tiles_per_s, state.eta_s, state.job) == (None, None, None)
 
 
+def test_a_run_whose_config_cannot_be_used_does_not_hide_the_others(runs):
+    broken, torn, whole = runs("a", "b", "c")
+    (broken / "config.yaml").write_text("objective: dino\n")
+    (torn / "config.yaml").write_text("objective: [dino\n")
+    assert [(state.run, state.stop_step) for state in list_runs([broken, torn, whole])] == [
+        (broken, 0),
+        (torn, 0),
+        (whole, 13),
+    ]
+
+
 def test_a_run_under_way_tells_how_long_it_takes(runs, monkeypatch):
     monkeypatch.setattr(Submission, "is_here", lambda submission: True)
     (run,) = runs("a")

@@ -80,22 +80,21 @@ def draw_tiles(
     _claim(out, [seed, list(organs), list(slides_per_organ), list(tiles_per_slide), tile_px])
     slides = plan_slides(seed, organs, slides_per_organ, tiles_per_slide)
     materials = prepare(_random(seed, "materials"))
-    with ThreadPoolExecutor(_WRITERS) as writers:
-        for slide in slides:
-            folder = out / slide.organ / slide.slide_id
-            if not folder.is_dir():
-                with atomic_dir(folder) as partial:
-                    written = [
-                        writers.submit(
-                            _write_synced,
-                            partial / f"{i:03d}.jpg",
-                            _jpeg(draw_tile(materials, slide, i, seed=seed, tile_px=tile_px)),
-                        )
-                        for i in range(slide.num_tiles)
-                    ]
-                    for tile in written:
-                        tile.result()
-            on_progress(slide.num_tiles)
+    for slide in slides:
+        folder = out / slide.organ / slide.slide_id
+        if not folder.is_dir():
+            with atomic_dir(folder) as partial, ThreadPoolExecutor(_WRITERS) as writers:  # no thread outlives the folder
+                written = [
+                    writers.submit(
+                        _write_synced,
+                        partial / f"{i:03d}.jpg",
+                        _jpeg(draw_tile(materials, slide, i, seed=seed, tile_px=tile_px)),
+                    )
+                    for i in range(slide.num_tiles)
+                ]
+                for tile in written:
+                    tile.result()
+        on_progress(slide.num_tiles)
     rows = ["slide_id,organ,patient_id,label,num_tiles"]
     rows += [f"{s.slide_id},{s.organ},{s.patient_id},{s.label},{s.num_tiles}" for s in slides]
     write_atomic(out / "slides.csv", "\n".join(rows) + "\n")

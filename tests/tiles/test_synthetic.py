@@ -110,6 +110,7 @@ def test_a_failed_write_leaves_no_slide(tmp_path: Path, monkeypatch: pytest.Monk
     def full(path: Path, data: bytes) -> None:
         if path.name == "001.jpg":
             raise OSError(28, "No space left on device")
+        time.sleep(0.05)  # still writing when the first one has failed
         path.write_bytes(data)
 
     monkeypatch.setattr(synthetic, "_write_synced", full)

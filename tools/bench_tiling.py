@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Times tiling whole slides beside plain loops over OpenSlide and TiffSlide, and online tiles beside JPEG files.
 
-`python tools/bench_tiling.py [--side N] [--slides N] [--threads N,N] [--tiles N] [--repeats N] [--folder DIR]`: the
-defaults check in seconds that all of it runs, their figures mean little; `--side 12288 --slides 2 --tiles 400
---threads 1,2 --repeats 5` is a measurement. It draws its own slides: *native* (0.5 MPP, JPEG blocks), *half* (0.25 MPP
-without a level of 0.5, JPEG), *resampled* (0.31 MPP, JPEG), *jpeg2000* (0.5 MPP).
+`python tools/bench_tiling.py [--width N] [--height N] [--slides N] [--threads N,N] [--tiles N] [--repeats N]
+[--folder DIR]`: the defaults check in seconds that all of it runs, their figures mean little; `--width 24576 --height
+6144 --slides 2 --tiles 400 --threads 1,2 --repeats 5 --folder /dev/shm` is a measurement: in memory, or making small
+files on a busy disk takes most of the time on both sides. It draws its own slides: *native* (0.5 MPP, JPEG blocks),
+*half* (0.25 MPP without a level of 0.5, JPEG), *resampled* (0.31 MPP, JPEG), *jpeg2000* (0.5 MPP).
 
 Tiling is all of `hpcssl tile`: finding tissue, cutting, pictures, index, synced files. The loops get the places of the
-tiles for nothing, sync nothing, and do what everybody starts from: in each thread, `read_region`, Pillow's resize and
-save with the same quality. Online tiles are drawn anywhere on tissue; both they and the JPEG files go through DINO's
-multi-crop. Both sides of a ratio are taken in turns. `tile_vs_openslide` is the lowest of the three kinds of JPEG
-blocks, `online_vs_jpeg` that of native, both with the most threads and by the clock; `_cpu` stands for ratios of the
-processor time of all threads. Prints one JSON object last; of every figure the
+tiles for nothing, sync nothing, and do what everybody starts from: each thread opens the slide and takes its share of
+the rows, `read_region`, Pillow's resize and save with the same quality. Online tiles are drawn anywhere on tissue; both
+they and the JPEG files go through DINO's multi-crop. Both sides of a ratio are taken in turns. `tile_vs_openslide` is
+the lowest of the three kinds of JPEG blocks, `online_vs_jpeg` that of native, both with the most threads and by the
+clock; `_cpu` stands for ratios of the processor time of all threads. Prints one JSON object last; of every figure the
 median, and the least and the largest as `_spread`.
 """
 
@@ -55,20 +56,20 @@ except ImportError:  # not needed for anything else
     tiffslide = None
 
 KINDS: dict[str, dict[str, Any]] = {
-    "native": {"mpp": 0.5, "downsamples": (1, 2, 4), "aperio": True},
+    "native": {"mpp": 0.5, "downsamples": (1, 4, 16), "aperio": True},
     "half": {"mpp": 0.25, "downsamples": (1, 4, 16), "aperio": True},
     "resampled": {"mpp": 0.31, "downsamples": (1, 4, 16), "aperio": True},
-    "jpeg2000": {"mpp": 0.5, "downsamples": (1, 2, 4), "aperio": True, "compression": "aperio_jp2000_rgb"},
+    "jpeg2000": {"mpp": 0.5, "downsamples": (1, 4, 16), "aperio": True, "compression": "aperio_jp2000_rgb"},
 }
 CUT = CutOptions()
 
 
-def draw(folder: Path, kind: str, side: int, count: int) -> pd.DataFrame:
+def draw(folder: Path, kind: str, size: tuple[int, int], count: int) -> pd.DataFrame:
     """Draw the slides of a kind; returns their table."""
     rows = []
     for number in range(count):
         path = folder / f"{kind}-{number}.svs"
-        draw_slide(path, seed=number, width=side, height=side, **KINDS[kind])
+        draw_slide(path, seed=number, width=size[0], height=size[1], **KINDS[kind])
         rows.append({"slide_id": path.stem, "organ": "skin", "path": str(path), "mpp": ""})
     return pd.DataFrame(rows)
 
@@ -81,12 +82,12 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def loop(opened: Callable[[str], Any], store: Store, out: Path, threads: int) -> None:
-    """Cut the same tiles slide by slide with `read_region`; every thread has the slide open for itself."""
+    """Cut the same tiles slide by slide, row by row with `read_region`; every thread opens the slide for itself."""
     for number, row in enumerate(store.slides.to_dict("records")):
         folder = out / row["slide_id"]
         folder.mkdir(parents=True)
         first, count = store.tiles_of_slide(number)
-        corners = [store.coordinates_of(tile) for tile in range(first, first + count)]
+        corners = sorted((store.coordinates_of(tile) for tile in range(first, first + count)), key=lambda at: at[::-1])
 
         def cut(
             share: list[tuple[int, int]], path: str = row["path"], mpp: float = row["mpp"], to: Path = folder
@@ -100,7 +101,8 @@ def loop(opened: Callable[[str], Any], store: Store, out: Path, threads: int) ->
                     image = image.resize((CUT.tile_px, CUT.tile_px), Image.Resampling.BICUBIC)
                 image.save(to / f"{x}_{y}.jpg", quality=CUT.quality, subsampling=0)
 
-        spread(cut, [corners[n::threads] for n in range(threads)], threads)
+        each = -(-len(corners) // threads)
+        spread(cut, [corners[n : n + each] for n in range(0, len(corners), each)], threads)
 
 
 def spread(work: Callable[[Any], object], items: Iterable[Any], threads: int) -> None:
@@ -150,12 +152,14 @@ def online_row(loose: Store, online: Store, num: int, threads: int) -> dict[str,
     return {"jpeg_tiles_per_s": num / jpeg, "online_tiles_per_s": num / slide, **ratios}
 
 
-def measure(folder: Path, side: int, slides: int, tiles: int, threads: list[int], repeats: int) -> dict[str, Any]:
+def measure(
+    folder: Path, size: tuple[int, int], slides: int, tiles: int, threads: list[int], repeats: int
+) -> dict[str, Any]:
     """Take every figure `repeats` times."""
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
     for kind in KINDS:
-        table = draw(folder, kind, side, slides)
+        table = draw(folder, kind, size, slides)
         tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
         loose = Store.open(folder / "loose")
         built = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,)))
@@ -171,7 +175,7 @@ def measure(folder: Path, side: int, slides: int, tiles: int, threads: list[int]
                         found.setdefault(f"{name}_{kind}_{number}_threads", []).append(value)
         for name in ("loose", "online"):
             shutil.rmtree(folder / name)
-    told: dict[str, Any] = {"side": side, "slides": slides, "tiles": tiles, "repeats": repeats, "quality": CUT.quality}
+    told: dict[str, Any] = {"size": size, "slides": slides, "tiles": tiles, "repeats": repeats, "quality": CUT.quality}
     for name, values in found.items():
         told[name] = float(f"{statistics.median(values):.4g}")
         told[f"{name}_spread"] = [float(f"{min(values):.4g}"), float(f"{max(values):.4g}")]
@@ -192,7 +196,8 @@ def measure(folder: Path, side: int, slides: int, tiles: int, threads: list[int]
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=1024, help="pixels of a slide")
+    parser.add_argument("--width", type=int, default=1024, help="pixels of a slide")
+    parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--slides", type=int, default=1)
     parser.add_argument("--tiles", type=int, default=8, help="read online and from files")
     parser.add_argument("--threads", default="2", help="numbers of threads, such as 1,2")
@@ -201,7 +206,9 @@ def main() -> None:
     args = parser.parse_args()
     threads = [int(number) for number in args.threads.split(",")]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(measure(Path(folder), args.side, args.slides, args.tiles, threads, args.repeats)))
+        print(
+            json.dumps(measure(Path(folder), (args.width, args.height), args.slides, args.tiles, threads, args.repeats))
+        )
 
 
 if __name__ == "__main__":

@@ -83,7 +83,10 @@ def draw_tiles(
     for slide in slides:
         folder = out / slide.organ / slide.slide_id
         if not folder.is_dir():
-            with atomic_dir(folder) as partial, ThreadPoolExecutor(_WRITERS) as writers:  # no thread outlives the folder
+            with (
+                atomic_dir(folder) as partial,
+                ThreadPoolExecutor(_WRITERS) as writers,
+            ):  # no thread outlives the folder
                 written = [
                     writers.submit(
                         _write_synced,

@@ -85,16 +85,19 @@ def _draw(seed: int, width: int, height: int, mpp: float, *, pen: bool) -> NDArr
     rows, columns = -(-height // side), -(-width // side)
     chosen = random.integers(0, len(patches), (rows, columns))
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    wobble = 0.08 * np.sin(7 * x + random.uniform(0, 6)) + 0.08 * np.cos(6 * y + random.uniform(0, 6))
-    tissue = ((x + 0.15) / 0.62) ** 2 + (y / 0.7) ** 2 + wobble < 1
+    waves = random.uniform(0, 6), random.uniform(0, 6)
     for row in range(rows):
+        lines = slice(row * side, (row + 1) * side)
+        strip, down = pixels[lines], y[lines]
+        wobble = 0.08 * np.sin(7 * x + waves[0]) + 0.08 * np.cos(6 * down + waves[1])
+        tissue = ((x + 0.15) / 0.62) ** 2 + (down / 0.7) ** 2 + wobble < 1
         for column in range(columns):
-            square = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            square = np.s_[:, column * side : (column + 1) * side]
             mask = tissue[square]
             patch = patches[chosen[row, column]][: mask.shape[0], : mask.shape[1]]
-            pixels[square][mask] = patch[mask]
-    if pen:
-        pixels[np.broadcast_to(np.abs(x - 0.3 * y - 0.1) < 0.03, tissue.shape)] = _PEN
+            strip[square][mask] = patch[mask]
+        if pen:
+            strip[np.abs(x - 0.3 * down - 0.1) < 0.03] = _PEN
     return pixels
 
 

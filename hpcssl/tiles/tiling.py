@@ -205,7 +205,7 @@ def _cut_all(
 
 def _cut_slide(row: Mapping[str, Any], out: Path, options: TilingOptions, pool: ThreadPoolExecutor) -> None:
     """Cut one slide: first its picture, then the tiles, then where they are, last the record that it is done."""
-    cut = plan_cut(row, options.cut, pool)
+    cut = plan_cut(row, options.cut, pool, threads=options.threads)
     write_atomic(out / "qc" / f"{row['slide_id']}.jpg", qc_picture(cut.foreground, cut.corners, cut.sampling.side))
     if not len(cut.corners):
         raise SlideError(

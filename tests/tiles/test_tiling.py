@@ -170,18 +170,18 @@ def test_a_killed_slide_is_not_cut_twice(folder: Path, tmp_path: Path, monkeypat
     slides, cut = slides_to_read(folder / "slides.csv"), []
     real = tiling.plan_cut
 
-    def stopping(row, *args):
+    def stopping(row, *args, **more):
         if row["slide_id"] == "c":
             raise RuntimeError("stopped")
-        return real(row, *args)
+        return real(row, *args, **more)
 
     monkeypatch.setattr(tiling, "plan_cut", stopping)
     with pytest.raises(RuntimeError, match="stopped"):
         tile_slides(slides, tmp_path / "out", LOOSE)
 
-    def noting(row, *args):
+    def noting(row, *args, **more):
         cut.append(row["slide_id"])
-        return real(row, *args)
+        return real(row, *args, **more)
 
     monkeypatch.setattr(tiling, "plan_cut", noting)
     tile_slides(slides, tmp_path / "out", LOOSE)

@@ -21,7 +21,7 @@ from hpcssl.tiles.wsi.sampling import Sampling, read_tile, sample
 from hpcssl.tiles.wsi.slide import Slide
 from hpcssl.tiles.wsi.source import mpp_of
 
-_CACHE_MB = 128.0  # decoded blocks of a slide that neighbouring tiles share
+_CACHE_MB = 24.0  # for each thread: decoded blocks that the tiles of a region share, twice
 COARSER = 1.1  # a slide may be so much coarser than the tiles: scanners say 0.5045 where 0.5 is meant
 _CHROMA = "444"  # in full: at the same bytes closer to the slide than a higher quality with halved chrominance
 
@@ -104,8 +104,8 @@ class Cut:
             ]
 
 
-def plan_cut(row: Mapping[str, Any], options: CutOptions, pool: Executor) -> Cut:
-    """Open the slide of a row of the slide table, and find its tiles.
+def plan_cut(row: Mapping[str, Any], options: CutOptions, pool: Executor, *, threads: int) -> Cut:
+    """Open the slide of a row of the slide table, and find its tiles; `threads` are those of the pool.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def plan_cut(row: Mapping[str, Any], options: CutOptions, pool: Executor) -> Cut
         If it cannot be read, says no MPP, or is too coarse.
     """
     with reading(row["path"]):
-        slide = pool.submit(open_slide, row["path"], cache_mb=_CACHE_MB).result()
+        slide = pool.submit(open_slide, row["path"], cache_mb=_CACHE_MB * threads).result()
         slide_mpp = mpp_of(slide, row, options.assume_mpp)
         if slide_mpp > COARSER * options.mpp:
             raise SlideError(

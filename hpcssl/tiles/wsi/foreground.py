@@ -120,10 +120,9 @@ def classify(colours: NDArray[np.uint8], focus: NDArray[np.float32]) -> tuple[ND
     usable = ~pen
     threshold = float(np.clip(otsu(chroma[usable]) if usable.any() else 0, *_CHROMA))
     tissue = usable & (chroma > threshold)
-    tissue = ndimage.binary_closing(np.pad(tissue, 1, mode="edge"))[1:-1, 1:-1] & usable
+    tissue = _closed(tissue) & usable
     tissue &= _sharp(tissue, focus)
-    tissue = ndimage.binary_opening(tissue, np.ones((2, 2)))  # no lines of one cell: seams and the slide's edge
-    return _without_specks(tissue, _FEWEST_CELLS), pen
+    return _without_specks(_without_lines(tissue), _FEWEST_CELLS), pen
 
 
 def _strokes(
@@ -136,7 +135,34 @@ def _strokes(
     red_pen = (red - np.maximum(green, blue) > 95) & (blue - green < 22)
     black = (np.maximum(np.maximum(red, green), blue) < 66) & (chroma < 40)
     strokes = _without_specks(cold | blue_pen | red_pen | black, _FEWEST_PEN_CELLS)
-    return ndimage.binary_dilation(strokes, iterations=_PEN_MARGIN)
+    for _ in range(_PEN_MARGIN):
+        strokes = _dilated(strokes)
+    return strokes
+
+
+def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask and its neighbours above, below, left and right (scipy's takes twenty times as long)."""
+    out = mask.copy()
+    out[1:] |= mask[:-1]
+    out[:-1] |= mask[1:]
+    out[:, 1:] |= mask[:, :-1]
+    out[:, :-1] |= mask[:, 1:]
+    return out
+
+
+def _closed(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask with its holes and gaps of one cell filled; beyond the picture it goes on as at the edge."""
+    return ~_dilated(~_dilated(np.pad(mask, 2, mode="edge")))[2:-2, 2:-2]
+
+
+def _without_lines(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask without lines of one cell, which are seams and the slide's edge: the squares of 2 × 2 within it."""
+    squares = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:]
+    out = np.zeros_like(mask)
+    for rows in (slice(None, -1), slice(1, None)):
+        for columns in (slice(None, -1), slice(1, None)):
+            out[rows, columns] |= squares
+    return out
 
 
 def _sharp(tissue: NDArray[np.bool_], focus: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -59,7 +59,9 @@ def regions(corners: NDArray[np.int64], sampling: Sampling) -> list[tuple[int, i
 
 def _shares(mask: NDArray[np.bool_], lefts: NDArray[Any], tops: NDArray[Any], side: float, cell: float) -> NDArray[Any]:
     """Return the share of every square that is in the mask, (tops, lefts); cells are counted by their parts."""
-    sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)
+    np.cumsum(mask, axis=0, dtype=np.int32, out=sums[1:, 1:])
+    np.cumsum(sums, axis=1, out=sums)
     above, below = (_between(sums, edges / cell) for edges in (tops, tops + side))
     rows = below - above
     left, right = (_between(rows.T, edges / cell) for edges in (lefts, lefts + side))

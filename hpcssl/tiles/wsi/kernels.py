@@ -48,16 +48,22 @@ def changes(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     pixels : (height, width, 3), both multiples of `side`
     """
     height, width = pixels.shape[0], pixels.shape[1]
-    grey = np.empty((height, width), np.int32)  # four times the grey
+    grey = np.empty((height + 2, width + 2), np.int16)  # four times the grey, and once more around the edge
     for y in range(height):
         for x in range(width):
-            grey[y, x] = np.int32(pixels[y, x, 0]) + 2 * np.int32(pixels[y, x, 1]) + np.int32(pixels[y, x, 2])
+            grey[y + 1, x + 1] = np.int16(pixels[y, x, 0]) + 2 * np.int16(pixels[y, x, 1]) + np.int16(pixels[y, x, 2])
+        grey[y + 1, 0], grey[y + 1, width + 1] = grey[y + 1, 1], grey[y + 1, width]
+    grey[0], grey[height + 1] = grey[1], grey[height]
     sums = np.zeros((height // side, width // side), np.int64)
+    apart = np.empty(width, np.int32)  # of a line
     for y in range(height):
-        above, below = grey[max(y - 1, 0)], grey[min(y + 1, height - 1)]
+        above, line, below = grey[y], grey[y + 1], grey[y + 2]
         for x in range(width):
-            around = above[x] + below[x] + grey[y, max(x - 1, 0)] + grey[y, min(x + 1, width - 1)]
-            sums[y // side, x // side] += abs(4 * grey[y, x] - around)
+            around = np.int32(above[x + 1]) + np.int32(below[x + 1]) + np.int32(line[x]) + np.int32(line[x + 2])
+            apart[x] = abs(4 * np.int32(line[x + 1]) - around)
+        for column in range(width // side):
+            for x in range(column * side, (column + 1) * side):
+                sums[y // side, column] += apart[x]
     return (sums / (16.0 * side * side)).astype(np.float32)
 
 

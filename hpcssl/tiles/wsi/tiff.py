@@ -66,6 +66,8 @@ class TiffSlide(Slide):
     def __init__(self, path: str, *, cache_mb: float):
         """Open a file; `cache_mb` of decoded blocks are kept, those used last, for reads that touch each other.
 
+        At least four are kept, where any are: as many as meet in a corner.
+
         Raises
         ------
         UnfitTiffError
@@ -101,7 +103,8 @@ class TiffSlide(Slide):
         self.blocks_decoded = 0
         self._untransformed = False
         self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
-        self._cached_bytes, self._cache_bytes = 0, int(cache_mb * 1e6)
+        largest = max(blocks.width * blocks.height * 3 for blocks in self._levels)
+        self._cached_bytes, self._cache_bytes = 0, max(int(cache_mb * 1e6), 4 * largest) if cache_mb else 0
         self._lock = threading.Lock()
         self._untransformed = self._holds_rgb()
         if self._untransformed:

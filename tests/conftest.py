@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,17 @@ def own_process() -> Any:
     torch.set_num_threads(threads)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    """A file system of 2 MB, or of `request.param` bytes; skips without the right to mount one."""
+    folder, size = tmp_path / "disk", f"size={getattr(request, 'param', '2m')}"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False).returncode:
+        pytest.skip("no right to mount a small tmpfs here; needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture(scope="session")

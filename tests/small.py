@@ -25,6 +25,7 @@ POSITIONS = 40  # of a pseudo-epoch: no multiple of the batch, so steps cross it
 PSEUDO_EPOCHS = 4
 STEPS = PSEUDO_EPOCHS * POSITIONS // GLOBAL_BATCH
 TILE_PX = 48
+MAE_PATCHES = 16  # of a view of the small MAE
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,79 @@ def make_run(run: Path, data: Data, recipe: Any) -> Path:
 
     prepare_run(run, recipe, data=data.identity, derived=Timeline(recipe, data.schedule).derived())
     return run
+
+
+class Claim:
+    """A generation that becomes stale on request."""
+
+    number = 1
+
+    def __init__(self) -> None:
+        self.stale = False
+
+    def is_stale(self) -> bool:
+        return self.stale
+
+
+def train_here(
+    run: Path,
+    recipe: Any,
+    data: Data,
+    *,
+    collectives: Any = None,
+    claim: Any = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """Train a run in this process to its end, as rank 0 (a new `Claim`) or as another (False); returns what it said."""
+    import torch
+
+    from hpcssl.train.loop import train
+    from hpcssl.train.reduce import Collectives
+
+    said: list[str] = []
+    train(
+        run,
+        recipe,
+        store=data.store,
+        schedule=data.schedule,
+        collectives=collectives or Collectives(),
+        device=torch.device("cpu"),
+        generation=Claim() if claim is None else claim or None,
+        asked_to_stop=asked_to_stop,
+        say=said.append,
+    )
+    return said
+
+
+def stream_of(
+    store: Any,
+    schedule: Any,
+    *,
+    start: int = 0,
+    stop: int = STEPS,
+    world: Any = None,
+    objective: str = "dino",
+    seed: int = 0,
+    bad_tiles: Any = None,
+    **config: Any,
+) -> Any:
+    """Return a stream of the small recipe's views, from a step to another; `config` are settings of the loader."""
+    from hpcssl.core.world import World
+    from hpcssl.loader.stream import LoaderConfig, TileStream
+
+    return TileStream(
+        store=store,
+        schedule=schedule,
+        recipe=RECIPES[objective]().augment,
+        seed=seed,
+        global_batch=GLOBAL_BATCH,
+        world=world or World(),
+        start_step=start,
+        stop_step=stop,
+        num_patches=MAE_PATCHES if objective == "mae" else 0,
+        config=LoaderConfig(**config) if config else None,
+        bad_tiles=bad_tiles,
+    )
 
 
 def write_recipe(path: Path, recipe: Any) -> Path:

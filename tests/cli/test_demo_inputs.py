@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -130,18 +130,6 @@ def test_a_folder_without_read_permission(tiles: Path, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"hpcssl: error: {locked}: permission denied")
     assert "Traceback" not in done.stderr
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of `request.param` bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    size = f"size={request.param}"
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False).returncode:
-        pytest.skip("no right to mount a small tmpfs here; needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("small_disk", ["64k"], indirect=True)

@@ -16,7 +16,7 @@ from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.core.world import World
 from hpcssl.loader import faults
 from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
-from hpcssl.loader.stream import LoaderConfig, TileStream
+from hpcssl.loader.stream import TileStream
 
 
 class Faulty:
@@ -59,21 +59,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stream(small, data) -> Callable[..., TileStream]:
-    def make(store, *, world=None, stop=small.STEPS, bad_tiles=None, start=0, **config) -> TileStream:
-        return TileStream(
-            store=store,
-            schedule=data.schedule,
-            recipe=small.dino_recipe().augment,
-            seed=0,
-            global_batch=small.GLOBAL_BATCH,
-            world=world or World(),
-            start_step=start,
-            stop_step=stop,
-            config=LoaderConfig(**{"max_bad_tiles": 1.0, **config}),
-            bad_tiles=bad_tiles,
-        )
-
-    return make
+    return lambda store, **more: small.stream_of(store, data.schedule, **{"max_bad_tiles": 1.0, **more})
 
 
 def pixels(batches) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.core.world import World
 from hpcssl.loader import stream as stream_module
 from hpcssl.loader.faults import BadTiles
-from hpcssl.loader.stream import LoaderConfig, TileStream
+from hpcssl.loader.stream import TileStream
 from hpcssl.schedule.file import check_matches
 from hpcssl.tiles.online import OnlineStore
 from hpcssl.tiles.scan import build_store
@@ -37,19 +37,8 @@ def schedule(online, store, tmp_path_factory) -> Any:
 
 @pytest.fixture
 def stream(small, schedule) -> Callable[..., TileStream]:
-    def make(store: Any, *, start=0, stop=10, world=None, schedule=schedule, bad_tiles=None, **config) -> TileStream:
-        return TileStream(
-            store=store,
-            schedule=schedule,
-            recipe=small.dino_recipe().augment,
-            seed=0,
-            global_batch=small.GLOBAL_BATCH,
-            world=world or World(),
-            start_step=start,
-            stop_step=stop,
-            config=LoaderConfig(**{"max_bad_tiles": 1.0, **config}),
-            bad_tiles=bad_tiles,
-        )
+    def make(store: Any, *, schedule=schedule, **more) -> TileStream:
+        return small.stream_of(store, schedule, **{"stop": 10, "max_bad_tiles": 1.0, **more})
 
     return make
 

@@ -17,27 +17,13 @@ from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch, LoaderConfig, TileStream
 from hpcssl.plan.draw import draw_plan
 
-MAE_PATCHES = 16
-
 
 @pytest.fixture
 def stream(small, data):
     """Makes a stream of the tiny store."""
-    store, schedule = data.store, data.schedule
 
-    def make(start=0, stop=small.STEPS, world=None, objective="dino", seed=0, store=store, **config) -> TileStream:
-        return TileStream(
-            store=store,
-            schedule=schedule,
-            recipe=small.RECIPES[objective]().augment,
-            seed=seed,
-            global_batch=small.GLOBAL_BATCH,
-            world=world or World(),
-            start_step=start,
-            stop_step=stop,
-            num_patches=MAE_PATCHES if objective == "mae" else 0,
-            config=LoaderConfig(**config) if config else None,
-        )
+    def make(start=0, stop=small.STEPS, world=None, *, store=data.store, **more) -> TileStream:
+        return small.stream_of(store, data.schedule, start=start, stop=stop, world=world, **more)
 
     return make
 
@@ -51,7 +37,7 @@ def _same(a: Batch, b: Batch) -> bool:
 def test_batches_hold_the_steps_positions_views_and_masks(small, stream):
     for objective, shapes, patches in (
         ("dino", [(2, 12, 32, 32, 3), (2, 12, 16, 16, 3)], None),
-        ("mae", [(1, 12, 32, 32, 3)], (12, MAE_PATCHES)),
+        ("mae", [(1, 12, 32, 32, 3)], (12, 16)),
     ):
         batches = list(stream(objective=objective))
         assert [b.step for b in batches] == list(range(small.STEPS))

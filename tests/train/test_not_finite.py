@@ -16,7 +16,6 @@ from hpcssl.plan.draw import draw_plan
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from hpcssl.runs.metrics import read_metrics
 from hpcssl.train.failure import failed_step_folder, load_batch, repeat_failed_step
-from hpcssl.train.loop import train
 from hpcssl.train.objective import Dino, Mae
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
@@ -28,32 +27,14 @@ POISON = (24, 30, 100)  # positions, one in step 2 (both ranks' shares hold some
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class _Claim:
-    number = 1
-
-    def is_stale(self) -> bool:
-        return False
-
-
 def _recipe(small, objective: str, allowed: int, **changes):
     recipe = small.RECIPES[objective](**changes)
     return replace(recipe, train=replace(recipe.train, max_skipped_steps=allowed))
 
 
-def _train(run, recipe, data, *, collectives=None, claim=True, asked=lambda: False):
-    schedule = data.schedule
-    schedule.tiles_at(0, schedule.num_positions)  # all files are open before there are threads
-    train(
-        run,
-        recipe,
-        store=data.store,
-        schedule=schedule,
-        collectives=collectives or Collectives(),
-        device=CPU,
-        generation=_Claim() if claim else None,
-        asked_to_stop=asked,
-        say=lambda text: None,
-    )
+def _train(small, run, recipe, data, **more):
+    data.schedule.tiles_at(0, data.schedule.num_positions)  # all files are open before there are threads
+    small.train_here(run, recipe, data, **more)
 
 
 @pytest.fixture
@@ -78,7 +59,7 @@ def test_a_skipped_step_counts_on_and_changes_nothing(small, data, tmp_path, poi
     poison(value=value)
     run = small.make_run(tmp_path / "run", data, _recipe(small, objective, 2))
     recipe = _recipe(small, objective, 2, checkpoint=replace(small.dino_recipe().checkpoint, every_min=0, keep_last=20))
-    _train(run, recipe, data)
+    _train(small, run, recipe, data)
     trace = read_metrics(run)
     assert trace["step"].tolist() == list(range(1, small.STEPS + 1))
     assert trace["skipped_steps"].tolist() == [0, 0, *[1] * 6, *[2] * (small.STEPS - 8)]
@@ -94,14 +75,14 @@ def test_a_skipped_step_counts_on_and_changes_nothing(small, data, tmp_path, poi
 def test_a_resumed_run_knows_what_was_skipped_before(small, data, tmp_path, poison):
     poison()
     whole, parts = (small.make_run(tmp_path / n, data, _recipe(small, "dino", 2)) for n in ("whole", "parts"))
-    _train(whole, _recipe(small, "dino", 2), data)
+    _train(small, whole, _recipe(small, "dino", 2), data)
     stops = iter([False] * 4 + [True])
     with pytest.raises(Exception, match="asked to stop"):
-        _train(parts, _recipe(small, "dino", 2), data, asked=lambda: next(stops))
+        _train(small, parts, _recipe(small, "dino", 2), data, asked_to_stop=lambda: next(stops))
     assert load_checkpoint(checkpoint_path(parts, 5))[1]["skipped_steps"] == 1
     with pytest.raises(RunError, match=r"step 8: .*1 steps having been skipped before"):
-        _train(parts, _recipe(small, "dino", 1), data)
-    _train(parts, _recipe(small, "dino", 2), data)
+        _train(small, parts, _recipe(small, "dino", 1), data)
+    _train(small, parts, _recipe(small, "dino", 2), data)
     one, other = (load_checkpoint(checkpoint_path(run, small.STEPS))[0] for run in (whole, parts))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
@@ -116,14 +97,15 @@ def test_all_ranks_skip_the_same_steps(small, data, tmp_path, poison, size):
     ranks = small.VirtualRanks(size)
     ranks.run(
         lambda rank: _train(
+            small,
             run,
             recipe,
             data,
             collectives=Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank)),
-            claim=rank == 0,
+            claim=None if rank == 0 else False,
         )
     )
-    _train(alone, recipe, data)
+    _train(small, alone, recipe, data)
     traces = [read_metrics(r) for r in (run, alone)]
     assert traces[0]["skipped_steps"].tolist() == [0, 0, *[1] * (small.STEPS - 2)]
     np.testing.assert_allclose(traces[0]["loss"], traces[1]["loss"], rtol=1e-5)
@@ -135,7 +117,7 @@ def test_beyond_the_allowance_the_step_is_saved_and_can_be_repeated(small, data,
     run, size = small.make_run(tmp_path / "run", data, recipe), 2
     stops = iter([False, False, True, True])
     with pytest.raises(Exception, match="asked to stop"):
-        _train(run, recipe, data, asked=lambda: next(stops))
+        _train(small, run, recipe, data, asked_to_stop=lambda: next(stops))
     tensors, state = load_checkpoint(checkpoint_path(run, 3))
     broken = next(name for name in tensors if name.endswith("encoder.vit.norm.weight") and "optimizer" not in name)
     tensors[broken][:] = 3e38  # a state that overflows in the forward pass
@@ -144,11 +126,12 @@ def test_beyond_the_allowance_the_step_is_saved_and_can_be_repeated(small, data,
     with pytest.raises(RunError) as caught:
         ranks.run(
             lambda rank: _train(
+                small,
                 run,
                 recipe,
                 data,
                 collectives=Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank)),
-                claim=rank == 0,
+                claim=None if rank == 0 else False,
             )
         )
     folder = failed_step_folder(run, 3)
@@ -182,7 +165,7 @@ def test_a_saved_step_without_a_share_is_told(small, data, tmp_path, poison):
     recipe = _recipe(small, "dino", 0)
     run = small.make_run(tmp_path / "run", data, recipe)
     with pytest.raises(RunError, match="failed-step-000000002"):
-        _train(run, recipe, data)
+        _train(small, run, recipe, data)
     assert checkpoint_steps(run) == [0]
     (failed_step_folder(run, 2) / "batch-rank0of1.safetensors").unlink()
     with pytest.raises(RunError, match=r"batch-rank0of1\.safetensors: no such checkpoint"):
@@ -200,7 +183,7 @@ def test_overflows_of_fp16_lower_the_scale_and_are_not_counted(small, data, tmp_
     state = TrainState(recipe, CPU)
     state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**40})
     save_checkpoint(run, 0, *state.to_checkpoint())
-    _train(run, recipe, data)
+    _train(small, run, recipe, data)
     trace = read_metrics(run)
     assert trace["grad_norm"].isna().any(), "some steps overflowed"
     assert trace["skipped_steps"].eq(0).all()

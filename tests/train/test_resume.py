@@ -12,7 +12,7 @@ from hpcssl.core.world import World
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from hpcssl.runs.metrics import read_metrics
 from hpcssl.train.config import Timeline
-from hpcssl.train.loop import Stopped, _stream, train
+from hpcssl.train.loop import Stopped, _stream
 from hpcssl.train.reduce import Collectives, GradientBuffer
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
@@ -211,43 +211,15 @@ def test_gradients_return_to_the_buffer_after_they_were_dropped():
     assert parameter.grad.tolist() == [3.0, 3.0, 3.0]
 
 
-class _Claim:
-    """A generation that becomes stale on request."""
-
-    number = 1
-
-    def __init__(self):
-        self.stale = False
-
-    def is_stale(self) -> bool:
-        return self.stale
-
-
-def _train(run, recipe, data, *, claim=None, asked=lambda: False, said=None):
-    said = [] if said is None else said
-    train(
-        run,
-        recipe,
-        store=data.store,
-        schedule=data.schedule,
-        collectives=Collectives(),
-        device=CPU,
-        generation=claim or _Claim(),
-        asked_to_stop=asked,
-        say=said.append,
-    )
-    return said
-
-
 def test_the_loop_stops_when_asked_saves_and_goes_on(small, data, tmp_path):
     recipe = small.dino_recipe()
     whole, parts = (small.make_run(tmp_path / name, data, recipe) for name in ("whole", "parts"))
-    _train(whole, recipe, data)
+    small.train_here(whole, recipe, data)
     stops = iter([False, False, False, False, True])
     with pytest.raises(Stopped):
-        _train(parts, recipe, data, asked=lambda: next(stops))
+        small.train_here(parts, recipe, data, asked_to_stop=lambda: next(stops))
     assert checkpoint_steps(parts)[-1] == 5
-    said = _train(parts, recipe, data)
+    said = small.train_here(parts, recipe, data)
     assert "begins at step 5 of 13" in said[0]
     assert checkpoint_steps(parts)[-1] == small.STEPS == 13
     ends = [step for step in range(14) if Timeline(recipe, data.schedule).ends_pseudo_epoch(step)]
@@ -263,12 +235,12 @@ def test_the_loop_stops_when_asked_saves_and_goes_on(small, data, tmp_path):
 def test_where_the_run_stops_may_change_and_changes_nothing_else(small, data, tmp_path):
     """Stopped within and at the end of pseudo-epochs, then sooner than it has come, then trained to the end."""
     whole = small.make_run(tmp_path / "whole", data, small.dino_recipe())
-    _train(whole, small.dino_recipe(), data)
+    small.train_here(whole, small.dino_recipe(), data)
     run = tmp_path / "run"
     for stop_after, step in ((1.3, 4), (0.5, 4), (2, 6), (None, 13)):
         recipe = small.dino_recipe(stop_after=stop_after)
         small.make_run(run, data, recipe)
-        _train(run, recipe, data)
+        small.train_here(run, recipe, data)
         assert checkpoint_steps(run)[-1] == step
     one, other = (load_checkpoint(checkpoint_path(r, 13))[0] for r in (run, whole))
     assert all(torch.equal(tensor, one[name]) for name, tensor in other.items())
@@ -292,14 +264,14 @@ def test_a_gpu_that_is_too_small_is_told_with_what_helps(small, data, tmp_path, 
         recipe = small.mae_recipe()
         recipe = replace(recipe, train=replace(recipe.train, micro_batch=micro_batch))
         with pytest.raises(RunError, match=told) as caught:
-            _train(small.make_run(tmp_path / f"run{micro_batch}", data, recipe), recipe, data)
+            small.train_here(small.make_run(tmp_path / f"run{micro_batch}", data, recipe), recipe, data)
         assert "\n" not in str(caught.value)
 
 
 def test_a_stale_start_publishes_nothing_more(small, data, tmp_path):
     recipe = small.dino_recipe()
     recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_min=0.0, keep_last=20))
-    run, claim, asked = small.make_run(tmp_path / "run", data, recipe), _Claim(), []
+    run, claim, asked = small.make_run(tmp_path / "run", data, recipe), small.Claim(), []
 
     def after_third_step() -> bool:
         asked.append(1)
@@ -307,6 +279,6 @@ def test_a_stale_start_publishes_nothing_more(small, data, tmp_path):
         return False
 
     with pytest.raises(Stopped, match="took the run over"):
-        _train(run, recipe, data, claim=claim, asked=after_third_step)
+        small.train_here(run, recipe, data, claim=claim, asked_to_stop=after_third_step)
     assert checkpoint_steps(run) == [0, 1, 2]
     assert len(asked) == 3

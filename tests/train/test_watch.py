@@ -13,8 +13,6 @@ from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
 from hpcssl.runs.metrics import read_metrics
 from hpcssl.train.config import Timeline
-from hpcssl.train.loop import train
-from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.watch import MOST_TILES, CollapseWatch, complaints, feature_deviation, rank_me
 
@@ -24,31 +22,8 @@ HEALTHY = {"rank_me": 30.0, "feature_deviation": 0.6, "watched_entropy": 1.0, "o
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class _Claim:
-    number = 1
-
-    def is_stale(self) -> bool:
-        return False
-
-
 def _every(recipe, steps: int):
     return replace(recipe, train=replace(recipe.train, watch_every_steps=steps))
-
-
-def _train(run, recipe, data) -> list[str]:
-    said: list[str] = []
-    train(
-        run,
-        recipe,
-        store=data.store,
-        schedule=data.schedule,
-        collectives=Collectives(),
-        device=CPU,
-        generation=_Claim(),
-        asked_to_stop=lambda: False,
-        say=said.append,
-    )
-    return said
 
 
 @pytest.fixture
@@ -116,7 +91,7 @@ def test_watching_changes_nothing_of_training(small, data, tmp_path, objective):
     runs = {every: small.make_run(tmp_path / str(every), data, _every(recipe, every)) for every in (0, 1, 5)}
     drawn = torch.random.get_rng_state()
     for every, run in runs.items():
-        _train(run, _every(recipe, every), data)
+        small.train_here(run, _every(recipe, every), data)
     assert torch.equal(torch.random.get_rng_state(), drawn)
     plain = load_checkpoint(checkpoint_path(runs[0], small.STEPS))[0]
     for every in (1, 5):
@@ -186,7 +161,7 @@ def test_real_collapses_are_told_and_health_is_not(small, tmp_path, change, told
         local_views=ViewRecipe(count=2, view_px=16, scale=(0.3, 0.6)),
     )
     recipe = _every(replace(plain, dino=dino, augment=mild), 10)
-    said = _train(small.make_run(tmp_path / "run", data, recipe), recipe, data)
+    said = small.train_here(small.make_run(tmp_path / "run", data, recipe), recipe, data)
     warned = [text for text in said if "try " in text]
     assert bool(warned) == (told is not None), warned
     assert told is None or any(told in text for text in warned)

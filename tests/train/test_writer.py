@@ -16,19 +16,11 @@ from hpcssl.cli.main import main
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 from hpcssl.runs.metrics import MetricsWriter, last_record
 from hpcssl.train import writer as writer_module
-from hpcssl.train.loop import Stopped, train
-from hpcssl.train.reduce import Collectives
+from hpcssl.train.loop import Stopped
 
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class _Claim:
-    number = 1
-
-    def is_stale(self) -> bool:
-        return False
 
 
 @pytest.fixture
@@ -38,18 +30,8 @@ def begin(small, data, tmp_path):
     recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_min=0.0, keep_last=20))
     run = small.make_run(tmp_path / "run", data, recipe)
 
-    def go(claim=None, asked=lambda: False):
-        train(
-            run,
-            recipe,
-            store=data.store,
-            schedule=data.schedule,
-            collectives=Collectives(),
-            device=CPU,
-            generation=claim or _Claim(),
-            asked_to_stop=asked,
-            say=lambda text: None,
-        )
+    def go(**more):
+        small.train_here(run, recipe, data, **more)
 
     go.run = run
     return go
@@ -71,8 +53,8 @@ def test_steps_go_on_while_a_checkpoint_is_written(small, begin, monkeypatch):
     assert checkpoint_steps(begin.run) == seen
 
 
-def test_a_later_start_that_comes_while_the_file_is_written_keeps_it_from_its_name(begin):
-    class Claim(_Claim):
+def test_a_later_start_that_comes_while_the_file_is_written_keeps_it_from_its_name(small, begin):
+    class Claim(small.Claim):
         """Stale as soon as a checkpoint of step 2 is half-written."""
 
         stale = False
@@ -82,7 +64,7 @@ def test_a_later_start_that_comes_while_the_file_is_written_keeps_it_from_its_na
             return self.stale
 
     with pytest.raises(Stopped, match="took the run over"):
-        begin(Claim())
+        begin(claim=Claim())
     assert checkpoint_steps(begin.run) == [0, 1]
     assert last_record(begin.run)["step"] <= 3
 
@@ -105,18 +87,6 @@ def test_a_full_disk_is_told_at_the_next_step_or_at_the_end(small, begin, monkey
     monkeypatch.undo()
     begin()
     assert checkpoint_steps(begin.run)[-1] == small.STEPS
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
-    if os.geteuid() or subprocess.run(mount, check=False).returncode:
-        pytest.skip("no right to mount a small tmpfs here; needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.usefixtures("own_process")
@@ -156,7 +126,7 @@ def test_a_checkpoint_asked_for_by_a_signal_is_there_when_the_loop_ends(begin, m
     monkeypatch.setattr(writer_module, "save_checkpoint", slow)
     stops = iter([False, True])
     with pytest.raises(Stopped, match="asked to stop"):
-        begin(asked=lambda: next(stops))
+        begin(asked_to_stop=lambda: next(stops))
     assert checkpoint_steps(begin.run) == [0, 1, 2]
     load_checkpoint(checkpoint_path(begin.run, 2))
 
@@ -176,7 +146,7 @@ def test_no_checkpoint_is_ahead_of_the_trace(begin, monkeypatch):
     monkeypatch.setattr(os, "replace", renamed)
     stops = iter([False, True])
     with pytest.raises(Stopped):
-        begin(asked=lambda: next(stops))
+        begin(asked_to_stop=lambda: next(stops))
     assert order == ["trace", "checkpoint"] * 3
 
 
@@ -184,5 +154,5 @@ def test_what_killed_starts_left_is_removed_at_the_start(begin):
     left = begin.run / "checkpoints" / ".step-000000004.safetensors.123.tmp"
     left.write_bytes(b"half")
     with pytest.raises(Stopped):
-        begin(asked=lambda: True)
+        begin(asked_to_stop=lambda: True)
     assert not left.exists()

@@ -2,9 +2,9 @@
 """Times tiling whole slides beside plain loops over OpenSlide and TiffSlide, and online tiles beside JPEG files.
 
 `python tools/bench_tiling.py [--width N] [--height N] [--slides N] [--threads N,N] [--tiles N] [--repeats N]
-[--folder DIR]`: the defaults check in seconds that all of it runs, their figures mean little; `--width 24576 --height
-6144 --slides 2 --tiles 400 --threads 1,2 --repeats 5 --folder /dev/shm` is a measurement: in memory, or making small
-files on a busy disk takes most of the time on both sides. It draws its own slides: *native* (0.5 MPP, JPEG blocks),
+[--folder DIR]`: takes some minutes. `--width 24576 --height 6144 --slides 2 --tiles 400 --repeats 5` are slides as
+scanners make them; `--folder /dev/shm` measures in memory, where making small files on a busy disk is most of the time
+on both sides. It draws its own slides: *native* (0.5 MPP, JPEG blocks),
 *half* (0.25 MPP without a level of 0.5, JPEG), *resampled* (0.31 MPP, JPEG), *jpeg2000* (0.5 MPP).
 
 Tiling is all of `hpcssl tile`: finding tissue, cutting, pictures, index, synced files. The loops get the places of the
@@ -196,12 +196,12 @@ def measure(
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024, help="pixels of a slide")
-    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=12288, help="pixels of a slide")
+    parser.add_argument("--height", type=int, default=6144)
     parser.add_argument("--slides", type=int, default=1)
-    parser.add_argument("--tiles", type=int, default=8, help="read online and from files")
-    parser.add_argument("--threads", default="2", help="numbers of threads, such as 1,2")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tiles", type=int, default=200, help="read online and from files")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, such as 1,2")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
     args = parser.parse_args()
     threads = [int(number) for number in args.threads.split(",")]

@@ -16,6 +16,7 @@ from hpcssl.tiles.wsi.foreground import CELL, Foreground, classify, find_foregro
 from hpcssl.tiles.wsi.grid import MOST_PEN, grid, region_tiles, regions
 from hpcssl.tiles.wsi.sampling import sample
 from hpcssl.tiles.wsi.slide import About, Level, Slide
+from hpcssl.tiles.wsi.tiff import TiffSlide
 
 WIDTH, HEIGHT, MPP = 1600, 1200, 0.5
 
@@ -98,6 +99,30 @@ def test_glass_with_dust_is_blank() -> None:
 def test_a_slide_full_of_tissue_is_all_tissue(real_data: Path) -> None:
     tile = Image.open(real_data / "qc" / "high-nuclei-score-level0.png").convert("RGB").crop((0, 0, 512, 512))
     assert find_foreground(Picture(np.asarray(tile)), slide_mpp=MPP).tissue.mean() > 0.95
+
+
+def test_tissue_stained_in_violet_is_no_pen_but_pen_on_it_is(real_data: Path) -> None:
+    """Laboratories whose haematoxylin is bluer than a pen elsewhere: judged against the slide's own colours."""
+    files = sorted((real_data / "tiles" / "lung").glob("lung_scc*/*.jpg"))[::40][:9]
+    tiles = [np.asarray(Image.open(file).convert("RGB").resize((224, 224))) for file in files]
+    pixels = np.full((1120, 1120, 3), 242, np.uint8)
+    pixels[224:896, 224:896] = np.concatenate([np.concatenate(tiles[n : n + 3], 1) for n in (0, 3, 6)])
+    red, green, blue = (pixels[..., c].astype(int) for c in range(3))
+    violet = (blue - red > 55) & (blue > green + 40)
+    assert violet.mean() > 0.15
+    found = find_foreground(Picture(pixels), slide_mpp=MPP)
+    assert found.tissue.mean() > 0.3
+    assert found.pen.mean() < 0.01
+    pixels[500:560, 100:1000] = (40, 20, 190)
+    assert find_foreground(Picture(pixels), slide_mpp=MPP).pen.mean() > 0.8 * (60 * 900) / 1120**2
+
+
+def test_blocks_of_a_wide_slide_are_hardly_decoded_twice(tmp_path: Path) -> None:
+    draw_slide(tmp_path / "wide.tif", seed=1, width=12288, height=1536, mpp=MPP, downsamples=(1,))
+    slide = TiffSlide(str(tmp_path / "wide.tif"), cache_mb=0)
+    before = slide.blocks_decoded
+    find_foreground(slide, slide_mpp=MPP)
+    assert slide.blocks_decoded - before == 48 * 6
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from hpcssl.tiles.wsi.slide import Slide
 LOOK_MPP = 2.0
 _NEAR = 1.01
 CELL = 4  # pixels of the look a side
-_STRIP_PX = 4_000_000  # pixels of the slide read together
+_STRIP_PX = 4_000_000  # pixels of the slide read together, or more:
+_STRIP_ROWS = 512  # in whole numbers of these, which blocks mostly divide: hardly any is decoded for two strips
 _CHROMA = (9.0, 22.0)  # Otsu's threshold is kept between these: no tissue in noise, and some in a slide full of it
 _SHARP = 1.6  # mean change of grey to the neighbours' mean, at 2 microns; tissue in focus has 4 to 12
 _FOCUS_CELLS = 15  # the focus is judged over so many cells a side, about a tile at 0.5 MPP
@@ -74,7 +75,8 @@ def find_foreground(
     cell = CELL * step  # in pixels of the level
     size = slide.levels[level]
     rows, columns = math.ceil(size.height / cell), math.ceil(size.width / cell)
-    together = max(1, int(_STRIP_PX / (columns * cell * cell)))
+    least = max(1, round(_STRIP_ROWS / cell))
+    together = least * max(1, int(_STRIP_PX / (columns * cell * cell * least)))
     strips = each(
         lambda first: _look(slide, level, step, first, min(together, rows - first), columns), range(0, rows, together)
     )
@@ -131,7 +133,9 @@ def _strokes(
     """Return the cells in colours that haematoxylin and eosin do not have, with a margin around them."""
     coloured = chroma > 20
     cold = coloured & (green >= red - 2)  # green, teal and light blue: tissue takes away more green than red
-    blue_pen = (blue - red > 55) & (blue > green + 40)
+    stained = coloured & ~cold
+    usual = max(0.0, float(np.median((blue - red)[stained]))) if stained.any() else 0.0  # above 0: stained in violet
+    blue_pen = (blue - red > 55 + usual) & (blue > green + 40)
     red_pen = (red - np.maximum(green, blue) > 95) & (blue - green < 22)
     black = (np.maximum(np.maximum(red, green), blue) < 66) & (chroma < 40)
     strokes = _without_specks(cold | blue_pen | red_pen | black, _FEWEST_PEN_CELLS)

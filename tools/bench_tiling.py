@@ -4,8 +4,8 @@
 `python tools/bench_tiling.py [--width N] [--height N] [--slides N] [--threads N,N] [--tiles N] [--repeats N]
 [--folder DIR]`: takes some minutes. `--width 24576 --height 6144 --slides 2 --tiles 400 --repeats 5` are slides as
 scanners make them; `--folder /dev/shm` measures in memory, where making small files on a busy disk is most of the time
-on both sides. It draws its own slides: *native* (0.5 MPP, JPEG blocks),
-*half* (0.25 MPP without a level of 0.5, JPEG), *resampled* (0.31 MPP, JPEG), *jpeg2000* (0.5 MPP).
+on both sides. It draws its own slides: *native* (0.5 MPP, JPEG blocks), *half* (0.25 MPP without a level of 0.5, JPEG),
+*resampled* (0.31 MPP, JPEG), *jpeg2000* (0.5 MPP).
 
 Tiling is all of `hpcssl tile`: finding tissue, cutting, pictures, index, synced files. The loops get the places of the
 tiles for nothing, sync nothing, and do what everybody starts from: each thread opens the slide and takes its share of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def test_the_tiling_benchmark_runs_and_prints_its_figures_last(repository: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(repository / "tools" / "bench_tiling.py"), "--folder", str(tmp_path)]
-    command += "--width 1024 --height 1024 --tiles 8 --threads 2 --repeats 1".split()
+    command += ["--width", "1024", "--height", "1024", "--tiles", "8", "--threads", "2", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

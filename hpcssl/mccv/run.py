@@ -32,7 +32,7 @@ from hpcssl.mccv.splits import CLASSES, TRAIN, read_splits, split_columns, split
 
 COLUMNS = ("task", "encoder", "checkpoint", "split", "replica", "epoch", "metric", "value")
 _KEY = list(COLUMNS[:-1])
-_LATER = ("table_digest", "target")  # of a part's record, what the first ones do not have
+_LATER = ("table_digest", "target", "features_written")  # of a part's record, what the first ones do not have
 _LONGEST_NAME = 60
 _ONLY = "__split="  # in the file name of a part that holds one run
 
@@ -234,6 +234,7 @@ def _part(
         "train": float(np.mean([len(sides_of(kept, split)[0]) for split, _ in runs])),
         "splits_digest": digest_bytes(kept.to_csv(index=False).encode()),
         "features_digest": features.digest(),
+        "features_written": features.written(),
     }
     return Part(
         task=task,
@@ -359,7 +360,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _refuse_difference(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    old = {**{key: new[key] for key in _LATER if key in new}, **old}
+    old = old | {key: new[key] for key in _LATER if key in new and key not in old}
     difference = first_difference(old, new)
     if difference:
         key, was, now = difference

@@ -352,7 +352,10 @@ def part_done(folder: Path, name: str, record: dict[str, Any]) -> bool:
 def _read_record(path: Path) -> dict[str, Any]:
     beside = path.with_name(path.name[: -len(".csv")] + ".json")
     try:
-        return json.loads(beside.read_text(encoding="utf-8"))
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        if "preset" in record:  # the first ones do not have it
+            record["preset"].setdefault("precision", "fp32")
+        return record
     except (FileNotFoundError, ValueError):
         raise ConfigError(
             f"{path}: no readable {beside.name} beside it says what it was made with; delete it"

@@ -34,7 +34,12 @@ def test_splits_then_benchmark(table, capsys):
     assert run(*bench) == 2
     assert "features of s16, s17, s18, s19 without a row in the splits (4 of 20 slides)" in capsys.readouterr().err
     bench += ("--allow-missing",)
+    rounded = (*bench[:-2], table / "rounded", "--allow-missing", "--precision", "bf16")
+    assert run(*rounded, "--preset", "mccv-demo", "--epochs", "1", "--threads", "1") == 0
+    losses = pd.read_csv(table / "rounded" / "results.csv").query("metric == 'val_loss'")["value"]
     assert run(*bench, "--preset", "mccv-demo", "--epochs", "1", "--threads", "1") == 0
+    exact = pd.read_csv(table / "out" / "results.csv").query("metric == 'val_loss'")["value"]
+    assert 0 < np.abs(losses - exact).max() < 0.02
     assert re.search(r"breast\W+0\.\d{3} \(0\.\d{3}–0\.\d{3}\)\W+–\W+2 × 2", capsys.readouterr().out)
     assert len(pd.read_csv(table / "out" / "results.csv")) == 2 * 2 * 4
 

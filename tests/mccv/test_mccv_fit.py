@@ -90,6 +90,19 @@ def test_the_papers_head_equals_the_plain_loop():
     assert_alike(values(fit(Bags(slides), labels, [run], preset), run), plain.fit_plain(slides, labels, run, preset))
 
 
+def test_half_precision_changes_no_answer_but_the_digits():
+    """20 splits x 2 replicas of a task of middling difficulty."""
+    slides, labels = planted(100, shift=2.0)
+    preset = replace(DEMO, epochs=4, warmup_epochs=1)
+    runs = [replace(run, replica=r) for run in drawn(100, [50] * 20) for r in (1, 2)]
+    tables = {p: fit(Bags(slides), labels, runs, replace(preset, precision=p)) for p in ("fp32", "bf16")}
+    losses = [table[table["metric"] == "train_loss"]["value"].to_numpy() for table in tables.values()]
+    assert np.abs(losses[0] - losses[1]).max() > 0
+    found = {precision: last_auc(table) for precision, table in tables.items()}
+    assert 0.6 < found["fp32"] < 0.97
+    assert abs(found["bf16"] - found["fp32"]) < 0.002
+
+
 def test_a_run_alone_equals_that_run_among_others(way):
     slides, labels = planted(40)
     runs = drawn(40, [25, 30, 28, 30])

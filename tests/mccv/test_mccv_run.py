@@ -92,6 +92,8 @@ def test_parts_made_with_something_else_are_refused(inputs):
         bench(inputs, ["untrained"], replace(PRESET, lr=0.01))
     with pytest.raises(ConfigError, match=r"preset\.epochs = 2, now 3"):
         bench(inputs, ["trained"], replace(PRESET, epochs=3))
+    with pytest.raises(ConfigError, match=r"preset\.precision = 'fp32', now 'bf16'"):
+        bench(inputs, ["trained"], replace(PRESET, precision="bf16"))
     with pytest.raises(ConfigError, match="seed = 0, now 1"):
         bench(inputs, ["untrained"], seed=1)
     with pytest.raises(ConfigError, match="replicas = 2, now 1"):
@@ -323,6 +325,6 @@ def test_a_part_of_before_there_were_digests_of_whole_tables_is_kept(inputs):
     bench(inputs, ["untrained"])
     path = inputs / "out" / "parts" / "breast__timm-vit-small__0.json"
     record = json.loads(path.read_text())
-    del record["table_digest"], record["features_written"]
+    del record["table_digest"], record["features_written"], record["preset"]["precision"]
     path.write_text(json.dumps(record))
     assert len(bench(inputs)) == 96

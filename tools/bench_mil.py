@@ -3,9 +3,10 @@
 
 `python tools/bench_mil.py DATA [NAME ...] [--epochs N] [--threads N]`: DATA holds NAME.npz with X (instances x
 features), bag (of every instance), y (of every bag) and, if there are, test_fold (repeats x bags). Features are
-standardised on each fold's training bags; one that does not vary there is left out. The head is that of Ilse et al.
-(ICML 2018) for these sets: layers of 256, 128, 64, dropout 0.5, gated attention of 64. Prints one JSON object last:
-mean accuracy after the last epoch, and its standard deviation over the repeats.
+standardised on each fold's training bags; one that does not vary there is left out. One recipe for all sets: gated
+attention of 64 over one hidden layer of 64 (Ilse et al., ICML 2018, have three for these sets, of 256, 128 and 64),
+dropout 0.5, 40 epochs. It was chosen on other folds than those that are reported. Prints one JSON object last: mean
+accuracy after the last epoch, and its standard deviation over the repeats.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PRESET = MccvPreset(
     epochs=40,
     warmup_epochs=4,
     lr=2e-3,
-    hidden=(256, 128, 64),
+    hidden=(64,),
     attention=64,
     dropout=0.5,
 )

@@ -9,16 +9,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
-def test_the_benchmark_prints_its_figures_last(repository: Path) -> None:
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-3), ("bf16", 0.02)])
+def test_the_benchmark_prints_its_figures_last(repository: Path, precision: str, most: float) -> None:
     command = [sys.executable, repository / "tools/bench_mccv.py", "--size", "toy", "--repeats", "1"]
+    command += ["--precision", precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     for name in ("small_bags_speedup", "large_bags_speedup", "peak_rss_gib"):
         assert told[name] > 0, name
-    assert told["max_auc_difference"] <= 1e-3
+    assert told["max_auc_difference"] <= most
+    assert told["mean_auc_difference"] <= told["max_auc_difference"]
+    assert told["precision"] == precision
     assert told["device"]
 
 

@@ -11,11 +11,6 @@ EXAMPLE = (
     "hpcssl splits --slides slides.csv --organ breast --target label --out breast.csv\n  hpcssl splits check breast.csv"
 )
 
-_UNGROUPED = (
-    "every slide is a group of its own; where several slides show one patient, scores will come out too high:"
-    " add the column, or name another with --group"
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -61,8 +56,7 @@ def _draw(args: argparse.Namespace) -> int:
     print(f"{args.out}: {_described(table, args.kind)}")
     if len(table) < len(frame):
         print(f"{len(frame) - len(table)} slides have no {args.target} and were left out")
-    if group not in frame.columns:
-        print(f"no column {group} in {args.slides}: {_UNGROUPED}", file=sys.stderr)
+    _tell_ungrouped(table, group, args.out)
     return 0
 
 
@@ -88,9 +82,21 @@ def _check(args: argparse.Namespace) -> int:
         without_missing(table, FeatureSet.open(args.features).slides, where=where, allow_missing=False, kind=args.kind)
     groups = f"no {group} on both sides" if group in table.columns else f"no column {group} to check"
     print(f"{args.file}: {_described(table, args.kind)}; {groups}")
-    if group not in table.columns:
-        print(f"{args.file}: {_UNGROUPED}", file=sys.stderr)
+    _tell_ungrouped(table, group, args.file)
     return 0
+
+
+def _tell_ungrouped(table, group: str, path: Path) -> None:  # type: ignore[no-untyped-def]  # as below
+    """Say what it means where slides have no group."""
+    from hpcssl.tiles.slides import missing
+
+    alone = int(missing(table[group]).sum()) if group in table.columns else len(table)
+    if alone:
+        print(
+            f"{path}: {alone} of {len(table)} slides have no {group}, so each is a group of its own; where several"
+            " slides show one patient, scores will come out too high (--group names another column)",
+            file=sys.stderr,
+        )
 
 
 def _slides_of(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # as below

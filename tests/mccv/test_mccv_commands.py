@@ -69,17 +69,17 @@ def test_a_users_error_is_one_line(table, capsys, monkeypatch, arguments, messag
 
 
 def test_without_patients_the_user_is_told_what_that_means(table, capsys):
-    bare = pd.read_csv(table / "slides.csv").drop(columns="patient_id")
-    bare.to_csv(table / "bare.csv", index=False)
-    drawn = ("splits", "--target", "label", "--num", "2", "--slides")
-    warning = "every slide is a group of its own; where several slides show one patient, scores will come out too high"
-    assert run(*drawn, table / "slides.csv", "--out", table / "a.csv") == 0
-    assert run("splits", "check", table / "a.csv") == 0
-    assert capsys.readouterr().err == ""
-    assert run(*drawn, table / "bare.csv", "--out", table / "b.csv") == 0
-    assert warning in capsys.readouterr().err
-    assert run("splits", "check", table / "b.csv") == 0
-    assert warning in capsys.readouterr().err
+    frame = pd.read_csv(table / "slides.csv", dtype=str)
+    patients = [f"p{i}" for i in range(20)]
+    told = "of 20 slides have no patient_id, so each is a group of its own; where several slides show one patient"
+    for column, alone in ((None, 20), ([""] * 20, 20), (["", *patients[1:]], 1), (patients, 0)):
+        given = frame.drop(columns="patient_id") if column is None else frame.assign(patient_id=column)
+        given.to_csv(table / "given.csv", index=False)
+        drawn = ("--slides", table / "given.csv", "--target", "label", "--num", "2", "--out", table / "x.csv")
+        for command in (("splits", *drawn), ("splits", "check", table / "x.csv")):
+            assert run(*command) == 0
+            error = capsys.readouterr().err
+            assert error.startswith(f"{table / 'x.csv'}: {alone} {told}") if alone else error == ""
 
 
 def test_splits_are_checked_against_the_slide_table(table, capsys):

@@ -3,9 +3,10 @@
 
 `python tools/bench_mil.py DATA [NAME ...] [--epochs N] [--threads N]`: DATA holds NAME.npz with X (instances x
 features), bag (of every instance), y (of every bag) and, if there are, test_fold (repeats x bags). Features are
-standardised on each fold's training bags. The head is that of Ilse et al. (ICML 2018) for these sets: layers of 256,
-128, 64, dropout 0.5, gated attention of 64. Prints one JSON object last: mean accuracy after the last epoch, and its
-standard deviation over the repeats.
+standardised on each fold's training bags; one that does not vary there is left out. One recipe for all sets: gated
+attention of 64 over one hidden layer of 64 (Ilse et al., ICML 2018, have three for these sets, of 256, 128 and 64),
+dropout 0.5, 40 epochs. It was chosen on other folds than those that are reported. Prints one JSON object last: mean
+accuracy after the last epoch, and its standard deviation over the repeats.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PRESET = MccvPreset(
     epochs=40,
     warmup_epochs=4,
     lr=2e-3,
-    hidden=(256, 128, 64),
+    hidden=(64,),
     attention=64,
     dropout=0.5,
 )
@@ -47,6 +48,16 @@ def folds(y: np.ndarray, found: np.ndarray | None) -> np.ndarray:
     return drawn
 
 
+def standardised(x: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Return features with mean 0 and deviation 1 over the rows `train`; one that is constant there is 0 everywhere."""
+    known = x[train]
+    varies = np.ptp(known, axis=0) > 0
+    scaled = (x[:, varies] - known[:, varies].mean(axis=0)) / known[:, varies].std(axis=0)
+    found = np.zeros(x.shape, np.float32)
+    found[:, varies] = scaled
+    return found
+
+
 def measure(file: Path, preset: MccvPreset, threads: int) -> dict[str, float]:
     """Return mean accuracy, and the deviation of the repeats' means."""
     held = np.load(file)
@@ -57,8 +68,7 @@ def measure(file: Path, preset: MccvPreset, threads: int) -> dict[str, float]:
     for repeat in range(len(fold)):
         for number in np.unique(fold[repeat]):
             first, test = len(slides), fold[repeat] == number
-            train_x = x[~test[of]]
-            scaled = ((x - train_x.mean(axis=0)) / (train_x.std(axis=0) + 1e-8)).astype(np.float32)
+            scaled = standardised(x, ~test[of])
             slides += [scaled[of == b] for b in range(len(bags))]
             rows = first + np.arange(len(bags))
             runs.append(Run(split=int(number) + 1, replica=repeat + 1, train=rows[~test], val=rows[test]))

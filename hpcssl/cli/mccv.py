@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8.0,
         help="a task's features beyond this are read from a scratch file in RESULTS, slide by slide (%(default)s)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the tiles' layers; bf16 is for processors with instructions for it (%(default)s)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: all runs in one stack (%(default)s)")
     parser.add_argument(
         "--attention",
@@ -74,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit what is missing, then print the summary."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from hpcssl.cli.progress import progress
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads < 1:
         raise ConfigError(f"--threads {args.threads}: expected at least 1")
     _check_device(args.device)
-    preset = preset_named(args.preset, args.epochs)
+    preset = replace(preset_named(args.preset, args.epochs), precision=args.precision)
     parts = plan_parts(
         args.features,
         args.splits,

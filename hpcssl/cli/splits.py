@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 SUMMARY = "draw Monte-Carlo train/val splits of labelled slides, or check such a file"
@@ -17,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action", nargs="?", choices=["draw", "check"], default="draw", help="draw (if left out) or check"
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="split file to check")
-    parser.add_argument("--slides", type=Path, metavar="TABLE", help="slide table, CSV or Parquet")
+    parser.add_argument(
+        "--slides", type=Path, metavar="TABLE", help="slide table, CSV or Parquet; check: what FILE is compared with"
+    )
     parser.add_argument("--target", metavar="COLUMN", help="column of the label; slides where it is blank are left out")
     parser.add_argument("--out", type=Path, metavar="SPLITS.csv", help="split file to write")
     parser.add_argument("--organ", metavar="NAME", help="only the slides of one organ")
@@ -38,19 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(args: argparse.Namespace) -> int:
     from hpcssl.core.atomic import write_atomic
-    from hpcssl.core.errors import ConfigError, SplitError
+    from hpcssl.core.errors import ConfigError
     from hpcssl.mccv.splits import PATIENT, make_splits
-    from hpcssl.tiles.slides import read_slides
 
     for option in ("slides", "target", "out"):
         if getattr(args, option) is None:
             raise ConfigError(f"splits: --{option} is missing; example: {EXAMPLE.splitlines()[0]}")
-    frame = read_slides(args.slides)
-    if args.organ is not None:
-        organs = sorted(frame["organ"].unique())
-        if args.organ not in organs:
-            raise SplitError(f"{args.slides}: no slide of organ {args.organ}; it has {', '.join(organs)}")
-        frame = frame[frame["organ"] == args.organ]
+    frame = _slides_of(args)
     _check_named(args.group, frame, args.slides)
     group = args.group or PATIENT
     table = make_splits(frame, args.target, args.num, args.train, group, args.seed, args.kind)
@@ -59,27 +56,61 @@ def _draw(args: argparse.Namespace) -> int:
     print(f"{args.out}: {_described(table, args.kind)}")
     if len(table) < len(frame):
         print(f"{len(frame) - len(table)} slides have no {args.target} and were left out")
-    if group not in frame.columns:
-        print(f"no column {group} in {args.slides}: every slide is a group of its own")
+    _tell_ungrouped(table, group, args.out)
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import ConfigError
     from hpcssl.features.folder import FeatureSet
-    from hpcssl.mccv.splits import PATIENT, read_splits, without_missing
+    from hpcssl.mccv.splits import PATIENT, check_splits, read_splits, with_slides, without_missing
 
     if args.file is None:
         raise ConfigError("splits check: no FILE named; example: hpcssl splits check breast.csv")
     group = args.group or PATIENT
-    table = read_splits(args.file, group, args.kind)
-    _check_named(args.group, table, args.file)
+    if args.slides is None:
+        table = read_splits(args.file, group, args.kind)
+        _check_named(args.group, table, args.file)
+    else:
+        table = read_splits(args.file, kind=args.kind)
+        frame = _slides_of(args)
+        _check_named(args.group, frame, args.slides)
+        table = with_slides(table, frame, where=f"{args.file} with {args.slides}", target=args.target, group=group)
+        check_splits(table, where=str(args.file), group=group if group in table.columns else PATIENT, kind=args.kind)
     if args.features is not None:
         where = f"{args.file} with {args.features}"
         without_missing(table, FeatureSet.open(args.features).slides, where=where, allow_missing=False, kind=args.kind)
     groups = f"no {group} on both sides" if group in table.columns else f"no column {group} to check"
     print(f"{args.file}: {_described(table, args.kind)}; {groups}")
+    _tell_ungrouped(table, group, args.file)
     return 0
+
+
+def _tell_ungrouped(table, group: str, path: Path) -> None:  # type: ignore[no-untyped-def]  # as below
+    """Say what it means where slides have no group."""
+    from hpcssl.tiles.slides import missing
+
+    alone = int(missing(table[group]).sum()) if group in table.columns else len(table)
+    if alone:
+        print(
+            f"{path}: {alone} of {len(table)} slides have no {group}, so each is a group of its own; where several"
+            " slides show one patient, scores will come out too high (--group names another column)",
+            file=sys.stderr,
+        )
+
+
+def _slides_of(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # as below
+    """Return the slide table, or the part of it that is of --organ."""
+    from hpcssl.core.errors import SplitError
+    from hpcssl.tiles.slides import read_slides
+
+    frame = read_slides(args.slides)
+    if args.organ is None:
+        return frame
+    organs = sorted(frame["organ"].unique())
+    if args.organ not in organs:
+        raise SplitError(f"{args.slides}: no slide of organ {args.organ}; it has {', '.join(organs)}")
+    return frame[frame["organ"] == args.organ]
 
 
 def _check_named(group: str | None, table, path: Path) -> None:  # type: ignore[no-untyped-def]  # as below

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ class FeatureSet:
         listing = "".join(f"{slide}\t{path.stat().st_size}\n" for slide, path in self.paths.items())
         about = json.dumps([self.encoder, self.checkpoint, self.dim, self.about], sort_keys=True)
         return digest_bytes(f"{about}\n{listing}".encode())
+
+    def written(self) -> str:
+        """Return when the newest file was written, and a digest of when each was: embedded again, it is another.
+
+        A copy that keeps the times (cp -p, rsync -t) is the same.
+        """
+        times = {slide: path.stat().st_mtime_ns for slide, path in self.paths.items()}
+        newest = datetime.fromtimestamp(max(times.values()) / 1e9, timezone.utc).isoformat(" ", "seconds")
+        listing = "".join(f"{slide}\t{time}\n" for slide, time in times.items())
+        return f"{newest} ({digest_bytes(listing.encode())[:8]})"
 
 
 def write_index(folder: Path, *, encoder: str, checkpoint: str, dim: int, **more: Any) -> None:

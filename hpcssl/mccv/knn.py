@@ -26,7 +26,15 @@ from hpcssl.mccv.run import COLUMNS, Part, check_tasks, collect, file_name, part
 from hpcssl.mccv.splits import CLASSES
 
 TEMPERATURE = 0.07
-_FROM_PART = ("target", "table_digest", "slides", "train", "splits_digest", "features_digest")  # of its record
+_FROM_PART = (
+    "target",
+    "table_digest",
+    "slides",
+    "train",
+    "splits_digest",
+    "features_digest",
+    "features_written",
+)  # of its record
 _ROWS = 512  # tiles whose similarities to all others are in memory at a time
 
 

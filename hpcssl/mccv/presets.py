@@ -31,6 +31,8 @@ class MccvPreset:
     pooling: Literal["attention", "mean", "max"] = "attention"
     dropout: float = 0.25
     """After the hidden layers and both attention branches; rounded to 1/256."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the tiles' layers; weights and AdamW stay in fp32."""
 
 
 HEAD_SETTINGS = ("head", "hidden", "attention", "pooling", "dropout")

@@ -32,7 +32,7 @@ from hpcssl.mccv.splits import CLASSES, TRAIN, read_splits, split_columns, split
 
 COLUMNS = ("task", "encoder", "checkpoint", "split", "replica", "epoch", "metric", "value")
 _KEY = list(COLUMNS[:-1])
-_LATER = ("table_digest", "target")  # of a part's record, what the first ones do not have
+_LATER = ("table_digest", "target", "features_written")  # of a part's record, what the first ones do not have
 _LONGEST_NAME = 60
 _ONLY = "__split="  # in the file name of a part that holds one run
 
@@ -234,6 +234,7 @@ def _part(
         "train": float(np.mean([len(sides_of(kept, split)[0]) for split, _ in runs])),
         "splits_digest": digest_bytes(kept.to_csv(index=False).encode()),
         "features_digest": features.digest(),
+        "features_written": features.written(),
     }
     return Part(
         task=task,
@@ -351,7 +352,10 @@ def part_done(folder: Path, name: str, record: dict[str, Any]) -> bool:
 def _read_record(path: Path) -> dict[str, Any]:
     beside = path.with_name(path.name[: -len(".csv")] + ".json")
     try:
-        return json.loads(beside.read_text(encoding="utf-8"))
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        if "preset" in record:  # the first ones do not have it
+            record["preset"].setdefault("precision", "fp32")
+        return record
     except (FileNotFoundError, ValueError):
         raise ConfigError(
             f"{path}: no readable {beside.name} beside it says what it was made with; delete it"
@@ -359,7 +363,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _refuse_difference(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    old = {**{key: new[key] for key in _LATER if key in new}, **old}
+    old = old | {key: new[key] for key in _LATER if key in new and key not in old}
     difference = first_difference(old, new)
     if difference:
         key, was, now = difference

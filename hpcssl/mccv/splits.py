@@ -160,6 +160,54 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
     return frame.sort_values("slide", ignore_index=True)
 
 
+def with_slides(
+    table: pd.DataFrame, frame: pd.DataFrame, *, where: str, target: str | None = None, group: str = PATIENT
+) -> pd.DataFrame:
+    """Return a split table with the groups of the slide table `frame`, where that has the column.
+
+    Raises
+    ------
+    SplitError
+        For slides that `frame` lacks; for a slide of another group there; with `target`, its column there, for a slide
+        of another target and for slides with a target that the splits lack.
+    """
+    unknown = table["slide"][~table["slide"].isin(frame["slide_id"])].tolist()
+    if unknown:
+        raise SplitError(
+            f"{where}: the slide table lacks {listed(unknown)} ({len(unknown)} of {len(table)} slides);"
+            " draw the splits again, or name the table that they are from"
+        )
+    rows = frame.set_index("slide_id").loc[table["slide"]].reset_index()
+    if target is not None:
+        if target not in frame.columns:
+            raise SplitError(f"{where}: the slide table has no column {target}; it has {', '.join(frame.columns)}")
+        lacking = sorted(set(frame["slide_id"][~missing(frame[target])]) - set(table["slide"]))
+        if lacking:
+            raise SplitError(
+                f"{where}: the splits lack {listed(lacking)}, which have a {target} ({len(lacking)} slides);"
+                " draw the splits again"
+            )
+        _refuse_other("target " + table["target"].str.strip(), "target " + rows[target].str.strip(), table, where)
+    if group not in rows.columns:
+        return table
+    if group in table.columns:
+        known = ~missing(table[group]) & ~missing(rows[group])
+        here, there = group_keys(table[known], group, "slide"), group_keys(rows[known], group)
+        _refuse_other(here, there, table[known], where)
+    return table.assign(**{group: rows[group]})
+
+
+def _refuse_other(here: pd.Series, there: pd.Series, table: pd.DataFrame, where: str) -> None:
+    """Refuse splits that say something else of a slide than the slide table does."""
+    other = here != there
+    if other.any():
+        slide, one, two = (column[other].iloc[0] for column in (table["slide"], here, there))
+        raise SplitError(
+            f"{where}: slide {slide} has {one} in the splits, {two} in the slide table"
+            f" ({int(other.sum())} such slides); draw the splits again"
+        )
+
+
 def split_columns(frame: pd.DataFrame) -> list[str]:
     """Return mccv1 … mccvK, in the order of their numbers."""
     names = [str(name) for name in frame.columns if re.fullmatch(r"mccv[1-9][0-9]*", str(name))]

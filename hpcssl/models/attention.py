@@ -124,13 +124,17 @@ class Heads:
     """R heads with their gradients, and the buffers that both passes reuse from slide to slide.
 
     `forward`, then `backward`, fills `gradient_RP`; `flat_RP` may be changed in place between slides. Buffers take
-    about 4 · (hidden + 2 attention) bytes a tile of the largest bag so far, for each head.
+    about 4 · (hidden + 2 attention) bytes a tile of the largest bag so far, for each head; half as much with `compute`
+    bfloat16. Then the layers of the tiles are computed with rounded weights and kept in 16 bits; scores, attention,
+    classifier and the sums of gradients stay in 32.
     """
 
-    def __init__(self, flat_RP: Tensor, sizes: HeadSizes):
-        self.flat_RP, self.sizes = flat_RP, sizes
+    def __init__(self, flat_RP: Tensor, sizes: HeadSizes, compute: torch.dtype = torch.float32):
+        self.flat_RP, self.sizes, self.compute = flat_RP, sizes, compute
         self.gradient_RP = torch.zeros_like(flat_RP)
         self.weights, self.gradients = unpack(flat_RP, sizes), unpack(self.gradient_RP, sizes)
+        self._rounded_RP = flat_RP.to(compute)  # in float32 the weights themselves
+        self._rounded = unpack(self._rounded_RP, sizes)
         self._buffers: dict[str, Tensor] = {}
 
     def forward(
@@ -149,7 +153,10 @@ class Heads:
         logits [R, K] and each tile's part in the slide's vector [R, N], which sums to one over a bag and is zero on the
         padding (with maximum pooling: the part of the units whose maximum it is).
         """
-        sizes, w = self.sizes, self.weights
+        sizes, w = self.sizes, self._rounded
+        if self._rounded_RP is not self.flat_RP:
+            self._rounded_RP.copy_(self.flat_RP)
+        x_RND = x_RND.to(self.compute)
         self._x_RND, self._valid_RN = x_RND, valid_RN
         num_tiles = x_RND.shape[1]
         drop_1, drop_2 = sizes.dropped if mask_RNU is not None else (0, 0)
@@ -166,19 +173,20 @@ class Heads:
             if sizes.pooling == "attention":
                 self._score(part, h, None if mask_RNU is None else mask_RNU[:, part, start:], num_tiles)
         self._pool(num_tiles)
-        logits_RK = torch.baddbmm(w["classifier_bias"], self._pooled_R1H, w["classifier"]).squeeze(1)
+        head = self.weights
+        logits_RK = torch.baddbmm(head["classifier_bias"], self._pooled_R1H, head["classifier"]).squeeze(1)
         return logits_RK, self._part_RN
 
     def backward(self, dlogits_RK: Tensor) -> None:
         """Fill `gradient_RP`, given the gradient of a loss with respect to the logits of the last `forward`."""
-        sizes, w, g = self.sizes, self.weights, self.gradients
+        sizes, w, g = self.sizes, self._rounded, self.gradients
         last = len(sizes.hidden) - 1
         d_R1K = dlogits_RK[:, None]
         g["classifier"].baddbmm_(self._pooled_R1H.mT, d_R1K, beta=0)
         g["classifier_bias"].copy_(d_R1K)
-        d_pooled_R1H = torch.bmm(d_R1K, w["classifier"].mT)
+        d_pooled_R1H = torch.bmm(d_R1K, self.weights["classifier"].mT)
         if sizes.pooling == "attention":
-            gain_RN = torch.bmm(self._hidden[last], d_pooled_R1H.mT).squeeze(2)
+            gain_RN = torch.bmm(self._hidden[last], d_pooled_R1H.mT.to(self.compute)).squeeze(2).float()
             mean_R1 = (self._part_RN * gain_RN).sum(dim=1, keepdim=True)
             self._dscore_RN1 = (self._part_RN * (gain_RN - mean_R1)).unsqueeze(
                 2
@@ -195,7 +203,7 @@ class Heads:
                 # a unit that is zero was cut off or dropped out
                 torch.ops.aten.threshold_backward.grad_input(dh, self._hidden[i][:, part], 0, grad_input=dh)
                 before = self._hidden[i - 1][:, part] if i else self._x_RND[:, part]
-                g[f"hidden{i}"].baddbmm_(before.mT, dh, beta=more)
+                _add_product(g[f"hidden{i}"], before.mT, dh, more)
                 _add_rows(g[f"hidden{i}_bias"], dh, more)
                 if i:
                     below = self._chunk(f"dhidden{i - 1}", part, sizes.hidden[i - 1])
@@ -205,7 +213,7 @@ class Heads:
         """Compute the branches and the scores of a chunk; what dropped out is zero in the sigmoid branch."""
         width, w = self.sizes.attention, self.weights
         both = self._buffer("both", num_tiles, 2 * width)[:, part]
-        torch.baddbmm(w["branches_bias"], h, w["branches"], out=both)
+        torch.baddbmm(self._rounded["branches_bias"], h, self._rounded["branches"], out=both)
         content, gate = both[..., :width], both[..., width:]
         content.mul_(2)  # tanh(x) = 2 sigmoid(2 x) - 1; PyTorch's own tanh takes five times as long
         both.sigmoid_()
@@ -213,26 +221,26 @@ class Heads:
         if mask is not None:
             gate.mul_(mask)
         gated = torch.mul(content, gate, out=self._chunk("gated", part, width))
-        scores = self._buffer("scores", num_tiles, 1)[:, part]
-        torch.baddbmm(w["score_bias"], gated, w["score"], alpha=self._scale_2, out=scores)
+        scores = self._buffer("scores", num_tiles, 1, torch.float32)[:, part]
+        torch.baddbmm(w["score_bias"], gated.float(), w["score"], alpha=self._scale_2, out=scores)
 
     def _pool(self, num_tiles: int) -> None:
         h_RNH, valid_RN = self._hidden[-1], self._valid_RN
         if self.sizes.pooling == "max":
             seen = h_RNH if valid_RN is None else h_RNH.masked_fill(~valid_RN[..., None], -1.0)
             best = seen.max(dim=1, keepdim=True)
-            self._pooled_R1H, self._best_R1H = best.values, best.indices
-            share = torch.full_like(best.values[:, 0], 1 / h_RNH.shape[2])
-            self._part_RN = torch.zeros_like(h_RNH[..., 0]).scatter_add_(1, best.indices[:, 0], share)
+            self._pooled_R1H, self._best_R1H = best.values.float(), best.indices
+            share = torch.full_like(self._pooled_R1H[:, 0], 1 / h_RNH.shape[2])
+            self._part_RN = share.new_zeros(h_RNH.shape[:2]).scatter_add_(1, best.indices[:, 0], share)
             return
         if self.sizes.pooling == "attention":
-            scores_RN = self._buffer("scores", num_tiles, 1).squeeze(2)
+            scores_RN = self._buffer("scores", num_tiles, 1, torch.float32).squeeze(2)
         else:
-            scores_RN = torch.zeros_like(h_RNH[..., 0])
+            scores_RN = self.flat_RP.new_zeros(h_RNH.shape[:2])
         if valid_RN is not None:
             scores_RN = scores_RN.masked_fill(~valid_RN, -torch.inf)
         self._part_RN = scores_RN.softmax(dim=1)
-        self._pooled_R1H = torch.bmm(self._part_RN[:, None], h_RNH)
+        self._pooled_R1H = torch.bmm(self._part_RN[:, None].to(self.compute), h_RNH).float()
 
     def _d_pooling(self, part: slice, d_pooled_R1H: Tensor) -> Tensor:
         """Return the gradient that a chunk's last hidden layer gets by the slide's vector."""
@@ -249,14 +257,14 @@ class Heads:
         content, gate = both[..., :width], both[..., width:]
         dscore = self._dscore_RN1[:, part]
         gated = torch.mul(content, gate, out=self._chunk("gated", part, width))
-        g["score"].baddbmm_(gated.mT, dscore, beta=more, alpha=self._scale_2)
+        g["score"].baddbmm_(gated.mT.float(), dscore, beta=more, alpha=self._scale_2)
         dboth = self._chunk("dboth", part, 2 * width)
         torch.addcmul(gate, gated, content, value=-1, out=dboth[..., :width])
         torch.addcmul(gated, gated, gate, value=-1, out=dboth[..., width:])
         dgated = torch.mul(dscore, w["score"].mT * self._scale_2, out=gated)
         dboth[..., :width].mul_(dgated)
         dboth[..., width:].mul_(dgated)
-        g["branches"].baddbmm_(self._hidden[-1][:, part].mT, dboth, beta=more)
+        _add_product(g["branches"], self._hidden[-1][:, part].mT, dboth, more)
         _add_rows(g["branches_bias"], dboth, more)
         return dboth
 
@@ -271,18 +279,28 @@ class Heads:
         size = min(part.stop, self._x_RND.shape[1]) - part.start
         return self._buffer(name, size, width)
 
-    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return a buffer [R, rows, width]; its memory is kept, for fresh pages would cost a third of the time."""
         heads = len(self.flat_RP)
         held = self._buffers.get(name)
         if held is None or held.numel() < heads * rows * width:
-            held = self._buffers[name] = self.flat_RP.new_empty(heads * rows * width)
+            held = self._buffers[name] = self.flat_RP.new_empty(heads * rows * width, dtype=dtype or self.compute)
         return held[: heads * rows * width].view(heads, rows, width)
+
+
+def _add_product(gradient_RIO: Tensor, x_RIN: Tensor, d_RNO: Tensor, more: float) -> None:
+    """Put a chunk's product into a weight's gradient, or add it there; chunks are added in the gradient's precision."""
+    if x_RIN.dtype == gradient_RIO.dtype:
+        gradient_RIO.baddbmm_(x_RIN, d_RNO, beta=more)
+    elif more:
+        gradient_RIO.add_(torch.bmm(x_RIN, d_RNO))
+    else:
+        gradient_RIO.copy_(torch.bmm(x_RIN, d_RNO))
 
 
 def _add_rows(bias_R1U: Tensor, d_RNU: Tensor, more: float) -> None:
     """Put the sum over the tiles into a bias's gradient, or add it there."""
-    total = d_RNU.sum(dim=1, keepdim=True)
+    total = d_RNU.sum(dim=1, keepdim=True, dtype=bias_R1U.dtype)
     if more:
         bias_R1U.add_(total)
     else:

@@ -156,22 +156,6 @@ def saturation_text(row: Mapping[str, object]) -> str:
     return f"{told}; {share:.0%} of the training came after it, up to step {last}{cost}."
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table as Markdown; a bar in a name is escaped."""
-    header, *rows = cells(table)
-    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |" for cells in (header, *rows)]
-    lines.insert(1, "|" + " --- |" * len(header))
-    return "\n".join(lines) + "\n"
-
-
-def latex(table: pd.DataFrame) -> str:
-    """Return a table for LaTeX with the package booktabs."""
-    header, *rows = cells(table)
-    lines = [" & ".join(map(_escaped, cells)) + r" \\" for cells in (header, *rows)]
-    begin = rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}"
-    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
 def cells(table: pd.DataFrame) -> list[list[str]]:
     """Return header and rows of a leaderboard as text."""
     rows = [[_cell(name, row[name]) for name in table.columns] for row in table.to_dict("records")]
@@ -184,17 +168,6 @@ def _cell(column: str, value: object) -> str:
     if isinstance(value, float):
         return "–" if np.isnan(value) else f"{value:.3f}"
     return str(value)
-
-
-def _escaped(text: str) -> str:
-    r"""Return text that LaTeX prints as it is.
-
-    >>> print(_escaped("vit_s 90% (0.7–0.8)"))
-    vit\_s 90\% (0.7--0.8)
-    """
-    words = {"\\": r"\textbackslash{}", "–": "--", "−": "$-$", "²": "$^2$", "~": r"\textasciitilde{}"}
-    words |= {"^": r"\textasciicircum{}"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(words.get(letter, letter) for letter in text)
 
 
 def _hours_between(hours: pd.DataFrame | None, first: int, last: int) -> float:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from hpcssl.core.atomic import write_atomic
+from hpcssl.report.formats import csv_text, table_files
 from hpcssl.report.results import UNTRAINED, ReportError, read_results, short_step
 from hpcssl.report.style import Part
 from hpcssl.report.summary import METRICS, difference_text, interval_text, summarise, verdict, verdict_text
-from hpcssl.report.tables import TablePart, comparison_tables, csv_text
+from hpcssl.report.tables import TablePart, comparison_tables
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -59,7 +60,8 @@ def write_report(
         write_atomic(out / f"{part.name}.png", part.png)
         write_atomic(out / f"{part.name}.csv", csv_text(part.table))
     if summary is not None:
-        write_atomic(out / "summary.csv", csv_text(summary))
+        for name, text in table_files("summary", summary, *summary_rows(summary)).items():
+            write_atomic(out / name, text)
         write_atomic(out / "verdict.txt", verdict_text(summary) + "\n")
     write_atomic(out / "report.html", page)
     return out / "report.html"

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hpcssl.report.formats import table_files
 from hpcssl.report.leaderboard import (
     cells,
-    latex,
     leaderboard,
-    markdown,
     pair_verdicts,
     pairs,
     saturation,
@@ -52,11 +51,6 @@ def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequen
     return tables
 
 
-def csv_text(table: pd.DataFrame) -> str:
-    """Return a table as CSV; six digits, enough for every figure, and the same text whatever the last bits of a sum."""
-    return str(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-
-
 def _leaderboard(summary: pd.DataFrame) -> TablePart:
     table = leaderboard(summary)
     header, *rows = cells(table)
@@ -67,7 +61,7 @@ def _leaderboard(summary: pd.DataFrame) -> TablePart:
         header=header,
         rows=rows,
         note="The last checkpoint of every encoder, the best mean first; 95 % bootstrap intervals over the splits.",
-        files={"leaderboard.csv": csv_text(table), "leaderboard.md": markdown(table), "leaderboard.tex": latex(table)},
+        files=table_files("leaderboard", table, header, rows),
     )
 
 
@@ -85,15 +79,16 @@ def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> TablePart:
         ]
         for row in table.to_dict("records")
     ]
+    header = ["task", "first", "second", "difference (95 % interval)", "p", "verdict"]
     return TablePart(
         name="pairs",
         title="Encoder against encoder",
         sentences=pair_verdicts(table),
-        header=["task", "first", "second", "difference (95 % interval)", "p", "verdict"],
+        header=header,
         rows=rows,
         note="Differences first − second, split by split; intervals and p-values of the t-test that is corrected for "
         "the overlap of the splits (Nadeau and Bengio 2003), each for this comparison alone.",
-        files={"pairs.csv": csv_text(table)},
+        files=table_files("pairs", table, header, rows),
     )
 
 
@@ -110,15 +105,16 @@ def _saturation(found: pd.DataFrame) -> TablePart:
         ]
         for row in records
     ]
+    header = ["task", "encoder", "first", "best", "last", "first − best", "training after", "GPU-hours after"]
     return TablePart(
         name="saturation",
         title="Early saturation",
         sentences=[saturation_text({str(k): v for k, v in row.items()}) for row in records],
-        header=["task", "encoder", "first", "best", "last", "first − best", "training after", "GPU-hours after"],
+        header=header,
         rows=rows,
         note="First: the earliest trained checkpoint whose corrected interval of the difference to the best one "
         "includes zero, of those that were measured.",
-        files={"saturation.csv": csv_text(found)},
+        files=table_files("saturation", found, header, rows),
     )
 
 

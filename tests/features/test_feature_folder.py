@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -71,6 +73,19 @@ def test_the_digest_follows_names_sizes_and_index(tmp_path):
     more = FeatureSet.open(tmp_path / "x").digest()
     write_index(tmp_path / "x", encoder="x", checkpoint="1", dim=4)
     assert len({before, more, FeatureSet.open(tmp_path / "x").digest()}) == 3
+
+
+def test_features_extracted_again_are_others_though_no_size_changed(tmp_path):
+    first = FeatureSet.open(fill(tmp_path / "x"))
+    digest, written = first.digest(), first.written()
+    os.utime(tmp_path / "x" / "b.h5", (1.5e9, 1.5e9))
+    os.utime(tmp_path / "x" / "a.1.h5", (1.6e9, 1.6e9))
+    (older,) = {FeatureSet.open(tmp_path / "x").written()} - {written}
+    assert older.startswith("2020-09-13 12:26:40+00:00 (")
+    assert FeatureSet.open(shutil.copytree(tmp_path / "x", tmp_path / "copy")).written() == older
+    os.utime(tmp_path / "x" / "b.h5", (1.4e9, 1.4e9))  # the newest file is the same
+    assert FeatureSet.open(tmp_path / "x").written() != older
+    assert FeatureSet.open(tmp_path / "x").digest() == digest
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npy"])

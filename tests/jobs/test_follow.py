@@ -185,6 +185,18 @@ def test_by_itself_it_tries_what_a_changed_benchmark_asks_for(queue, bench, run)
     assert queue.kinds() == ["mccv"] * 3
 
 
+def test_a_target_of_values_is_read_from_its_column(queue, bench, run, data):
+    slides = data.store.slides
+    table = slides.assign(age=[str(20.5 + i) for i in range(len(slides))])
+    make_splits(table, "age", 2).to_csv(bench.parent / "age.csv", index=False)
+    attach(run, load_bench(_rewritten(bench, splits=["organ.csv", "age.csv"])))
+    submit_missing(run)
+    found = _results(run).groupby("task")["metric"].unique()
+    assert {"r2", "mae", "spearman"} < set(found["age"])
+    assert "auc" in found["organ"]
+    assert submit_missing(run) == []
+
+
 def test_nothing_is_submitted_beside_what_is_under_way(queue, bench, run):
     attach(run, load_bench(bench))
     queue.waiting = ["hpcssl-embed"]

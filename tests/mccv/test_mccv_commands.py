@@ -34,7 +34,12 @@ def test_splits_then_benchmark(table, capsys):
     assert run(*bench) == 2
     assert "features of s16, s17, s18, s19 without a row in the splits (4 of 20 slides)" in capsys.readouterr().err
     bench += ("--allow-missing",)
+    rounded = (*bench[:-2], table / "rounded", "--allow-missing", "--precision", "bf16")
+    assert run(*rounded, "--preset", "mccv-demo", "--epochs", "1", "--threads", "1") == 0
+    losses = pd.read_csv(table / "rounded" / "results.csv").query("metric == 'val_loss'")["value"]
     assert run(*bench, "--preset", "mccv-demo", "--epochs", "1", "--threads", "1") == 0
+    exact = pd.read_csv(table / "out" / "results.csv").query("metric == 'val_loss'")["value"]
+    assert 0 < np.abs(losses - exact).max() < 0.02
     assert re.search(r"breast\W+0\.\d{3} \(0\.\d{3}–0\.\d{3}\)\W+–\W+2 × 2", capsys.readouterr().out)
     assert len(pd.read_csv(table / "out" / "results.csv")) == 2 * 2 * 4
 
@@ -61,6 +66,55 @@ def test_a_users_error_is_one_line(table, capsys, monkeypatch, arguments, messag
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_without_patients_the_user_is_told_what_that_means(table, capsys):
+    frame = pd.read_csv(table / "slides.csv", dtype=str)
+    patients = [f"p{i}" for i in range(20)]
+    told = "of 20 slides have no patient_id, so each is a group of its own; where several slides show one patient"
+    for column, alone in ((None, 20), ([""] * 20, 20), (["", *patients[1:]], 1), (patients, 0)):
+        given = frame.drop(columns="patient_id") if column is None else frame.assign(patient_id=column)
+        given.to_csv(table / "given.csv", index=False)
+        drawn = ("--slides", table / "given.csv", "--target", "label", "--num", "2", "--out", table / "x.csv")
+        for command in (("splits", *drawn), ("splits", "check", table / "x.csv")):
+            assert run(*command) == 0
+            error = capsys.readouterr().err
+            assert error.startswith(f"{table / 'x.csv'}: {alone} {told}") if alone else error == ""
+
+
+def test_splits_are_checked_against_the_slide_table(table, capsys):
+    patients = [f"p{i // 2}" for i in range(20)]
+    frame = pd.read_csv(table / "slides.csv").assign(patient_id=patients, label=["a", "a", "b", "b"] * 5)
+    frame.to_csv(table / "slides.csv", index=False)
+    drawn = ("splits", "--slides", table / "slides.csv", "--target", "label", "--num", "2")
+    assert run(*drawn, "--out", table / "all.csv") == 0
+    check = ("splits", "check", table / "all.csv", "--slides", table / "slides.csv", "--target", "label")
+    assert run(*check) == 0
+    assert "no patient_id on both sides" in capsys.readouterr().out
+    good = pd.read_csv(table / "all.csv", dtype=str)
+
+    def refused(changed, *more):
+        changed.to_csv(table / "all.csv", index=False)
+        assert run(*check, *more) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        return told
+
+    always_train = good[(good[["mccv1", "mccv2"]] == "train").all(axis=1)]["slide"].iloc[:2]
+    lacking = refused(good[~good["slide"].isin(always_train)])
+    assert f"the splits lack {', '.join(always_train)}, which have a label (2 slides)" in lacking
+    assert "the slide table lacks s99 (1 of 20 slides)" in refused(good.replace({"slide": {"s05": "s99"}}))
+    one = good["slide"] == always_train.iloc[0]
+    was = good["target"][one].iloc[0]
+    now = {"a": "b", "b": "a"}[was]
+    told = refused(good.assign(target=good["target"].mask(one, now)))
+    assert f"has target {now} in the splits, target {was} in the slide table (1 such slides)" in told
+    elsewhere = good.assign(patient_id=["", "q", *good["patient_id"][2:]])  # a blank says nothing else
+    assert "slide s01 has patient_id q in the splits, patient_id p0 in the slide table" in refused(elsewhere)
+    leaking = good.assign(mccv1=good["mccv1"].mask(one, "val")).drop(columns="patient_id")
+    assert f"patient_id {good['patient_id'][one].iloc[0]} is on both sides of mccv1" in refused(leaking)
+    assert "no column site (--group)" in refused(good, "--group", "site")
+    assert run("splits", "check", table / "all.csv", "--slides", table / "slides.csv") == 0
 
 
 def test_a_named_group_column_must_be_there(table, capsys):

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +90,19 @@ def test_the_papers_head_equals_the_plain_loop():
     assert_alike(values(fit(Bags(slides), labels, [run], preset), run), plain.fit_plain(slides, labels, run, preset))
 
 
+def test_half_precision_changes_no_answer_but_the_digits():
+    """20 splits x 2 replicas of a task of middling difficulty."""
+    slides, labels = planted(100, shift=2.0)
+    preset = replace(DEMO, epochs=4, warmup_epochs=1)
+    runs = [replace(run, replica=r) for run in drawn(100, [50] * 20) for r in (1, 2)]
+    tables = {p: fit(Bags(slides), labels, runs, replace(preset, precision=p)) for p in ("fp32", "bf16")}
+    losses = [table[table["metric"] == "train_loss"]["value"].to_numpy() for table in tables.values()]
+    assert np.abs(losses[0] - losses[1]).max() > 0
+    found = {precision: last_auc(table) for precision, table in tables.items()}
+    assert 0.6 < found["fp32"] < 0.97
+    assert abs(found["bf16"] - found["fp32"]) < 0.002
+
+
 def test_a_run_alone_equals_that_run_among_others(way):
     slides, labels = planted(40)
     runs = drawn(40, [25, 30, 28, 30])
@@ -112,14 +127,25 @@ def test_replicas_of_a_split_differ():
     assert (losses[1] != losses[2]).all()
 
 
-def test_a_planted_tile_is_found_and_shuffled_labels_are_not():
+def test_a_planted_tile_is_found():
     slides, labels = planted(100, shift=6.0)
-    runs = drawn(100, [80] * 6)
-    found = last_auc(fit(Bags(slides), labels, runs, DEMO))
-    assert found > 0.95
-    shuffled = np.random.default_rng(1).permutation(labels)
-    shuffled[:6] = labels[:6]
-    assert 0.3 < last_auc(fit(Bags(slides), shuffled, runs, DEMO)) < 0.65
+    assert last_auc(fit(Bags(slides), labels, drawn(100, [80] * 6), DEMO)) > 0.95
+
+
+def test_shuffled_labels_are_told_no_better_than_by_chance():
+    """40 permutations, of each 60 slides train and 40 validate: the mean AUC is within three of its standard errors."""
+    slides, labels = planted(100, shift=6.0)
+    permutations, rng = 40, np.random.default_rng(1)
+    shuffled = np.concatenate([rng.permutation(labels) for _ in range(permutations)])
+    runs = []
+    for number in range(permutations):
+        of_class = [100 * number + np.flatnonzero(shuffled[100 * number :][:100] == k) for k in (0, 1)]
+        train, val = (np.sort(np.concatenate([c[part] for c in of_class])) for part in (slice(30), slice(30, None)))
+        runs.append(Run(split=number + 1, replica=1, train=train, val=val))
+    table = fit(Bags(slides * permutations), shuffled, runs, replace(DEMO, epochs=5, warmup_epochs=1))
+    by_chance = np.sqrt((20 + 20 + 1) / (12 * 20 * 20) / permutations)  # deviation of the mean of Mann-Whitney's AUC
+    assert by_chance < 0.015
+    assert abs(last_auc(table) - 0.5) < 3 * by_chance
 
 
 def last_auc(table):
@@ -183,6 +209,34 @@ def test_streamed_bags_give_the_same_bits_and_leave_nothing_behind(tmp_path, way
     assert all(torch.equal(held.slide(i), streamed.slide(i)) for i in range(30))
     assert fit(streamed, labels, runs, SMALL, threads=2).equals(fit(held, labels, runs, SMALL))
     assert list(tmp_path.iterdir()) == []
+
+
+_LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from hpcssl.mccv.bags import Bags
+from hpcssl.mccv.fit import Run, fit, head_sizes
+from hpcssl.mccv.presets import preset_named
+
+rng, counts, labels = np.random.default_rng(0), [200_000, 200_000, 1, 7, 3, 4], np.array([0, 1] * 3)
+slides = (rng.standard_normal((n, 384), np.float32) for n in counts)
+bags, preset = Bags(slides, memory_gib=0.01, scratch=Path(sys.argv[1])), preset_named("mccv-demo", 1)
+sizes = head_sizes(preset, 384, labels)
+before = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+table = fit(bags, labels, [Run(split=1, replica=1, train=np.arange(4), val=np.arange(4, 6))], preset)
+stated = 4 * (2 * 384 + sum(sizes.hidden) + 2 * sizes.attention) + 2 * sizes.dropout_units
+taken = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(bags.streamed, np.isfinite(table["value"]).all(), taken / 2**20, 200_000 * stated / 2**20)
+"""
+
+
+def test_a_bag_of_200_000_tiles_is_fitted_in_the_memory_that_is_stated(tmp_path):
+    done = subprocess.run([sys.executable, "-c", _LARGE, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    streamed, finite, taken, stated = done.stdout.split()
+    assert (streamed, finite) == ("True", "True")
+    assert 300 < float(taken) < float(stated) + 64  # MiB
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

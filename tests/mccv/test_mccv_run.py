@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import h5py
@@ -91,6 +92,8 @@ def test_parts_made_with_something_else_are_refused(inputs):
         bench(inputs, ["untrained"], replace(PRESET, lr=0.01))
     with pytest.raises(ConfigError, match=r"preset\.epochs = 2, now 3"):
         bench(inputs, ["trained"], replace(PRESET, epochs=3))
+    with pytest.raises(ConfigError, match=r"preset\.precision = 'fp32', now 'bf16'"):
+        bench(inputs, ["trained"], replace(PRESET, precision="bf16"))
     with pytest.raises(ConfigError, match="seed = 0, now 1"):
         bench(inputs, ["untrained"], seed=1)
     with pytest.raises(ConfigError, match="replicas = 2, now 1"):
@@ -304,10 +307,24 @@ def test_two_tables_or_kinds_of_one_task_do_not_share_results(inputs):
         run_parts(other, PRESET, inputs / "out")
 
 
+def test_features_that_were_extracted_again_are_not_taken_for_the_old_ones(inputs):
+    bench(inputs, ["untrained"])
+    path = inputs / "untrained" / "s03.h5"
+    size, written = path.stat().st_size, path.stat().st_mtime_ns
+    with h5py.File(path, "r+") as file:
+        file["features"][...] = file["features"][...] + 1
+    os.utime(path, ns=(written, written + 10**9))
+    assert path.stat().st_size == size
+    with pytest.raises(ConfigError, match=r"__0\.csv: made with features_written = '20.*delete it to compute it again"):
+        bench(inputs, ["untrained"])
+    os.utime(path, ns=(written, written))
+    assert len(bench(inputs, ["untrained"])) == 48
+
+
 def test_a_part_of_before_there_were_digests_of_whole_tables_is_kept(inputs):
     bench(inputs, ["untrained"])
     path = inputs / "out" / "parts" / "breast__timm-vit-small__0.json"
     record = json.loads(path.read_text())
-    del record["table_digest"]
+    del record["table_digest"], record["features_written"], record["preset"]["precision"]
     path.write_text(json.dumps(record))
     assert len(bench(inputs)) == 96

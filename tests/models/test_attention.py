@@ -93,6 +93,26 @@ def test_logits_and_gradients_equal_layers_and_autograd(sizes, chunk, monkeypatc
 
 
 @pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
+def test_half_precision_is_near_and_adds_its_chunks_up_in_full(sizes, monkeypatch):
+    monkeypatch.setattr(attention, "_CHUNK", 64)
+    x_RND, _ = bags([4000, 4000], 4000)
+    exact = heads([1, 2], sizes)
+    rounded = Heads(exact.flat_RP.clone(), sizes, torch.bfloat16)
+    found = []
+    for stack in (exact, rounded):
+        logits_RK, part_RN = stack.forward(x_RND)
+        stack.backward(torch.tensor([[0.3, -1.0, 0.7]] * 2))
+        found.append((logits_RK.clone(), part_RN.clone(), stack.gradient_RP.clone()))
+    assert all(t.dtype == torch.float32 for t in found[1])
+    assert not torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 0.03 * one.norm()
+    exact.flat_RP.mul_(1.5)  # weights are rounded anew
+    rounded.flat_RP.mul_(1.5)
+    torch.testing.assert_close(rounded.forward(x_RND)[0], exact.forward(x_RND)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
 def test_padding_and_tile_order_change_nothing(sizes):
     stack = heads([1, 2], sizes)
     x_RND, valid_RN = bags([5, 3], 5)

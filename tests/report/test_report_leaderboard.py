@@ -2,10 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hpcssl.report.formats import latex, markdown
 from hpcssl.report.leaderboard import (
-    latex,
+    cells,
     leaderboard,
-    markdown,
     pair_verdicts,
     pairs,
     representatives,
@@ -98,13 +98,33 @@ def test_untrained_weights_and_single_checkpoints_do_not_saturate(make_results) 
 
 
 def test_markdown_and_latex(make_results) -> None:
-    table = leaderboard(summarise(make_results({("lung", "a|b_c", "0"): 0.7, ("lung", "r50", ""): 0.6}, splits=1)))
+    summary = summarise(make_results({("lung", "a|b_c", "0"): 0.7, ("lung", "r50", ""): 0.6}, splits=1))
+    table = cells(leaderboard(summary))
     assert markdown(table).splitlines()[:2] == ["| encoder | checkpoint | lung | mean |", "| --- | --- | --- | --- |"]
     assert r"a\|b_c | untrained | 0.6" in markdown(table)
     text = latex(table)
     assert r"a|b\_c & untrained" in text
     assert text.splitlines()[0] == r"\begin{tabular}{llrr}"
     assert len({line.count("&") for line in text.splitlines() if "&" in line}) == 1
+
+
+def test_every_table_of_the_page_is_there_as_csv_markdown_and_latex(results, write_results, tmp_path) -> None:
+    out = write_report(tmp_path / "out", results=write_results(results), title="t").parent
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for name in ("summary", "leaderboard", "pairs"):
+        numbers = pd.read_csv(out / f"{name}.csv")
+        shown = (out / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        typeset = (out / f"{name}.tex").read_text(encoding="utf-8").splitlines()
+        assert len(shown) == len(numbers) + 2
+        assert len(typeset) == len(numbers) + 6
+        for ending in ("csv", "md", "tex"):
+            assert f'href="{name}.{ending}"' in page
+    assert "| lung | vit_s, 100 | resnet50 | +0.1" in (out / "pairs.md").read_text(encoding="utf-8")
+    pairs_tex = (out / "pairs.tex").read_text(encoding="utf-8")
+    assert r"vit\_s, 100 & resnet50 & $-$0.0" in pairs_tex
+    assert r"$<$ 0.001 & first is better" in pairs_tex
+    assert r"\begin{tabular}{lllrrl}" in pairs_tex
+    assert r"20 $\times$ 2" in (out / "summary.tex").read_text(encoding="utf-8")
 
 
 def test_values_are_judged_by_r2(make_results, write_results, tmp_path) -> None:

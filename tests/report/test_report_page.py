@@ -45,7 +45,8 @@ def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
     path = write_report(out, **inputs, title="A <title>", notes={"seed": "7", "tiles": "<b>&"})
     assert path == out / "report.html"
     expected = {f"{part}.{ending}" for part in PARTS for ending in ("png", "csv")}
-    assert {p.name for p in out.iterdir()} == expected | {"report.html", "summary.csv", "verdict.txt", "saturation.csv"}
+    expected |= {f"{table}.{ending}" for table in ("summary", "saturation") for ending in ("csv", "md", "tex")}
+    assert {p.name for p in out.iterdir()} == expected | {"report.html", "verdict.txt"}
     page = Page(path)
     assert len(page.sources) == len(page.alts) == len(PARTS)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)

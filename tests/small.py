@@ -25,6 +25,8 @@ POSITIONS = 40  # of a pseudo-epoch: no multiple of the batch, so steps cross it
 PSEUDO_EPOCHS = 4
 STEPS = PSEUDO_EPOCHS * POSITIONS // GLOBAL_BATCH
 TILE_PX = 48
+# columns of metrics that say when a step was done and at what cost, not what came of it
+TIMES = ["tiles_per_s", "read_s", "decode_s", "augment_s", "read_wait_s", "memory_gib", "time"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,19 @@ def write_recipe(path: Path, recipe: Any) -> Path:
 
     path.write_text(dump_yaml(to_mapping(recipe)), encoding="utf-8")
     return path
+
+
+def assert_same_run(run: Path, reference: Path, step: int) -> None:
+    """Check that two runs have the same trace and the same bits at their last step."""
+    import torch
+
+    from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
+    from hpcssl.runs.metrics import read_metrics
+
+    one, other = (load_checkpoint(checkpoint_path(folder, step))[0] for folder in (run, reference))
+    assert one.keys() == other.keys()
+    assert not [name for name, tensor in other.items() if not torch.equal(one[name], tensor)]
+    assert read_metrics(run).drop(columns=TIMES).equals(read_metrics(reference).drop(columns=TIMES))
 
 
 class VirtualRanks:

@@ -26,6 +26,8 @@ PSEUDO_EPOCHS = 4
 STEPS = PSEUDO_EPOCHS * POSITIONS // GLOBAL_BATCH
 TILE_PX = 48
 MAE_PATCHES = 16  # of a view of the small MAE
+# columns of metrics that say when a step was done and at what cost, not what came of it
+TIMES = ["tiles_per_s", "read_s", "decode_s", "augment_s", "read_wait_s", "memory_gib", "time"]
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,19 @@ def write_recipe(path: Path, recipe: Any) -> Path:
 
     path.write_text(dump_yaml(to_mapping(recipe)), encoding="utf-8")
     return path
+
+
+def assert_same_run(run: Path, reference: Path, step: int) -> None:
+    """Check that two runs have the same trace and the same bits at their last step."""
+    import torch
+
+    from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
+    from hpcssl.runs.metrics import read_metrics
+
+    one, other = (load_checkpoint(checkpoint_path(folder, step))[0] for folder in (run, reference))
+    assert one.keys() == other.keys()
+    assert not [name for name, tensor in other.items() if not torch.equal(one[name], tensor)]
+    assert read_metrics(run).drop(columns=TIMES).equals(read_metrics(reference).drop(columns=TIMES))
 
 
 class VirtualRanks:

@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="in this process, on this machine (default), or on SLURM",
     )
-    parser.add_argument("--nodes", type=int, default=1, help="machines (SLURM)")
-    parser.add_argument(
+    machines = parser.add_mutually_exclusive_group()
+    machines.add_argument("--nodes", type=int, default=1, help="machines (SLURM)")
+    machines.add_argument(
         "--gpus",
         metavar="MIN..MAX",
         help="instead of --nodes: as many nodes as there are whenever the job starts, with so many GPUs in all (SLURM)",

@@ -8,27 +8,29 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from hpcssl.core.atomic import atomic_file
 from hpcssl.core.errors import RunError
 
+if TYPE_CHECKING:
+    import torch
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.safetensors$")
-_DTYPES = {  # by safetensors' names
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_DTYPES = {  # PyTorch's names, which takes seconds to import, and safetensors'
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }
 
 
@@ -90,7 +92,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata
     end = 0
     for name, tensor in in_order:
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
@@ -179,5 +181,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> 
 
 def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """Return a contiguous tensor's memory."""
+    import torch
+
     content: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
     return content

@@ -113,7 +113,9 @@ class _Patience:
         """Wait no longer than this for other ranks from now on."""
         self._seconds = seconds
         if dist.is_initialized():
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            # public in newer versions of PyTorch only, which warn of the private name
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            set_timeout(timedelta(seconds=seconds))
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:
         """Sum over the ranks, in place."""

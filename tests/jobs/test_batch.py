@@ -65,3 +65,16 @@ def test_the_timer_is_later_than_the_warning_and_earlier_than_the_limit():
         line = cluster._requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]
         after_s = int(line.partition("; sleep ")[2].split()[0])
         assert 60 - lead_s <= after_s < 60
+
+
+@pytest.mark.parametrize(("there_are", "used"), [(3, 3), (2, 1), (1, 1)])
+def test_of_the_nodes_that_there_are_as_many_are_used_as_share_the_batch(batch, monkeypatch, there_are, used):
+    """With two ranks on each, one node and three will do, two will not."""
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(there_are))
+    told = batch.folder / "told"
+    resources = replace(batch.resources, nodes=3, fewer_nodes=(1,), processes_per_node=2)
+    command = ("sh", "-c", f'echo "$SLURM_JOB_NUM_NODES $SLURM_NNODES $SLURM_NTASKS" >{told}')
+    batch = replace(batch, resources=resources, command=command)
+    assert "#SBATCH --nodes=1-3" in batch.script().splitlines()
+    assert _run(batch).returncode == 0
+    assert told.read_text() == f"{used} {used} {2 * used}\n"

@@ -12,25 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hpcssl.core.errors import RunError
 from hpcssl.jobs.launch import Resources, launch
 from hpcssl.jobs.worker import PretrainJob
-from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps
 from hpcssl.runs.metrics import last_record, read_metrics
 
 PSEUDO_EPOCHS = 30
 STEPS = PSEUDO_EPOCHS * 40 // 12
-TIMES = [
-    "tiles_per_s",
-    "read_s",
-    "decode_s",
-    "augment_s",
-    "read_wait_s",
-    "memory_gib",
-    "time",
-]  # of a metrics line: when, not what
 TWO = Resources(processes_per_node=2)
 
 pytestmark = pytest.mark.timeout(300)
@@ -53,19 +43,6 @@ def recipe(small):
     """A checkpoint every half second, so that restarts do not all begin at 0."""
     plain = small.dino_recipe()
     return replace(plain, checkpoint=replace(plain.checkpoint, every_min=0.5 / 60, keep_last=3))
-
-
-def _final(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return load_checkpoint(checkpoint_path(run, step))[0]
-
-
-def _assert_same_run(run: Path, reference: Path) -> None:
-    """Check that two runs end in the same bits after the same trace."""
-    one, other = _final(run), _final(reference)
-    assert one.keys() == other.keys()
-    for name, tensor in other.items():
-        assert torch.equal(one[name], tensor), name
-    assert read_metrics(run).drop(columns=TIMES).equals(read_metrics(reference).drop(columns=TIMES))
 
 
 @pytest.mark.usefixtures("own_process")
@@ -199,7 +176,7 @@ def reference(small, longer, recipe, tmp_path_factory):
 def test_the_same_seed_twice_gives_the_same_bits_and_another_does_not(small, longer, recipe, reference, tmp_path):
     run = small.make_run(tmp_path / "again", longer, recipe)
     assert launch(run, TWO, "local", on_step=lambda step: None) == "finished"
-    _assert_same_run(run, reference)
+    small.assert_same_run(run, reference, STEPS)
     other = small.make_run(tmp_path / "other", longer, replace(recipe, seed=1, stop_after=1))
     assert launch(other, TWO, "local", on_step=lambda step: None) == "finished"
     assert not set(read_metrics(other)["loss"]) & set(read_metrics(reference)["loss"])
@@ -218,7 +195,7 @@ def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, referenc
     assert checkpoint_steps(run)[-1] == last, "nothing that was computed is lost"
     assert not any(map(small.alive, ranks))
     assert start(run).wait(120) == 0
-    _assert_same_run(run, reference)
+    small.assert_same_run(run, reference, STEPS)
     lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [1, 2]
 
@@ -239,7 +216,7 @@ def test_killed_at_random_moments_it_goes_on_bitwise(small, start, reference, tm
         kills += 1
     process = start(run)
     assert process.wait(120) == 0, (tmp_path / "launcher.log").read_text()
-    _assert_same_run(run, reference)
+    small.assert_same_run(run, reference, STEPS)
 
 
 @pytest.mark.long
@@ -278,7 +255,7 @@ def test_a_second_start_fences_off_the_first(small, start, reference, tmp_path):
         os.kill(rank, signal.SIGSTOP)
     second = start(run)
     assert second.wait(120) == 0, (tmp_path / "launcher.log").read_text()
-    _assert_same_run(run, reference)
+    small.assert_same_run(run, reference, STEPS)
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.parent.name not in ("logs", "tensorboard")}
     for rank in ranks:
         os.kill(rank, signal.SIGCONT)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from hpcssl.core.errors import RunError
@@ -168,3 +171,8 @@ def test_a_rank_that_was_to_have_a_gpu_and_has_none_says_so(run, monkeypatch, ca
         write_submission(run, "slurm", Resources(profile=Profile(gpus_per_node=gpus)), job=JOB)
     PretrainJob(str(run), "t").on_rank([])
     assert ("[rank 0] WARNING: its GPU was asked for" in capsys.readouterr().err) is warned
+
+
+def test_what_the_batch_script_runs_at_its_end_does_not_wait_for_torch():
+    code = "import sys, hpcssl.jobs.lifecycle; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

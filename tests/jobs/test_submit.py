@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,18 @@ def pretrain(small, data, tmp_path):
     return start
 
 
+def test_the_stand_alone_entry_submits_as_the_command_does(slurm, small, data, tmp_path, repository):
+    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe())
+    slurm(sbatch=f"cp $1 {tmp_path}/script; {ACCEPTS}")
+    where = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / "run")
+    entry = [sys.executable, repository / "launch" / "submit_pretrain.py", recipe, *where, "--nodes", "3"]
+    done = subprocess.run(entry, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"job 7 submitted; run folder {tmp_path}/run")
+    assert read_submission(tmp_path / "run").job == "7"
+    assert "#SBATCH --nodes=3" in (tmp_path / "script").read_text().splitlines()
+
+
 def _content(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -65,6 +79,14 @@ def test_of_a_new_run_that_is_refused_nothing_is_left(slurm, pretrain, tmp_path)
     slurm(sbatch=ACCEPTS)
     assert pretrain() == 0
     assert read_submission(tmp_path / "run").job == "7"
+
+
+def test_one_says_how_many_nodes_or_gpus_and_not_both(slurm, pretrain, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        pretrain("slurm", "--nodes", "2", "--gpus", "1..4")
+    assert caught.value.code == 2
+    assert "--gpus: not allowed with argument --nodes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_there_outlives_a_refusal(slurm, pretrain, tmp_path):

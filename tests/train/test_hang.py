@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def _rank(run: Path, rank: int) -> None:
     from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
     from hpcssl.train.entry import pretrain
 
+    warnings.simplefilter("error", FutureWarning)
     torch.cuda.is_available = lambda: False
     polled = []
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import http.server
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -276,110 +273,39 @@ def test_a_block_that_cannot_be_decoded_is_the_slides_fault(tmp_path: Path, draw
         slide.read(0, 256, 0, 100, 100)
 
 
-@contextmanager
-def served(folder: Path, disturb: Callable[[http.server.BaseHTTPRequestHandler], bool]) -> Iterator[str]:
-    """Serve a folder's files by ranges; `disturb` may answer a request itself, and says whether it did."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            if not disturb(self):
-                self._answer(body=True)
-
-        def _answer(self, *, body: bool) -> None:
-            data = (folder / self.path.lstrip("/")).read_bytes()
-            asked = self.headers.get("Range")
-            start, end = 0, len(data)
-            if asked:
-                first, last = asked.removeprefix("bytes=").split("-")
-                start, end = int(first), min(end, int(last) + 1)
-            self.send_response(206 if asked else 200)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(end - start))
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-            self.end_headers()
-            if body:
-                self.wfile.write(data[start:end])
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(drawn: Path) -> None:
+def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(online, drawn: Path) -> None:
     pytest.importorskip("aiohttp")
-    asked = 0
-
-    def count(handler: http.server.BaseHTTPRequestHandler) -> bool:
-        nonlocal asked
-        first, last = handler.headers["Range"].removeprefix("bytes=").split("-")
-        asked += int(last) - int(first) + 1
-        return False
-
     local = open_slide(drawn / "jpeg2000.svs")
-    with served(drawn, count) as url:
-        remote = open_slide(f"{url}/jpeg2000.svs")
-        headers, asked = asked, 0
+    with online.serving(drawn) as server:
+        remote = open_slide(f"{server.url}/jpeg2000.svs")
+        headers, server.sent_bytes = server.sent_bytes, 0
         np.testing.assert_array_equal(remote.read(300, 300, 0, 224, 224), local.read(300, 300, 0, 224, 224))
-        assert 0 < asked < 0.3 * (drawn / "jpeg2000.svs").stat().st_size
+        assert 0 < server.sent_bytes < 0.3 * (drawn / "jpeg2000.svs").stat().st_size
         assert headers > 0
         for place in rectangles(local, 6):
             np.testing.assert_array_equal(remote.read(*place), local.read(*place))
         with pytest.raises(SlideError, match="no such slide"):
-            open_slide(f"{url}/absent.svs")
+            open_slide(f"{server.url}/absent.svs")
 
 
 @pytest.mark.parametrize("fault", ["stall", "cut"])
 def test_a_server_that_fails_is_asked_again_within_a_bound(
-    drawn: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    online, drawn: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(ranges, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(ranges, "_PAUSE_S", 0.01)
-    failures = 0  # still to come
-    tries = 0
-
-    def disturb(handler: http.server.BaseHTTPRequestHandler) -> bool:
-        nonlocal failures, tries
-        tries += 1
-        if not failures:
-            return False
-        failures -= 1
-        if fault == "stall":
-            time.sleep(1.5)
-        else:
-            handler.send_response(206)
-            handler.send_header("Content-Length", "100000")
-            handler.end_headers()
-            handler.wfile.write(b"short")
-        handler.close_connection = True
-        return True
-
     local = open_slide(drawn / "plain.tif")
     place = (10, 10, 0, 64, 64)  # one block
-    with served(drawn, disturb) as url:
-        remote = open_slide(f"{url}/plain.tif")
-        failures = ranges.TRIES - 1
+    with online.serving(drawn) as server:
+        remote = open_slide(f"{server.url}/plain.tif")
+        server.requests, server.fault_of = 0, lambda number: fault if number < ranges.TRIES - 1 else None
         np.testing.assert_array_equal(remote.read(*place), local.read(*place))
-        failures, tries = 100, 0
+        server.requests, server.fault_of = 0, lambda number: fault
         begun = time.monotonic()
         with pytest.raises(OSError, match="does not answer after 3 tries"):
             remote.read(*place)
-        assert tries == ranges.TRIES
+        assert server.requests == ranges.TRIES
         assert time.monotonic() - begun < 5
-        failures = 0
-        time.sleep(0.1)
+        server.fault_of = lambda number: None
         np.testing.assert_array_equal(remote.read(*place), local.read(*place))

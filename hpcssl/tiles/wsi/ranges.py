@@ -43,11 +43,10 @@ class Ranges:
 
     @classmethod
     def open(cls, path: str) -> Ranges:
-        """Open a local or remote file; SlideError where there is none."""
-        try:
-            return _Remote(path) if is_remote(path) else _Local(path)
-        except FileNotFoundError:
-            raise SlideError(f"{path}: no such slide") from None
+        """Open a local or remote file; raises as `read_many`."""
+        if not is_remote(path):
+            return _Local(path)
+        return (_Http if path.startswith(("http://", "https://")) else _Remote)(path)
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes at some (offset, size), together where that is faster.
@@ -55,9 +54,9 @@ class Ranges:
         Raises
         ------
         SlideError
-            If a local file ends before: it is truncated.
+            If there is no such file, it ends before (it is truncated), or its server gives no parts of files.
         OSError
-            If the disk or the server fails: it may answer another time.
+            If the disk or the server fails: it may answer another time. PermissionError is one of them.
         """
         raise NotImplementedError
 
@@ -69,7 +68,10 @@ class Ranges:
 class _Local(Ranges):
     def __init__(self, path: str):
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise SlideError(f"{path}: no such slide") from None
         self.size = os.fstat(self._fd).st_size
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -85,6 +87,8 @@ class _Local(Ranges):
 
 
 class _Remote(Ranges):
+    """A file of whatever fsspec knows."""
+
     def __init__(self, path: str):
         from fsspec.core import url_to_fs
 
@@ -105,12 +109,14 @@ class _Remote(Ranges):
         found = await self._fs._info(self._name) if self._fs.async_impl else self._fs.info(self._name)
         return found["size"]
 
+    async def _part(self, offset: int, size: int) -> bytes:
+        if not self._fs.async_impl:
+            return self._fs.cat_file(self._name, start=offset, end=offset + size)
+        return await self._fs._cat_file(self._name, start=offset, end=offset + size)
+
     async def _bytes(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        spans = [{"start": offset, "end": offset + size} for offset, size in places]
-        if self._fs.async_impl:  # not its _cat_ranges, whose requests go on when it is cancelled
-            found = await asyncio.gather(*(self._fs._cat_file(self._name, **span) for span in spans))
-        else:
-            found = [self._fs.cat_file(self._name, **span) for span in spans]
+        # not fsspec's _cat_ranges, whose requests go on when it is cancelled
+        found = await asyncio.gather(*(self._part(*place) for place in places))
         for data, (_, size) in zip(found, places, strict=True):
             if len(data) != size:
                 raise OSError(f"{len(data)} bytes came, not {size}")
@@ -127,8 +133,13 @@ class _Remote(Ranges):
         for left in reversed(range(TRIES)):
             try:
                 return sync(self._fs.loop if self._fs.async_impl else get_loop(), bounded)
-            except FileNotFoundError:
+            except SlideError:
                 raise
+            except FileNotFoundError:
+                raise SlideError(f"{self.path}: no such slide") from None
+            except PermissionError as error:
+                told = f"its server refuses to give it ({error}); check the address and who may read it"
+                raise PermissionError(None, told, self.path) from None
             except Exception as error:  # file systems raise what their libraries do: aiohttp, botocore, …
                 if not left:
                     kind = TimeoutError if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else OSError
@@ -137,6 +148,35 @@ class _Remote(Ranges):
             time.sleep(pause)
             pause *= 2
         raise AssertionError
+
+
+class _Http(_Remote):
+    """A file of a web server: fsspec tells each of its failures as a missing file, and takes whole files for parts."""
+
+    async def _size(self) -> int | None:
+        return (await self._asked(0, 1))[1]
+
+    async def _part(self, offset: int, size: int) -> bytes:
+        return (await self._asked(offset, size))[0]
+
+    async def _asked(self, offset: int, size: int) -> tuple[bytes, int | None]:
+        """Return some bytes, and the size of the file where the server tells it."""
+        options = dict(self._fs.kwargs)
+        span = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+        options["headers"] = options.get("headers", {}) | span
+        session = await self._fs.set_session()
+        async with session.get(self._fs.encode_url(self._name), **options) as answer:
+            if answer.status in (404, 410):
+                raise FileNotFoundError
+            if answer.status in (401, 403):
+                raise PermissionError(f"{answer.status} {answer.reason}")
+            if answer.status == 416:
+                raise SlideError(f"{self.path}: ends before byte {offset + size:,} (truncated); copy it again")
+            answer.raise_for_status()
+            if answer.status != 206:  # and what comes is not read: it is the whole file
+                raise SlideError(f"{self.path}: its server gives no parts of files; use another, or copy it to a disk")
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            return await answer.read(), int(total) if total.isdecimal() else None
 
 
 class _Stream(io.RawIOBase):

@@ -273,6 +273,42 @@ def test_a_block_that_cannot_be_decoded_is_the_slides_fault(tmp_path: Path, draw
         slide.read(0, 256, 0, 100, 100)
 
 
+def write_damaged(path: Path) -> None:
+    """Write a slide that OpenSlide reads, of 4 × 4 blocks of 64 px, of which number 5 is damaged."""
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 4), np.uint8)
+    pixels[..., 3] = 255
+    kind = {"photometric": "rgb", "extrasamples": ["unassalpha"], "compression": "deflate"}
+    tifffile.imwrite(path, pixels, tile=(64, 64), **kind)
+    with tifffile.TiffFile(path) as file:
+        start = file.pages[0].dataoffsets[5]
+    data = bytearray(path.read_bytes())
+    data[start + 2 : start + 202] = b"\xff" * 200
+    path.write_bytes(data)
+
+
+def test_a_damaged_block_that_openslide_met_spoils_no_other(tmp_path: Path) -> None:
+    """Though a handle of OpenSlide keeps its first error: in any order, and while other threads read."""
+    write_damaged(tmp_path / "a.tif")
+    places = [(x, y, 0, 64, 64) for y in range(0, 256, 64) for x in range(0, 256, 64)]
+
+    def is_bad(slide: Slide, number: int) -> bool:
+        try:
+            slide.read(*places[number])
+        except SlideError:
+            return True
+        return False
+
+    shared = open_slide(tmp_path / "a.tif")
+    assert shared.reader == "openslide"
+    with pytest.raises(SlideError, match=r"a.tif: OpenSlide cannot read level 0"):
+        shared.read(*places[5])
+    assert [number for number in [5, *range(16), 5, *range(16)] if is_bad(shared, number)] == [5] * 4
+    order = np.random.default_rng(1).permutation(np.arange(320) % 16).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: is_bad(shared, number), order))
+    assert [number for number, bad in zip(order, found, strict=True) if bad] == [5] * 20
+
+
 def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(online, drawn: Path) -> None:
     pytest.importorskip("aiohttp")
     local = open_slide(drawn / "jpeg2000.svs")

@@ -17,7 +17,7 @@ from hpcssl.core.errors import SlideError
 TIMEOUT_S = 20.0
 TRIES = 3
 _PAUSE_S = 0.25  # before the second try; doubled for every further one
-_HEADER_BUFFER = 1 << 18
+_PIECE = 1 << 18  # of a header, read at once
 
 
 def is_remote(path: str) -> bool:
@@ -62,7 +62,7 @@ class Ranges:
 
     def stream(self) -> BinaryIO:
         """Return a seekable stream, for reading headers."""
-        return io.BufferedReader(_Stream(self), _HEADER_BUFFER)
+        return io.BufferedReader(_Stream(self))
 
 
 class _Local(Ranges):
@@ -180,14 +180,16 @@ class _Http(_Remote):
 
 
 class _Stream(io.RawIOBase):
-    """A stream over ranges."""
+    """A stream over ranges; pieces of the file that it has read are kept until it is closed."""
 
     def __init__(self, ranges: Ranges):
         self._ranges, self._at = ranges, 0
+        self._pieces: dict[int, bytes] = {}
 
     def close(self) -> None:
         """Forget the file: what was read by the stream may be kept without keeping that open."""
-        self.__dict__.pop("_ranges", None)
+        for name in ("_ranges", "_pieces"):
+            self.__dict__.pop(name, None)
         super().close()
 
     def readable(self) -> bool:
@@ -205,7 +207,16 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         size = max(0, min(len(buffer), self._ranges.size - self._at))
-        if size:
-            buffer[:size] = self._ranges.read_many([(self._at, size)])[0]
-            self._at += size
-        return size
+        if not size:
+            return 0
+        number, start = divmod(self._at, _PIECE)
+        first = number * _PIECE
+        if size >= _PIECE:
+            data = self._ranges.read_many([(self._at, size)])[0]
+        else:
+            if number not in self._pieces:
+                self._pieces[number] = self._ranges.read_many([(first, min(_PIECE, self._ranges.size - first))])[0]
+            data = self._pieces[number][start : start + size]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

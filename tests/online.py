@@ -20,8 +20,10 @@ import tifffile
 MPP = 0.5
 TILE_PX = 64
 BLOCK_PX = 256
+_PIECE = 1 << 16
 
-Fault = str  # "stall", "cut" or "refuse"
+Fault = str  # "stall", "cut", "refuse" (503), "forbid" (403), "absent" (404) or "whole" (no parts of files)
+_STATUS = {"refuse": 503, "forbid": 403, "absent": 404}
 
 
 def draw_slide(
@@ -85,7 +87,7 @@ def build_schedule_of(store: Any, out: Path, **settings: Any) -> Any:
 
 
 class SlideServer(ThreadingHTTPServer):
-    """Serves a folder; what is done wrong is asked for every request for bytes, by its number from 0 and its file."""
+    """Serves a folder; what is done wrong is asked for every request, by its number from 0 and its file."""
 
     daemon_threads = True
 
@@ -115,20 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        file = self.server.folder / self.path.lstrip("/")
-        if not file.is_file():
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(file.stat().st_size))
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
+        self.do_GET()
 
     def do_GET(self) -> None:
         file = self.server.folder / self.path.lstrip("/")
-        if not file.is_file():
-            self.send_error(404)
-            return
         with self.server.lock:
             fault = self.server.fault_of(self.server.requests) or self.server.fault_of_file(file.name)
             self.server.requests += 1
@@ -136,11 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.released.wait(60)
             self.close_connection = True
             return
-        if fault == "refuse":
-            self.send_error(503)
+        if fault in _STATUS or not file.is_file():
+            self.send_error(_STATUS.get(fault, 404))
             return
         data, whole = file.read_bytes(), file.stat().st_size
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if fault != "whole" else None
+        if wanted and int(wanted[1]) >= whole:
+            self.send_error(416)
+            return
         self.send_response(206 if wanted else 200)
         if wanted:
             start, end = int(wanted[1]), min(int(wanted[2] or whole - 1), whole - 1)
@@ -148,10 +143,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end}/{whole}")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         if fault == "cut":
             data, self.close_connection = data[: len(data) // 2], True
-        self.server.sent_bytes += len(data)
-        self.wfile.write(data)
+        for start in range(0, len(data), _PIECE):  # what a client that gives up does not take is not counted
+            self.wfile.write(data[start : start + _PIECE])
+            self.server.sent_bytes += len(data[start : start + _PIECE])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pandas as pd
 import pytest
 
 from hpcssl.cli.main import main
-from hpcssl.core.errors import BadTileError, StoreError
+from hpcssl.core.errors import BadTileError, SlideError, StoreError, UnreachableTileError
 from hpcssl.core.world import World
 from hpcssl.loader.stream import LoaderConfig, TileStream
 from hpcssl.tiles.online import OnlineStore
 from hpcssl.tiles.store import Store
 from hpcssl.tiles.wsi import ranges
+from hpcssl.tiles.wsi.opening import open_slide
+from hpcssl.tiles.wsi.ranges import Ranges
 
 TIMEOUT_S = 0.3
 PATIENT_S = 1.0  # where some requests are to succeed, on a busy machine, too
@@ -115,12 +118,17 @@ def remote(online, server, tmp_path) -> OnlineStore:
 
 
 @pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
-def test_a_server_that_fails_for_a_while_is_asked_again(remote, local, server, quick, fault, monkeypatch) -> None:
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_server_that_fails_for_a_while_is_asked_again(
+    remote, local, server, quick, fault, opened, monkeypatch
+) -> None:
     monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
-    remote.fetch(0, 0)
+    store = Store.open(remote.path)
+    if opened:
+        store.fetch(0, 0)
     server.requests = 0
     server.fault_of = lambda number: fault if number < 2 else None
-    assert remote.fetch(0, 0) == local.fetch(0, 0)
+    assert store.fetch(0, 0) == local.fetch(0, 0)
     assert server.requests >= 3
 
 
@@ -134,8 +142,18 @@ def test_a_server_that_goes_on_failing_gives_a_bad_tile_within_the_bound(
         store.fetch(0, 0)
     server.fault_of = lambda number: fault
     bound = ranges.TRIES * TIMEOUT_S + 10  # of a busy machine; the server stalls for 60
-    with small.within(bound), pytest.raises(BadTileError, match=r"does not answer after 3 tries"):
+    with small.within(bound), pytest.raises(UnreachableTileError, match=r"does not answer after 3 tries"):
         store.fetch(0, 0)
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "refuse", "nobody"])
+def test_a_slide_that_cannot_be_opened_now_is_not_told_as_missing(server, quick, fault) -> None:
+    server.fault_of = lambda number: fault
+    root = "http://127.0.0.1:1" if fault == "nobody" else server.url
+    with pytest.raises(OSError, match=r"does not answer after 3 tries") as told:
+        Ranges.open(f"{root}/s0.tif")
+    assert told.value.filename == f"{root}/s0.tif"
+    assert server.requests >= (0 if fault == "nobody" else ranges.TRIES)
 
 
 def test_without_the_bound_a_stalled_server_would_hang(remote, server, quick, monkeypatch) -> None:
@@ -153,6 +171,58 @@ def test_a_slide_that_the_server_does_not_have_is_a_bad_tile_at_once(remote, ser
     server.folder = folder / "elsewhere"
     with small.within(10), pytest.raises(BadTileError, match="no such slide"):
         store.fetch(0, 0)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_slide_that_may_not_be_read_is_told_so_at_once(remote, server, opened) -> None:
+    """As one that cannot be reached: where a password has run out, a run ends and does not replace all its tiles."""
+    store = Store.open(remote.path)
+    if opened:
+        store.fetch(0, 0)
+    server.requests = 0
+    server.fault_of = lambda number: "forbid"
+    with pytest.raises(UnreachableTileError, match=r"s0.tif: its server refuses to give it \(403 Forbidden\); check"):
+        store.fetch(0, 0)
+    assert server.requests <= 4, "a tile has at most four blocks"
+
+
+def test_a_server_that_gives_no_parts_of_files_is_told_so_and_not_asked_for_them(online, tmp_path) -> None:
+    pytest.importorskip("aiohttp")
+    (tmp_path / "a.tif").touch()
+    os.truncate(tmp_path / "a.tif", 1 << 26)
+    with online.serving(tmp_path) as server:
+        server.fault_of = lambda number: "whole"
+        with pytest.raises(SlideError, match=r"a.tif: its server gives no parts of files; use another, or copy it"):
+            open_slide(f"{server.url}/a.tif")
+        assert server.requests == 1
+        assert server.sent_bytes < 1 << 24, "what lay in buffers of the connection"
+
+
+def test_a_file_that_became_shorter_is_told_as_truncated(online, server, folder, tmp_path) -> None:
+    (tmp_path / "s0.tif").write_bytes((folder / "s0.tif").read_bytes())
+    (tmp_path / "empty.tif").touch()
+    server.folder = tmp_path
+    opened = Ranges.open(f"{server.url}/s0.tif")
+    os.truncate(tmp_path / "s0.tif", 1000)
+    with pytest.raises(SlideError, match=r"s0.tif: ends before byte 1,010 \(truncated\)"):
+        opened.read_many([(1000, 10)])
+    with pytest.raises(SlideError, match=r"empty.tif: ends before byte 1 \(truncated\)"):
+        Ranges.open(f"{server.url}/empty.tif")
+    (tmp_path / "s0.tif").unlink()
+    with pytest.raises(SlideError, match=r"s0.tif: no such slide"):
+        opened.read_many([(0, 10)])
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("forbid", "its server refuses to give it (403 Forbidden)"), ("refuse", "does not answer after 3 tries (503")],
+)
+def test_the_command_tells_what_a_server_says(server, quick, tmp_path, capsys, fault, told) -> None:
+    table_of(server.url).to_csv(tmp_path / "slides.csv", index=False)
+    server.fault_of = lambda number: fault
+    arguments = ["store", "build", str(tmp_path / "slides.csv"), "--out", str(tmp_path / "o"), "--online"]
+    assert main([*arguments, "--mpp", "0.5"]) == 2
+    assert f"{server.url}/s0.tif: {told}" in capsys.readouterr().err
 
 
 def stream_of(small: Any, store: Store, schedule: Any, **more: Any) -> TileStream:

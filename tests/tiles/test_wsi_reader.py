@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import http.server
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -235,12 +232,49 @@ def test_a_truncated_slide_is_told_as_one(tmp_path: Path, drawn: Path, share: fl
         assert "\n" not in str(told.value)
 
 
-def test_a_truncated_aperio_slide_is_told_as_one(tmp_path: Path, real_data: Path) -> None:
-    data = (real_data / "wsi" / "TCGA-CR-7395-01A-01-TS1.svs").read_bytes()
-    (tmp_path / "cut.svs").write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(SlideError, match=r"cut\.svs") as told:
-        open_slide(tmp_path / "cut.svs")
-    assert "\n" not in str(told.value)
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs"])
+def test_a_truncated_aperio_slide_is_told_as_one(tmp_path: Path, real_data: Path, name: str) -> None:
+    """Also where the first of its directories, which stand behind the blocks, is not there at all."""
+    data = (real_data / "wsi" / name).read_bytes()
+    for share in (0, 0.0005, 0.1, 0.5, 2 / 3, 0.9, 0.999):
+        (tmp_path / "cut.svs").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(SlideError, match=r"cut\.svs: truncated") as told:
+            open_slide(tmp_path / "cut.svs")
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"byteorder": ">"}])
+def test_a_slide_cut_off_within_a_directory_is_told_as_truncated(tmp_path: Path, options: dict) -> None:
+    """And never opened without one of its levels, though these stand in directories below the first and behind it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    kind = {"tile": (128, 128), "photometric": "rgb"}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True, **options) as writer:
+        writer.write(pixels, subifds=2, **kind)
+        writer.write(pixels[::2, ::2], subfiletype=1, **kind)
+        writer.write(pixels[::4, ::4], subfiletype=1, **kind)
+        writer.write(pixels[:300, :200], photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "a.ome.tif") as file:
+        pages = [file.pages[0], *file.pages[0].pages, file.pages[1]]
+        ends = [t.valueoffset + t.valuebytecount for page in pages for t in page.tags if t.valuebytecount > 8]
+        starts = [page.offset for page in pages]
+    assert len(open_slide(tmp_path / "a.ome.tif").levels) == 3
+    data = (tmp_path / "a.ome.tif").read_bytes()
+    for cut in (*(start + more for start in starts for more in (-1, 0, 1, 30)), *(end - 1 for end in ends)):
+        (tmp_path / "cut.ome.tif").write_bytes(data[:cut])
+        with pytest.raises(SlideError, match="truncated"):
+            open_slide(tmp_path / "cut.ome.tif")
+
+
+def test_private_tags_that_name_nothing_are_no_truncation(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
+    more = [(65_000, "B", 100, bytes(100), True)]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(128, 128), photometric="rgb", extratags=more)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        place = file.pages[0].tags[65_000].offset + 8
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[place : place + 4] = b"\xff\xff\xff\x7f"
+    (tmp_path / "a.tif").write_bytes(data)
+    np.testing.assert_array_equal(open_slide(tmp_path / "a.tif").read(0, 0, 0, 500, 300), pixels)
 
 
 def test_what_no_reader_can_read_is_told_with_both_reasons(tmp_path: Path, real_data: Path) -> None:
@@ -276,110 +310,75 @@ def test_a_block_that_cannot_be_decoded_is_the_slides_fault(tmp_path: Path, draw
         slide.read(0, 256, 0, 100, 100)
 
 
-@contextmanager
-def served(folder: Path, disturb: Callable[[http.server.BaseHTTPRequestHandler], bool]) -> Iterator[str]:
-    """Serve a folder's files by ranges; `disturb` may answer a request itself, and says whether it did."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            if not disturb(self):
-                self._answer(body=True)
-
-        def _answer(self, *, body: bool) -> None:
-            data = (folder / self.path.lstrip("/")).read_bytes()
-            asked = self.headers.get("Range")
-            start, end = 0, len(data)
-            if asked:
-                first, last = asked.removeprefix("bytes=").split("-")
-                start, end = int(first), min(end, int(last) + 1)
-            self.send_response(206 if asked else 200)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(end - start))
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-            self.end_headers()
-            if body:
-                self.wfile.write(data[start:end])
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+def write_damaged(path: Path) -> None:
+    """Write a slide that OpenSlide reads, of 4 × 4 blocks of 64 px, of which number 5 is damaged."""
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 4), np.uint8)
+    pixels[..., 3] = 255
+    kind = {"photometric": "rgb", "extrasamples": ["unassalpha"], "compression": "deflate"}
+    tifffile.imwrite(path, pixels, tile=(64, 64), **kind)
+    with tifffile.TiffFile(path) as file:
+        start = file.pages[0].dataoffsets[5]
+    data = bytearray(path.read_bytes())
+    data[start + 2 : start + 202] = b"\xff" * 200
+    path.write_bytes(data)
 
 
-def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(drawn: Path) -> None:
-    pytest.importorskip("aiohttp")
-    asked = 0
+def test_a_damaged_block_that_openslide_met_spoils_no_other(tmp_path: Path) -> None:
+    """Though a handle of OpenSlide keeps its first error: in any order, and while other threads read."""
+    write_damaged(tmp_path / "a.tif")
+    places = [(x, y, 0, 64, 64) for y in range(0, 256, 64) for x in range(0, 256, 64)]
 
-    def count(handler: http.server.BaseHTTPRequestHandler) -> bool:
-        nonlocal asked
-        first, last = handler.headers["Range"].removeprefix("bytes=").split("-")
-        asked += int(last) - int(first) + 1
+    def is_bad(slide: Slide, number: int) -> bool:
+        try:
+            slide.read(*places[number])
+        except SlideError:
+            return True
         return False
 
+    shared = open_slide(tmp_path / "a.tif")
+    assert shared.reader == "openslide"
+    with pytest.raises(SlideError, match=r"a.tif: OpenSlide cannot read level 0"):
+        shared.read(*places[5])
+    assert [number for number in [5, *range(16), 5, *range(16)] if is_bad(shared, number)] == [5] * 4
+    order = np.random.default_rng(1).permutation(np.arange(320) % 16).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: is_bad(shared, number), order))
+    assert [number for number, bad in zip(order, found, strict=True) if bad] == [5] * 20
+
+
+def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(online, drawn: Path) -> None:
+    pytest.importorskip("aiohttp")
     local = open_slide(drawn / "jpeg2000.svs")
-    with served(drawn, count) as url:
-        remote = open_slide(f"{url}/jpeg2000.svs")
-        headers, asked = asked, 0
+    with online.serving(drawn) as server:
+        remote = open_slide(f"{server.url}/jpeg2000.svs")
+        assert server.requests == 2, "its size and its header, each piece once"
+        server.sent_bytes = 0
         np.testing.assert_array_equal(remote.read(300, 300, 0, 224, 224), local.read(300, 300, 0, 224, 224))
-        assert 0 < asked < 0.3 * (drawn / "jpeg2000.svs").stat().st_size
-        assert headers > 0
+        assert 0 < server.sent_bytes < 0.3 * (drawn / "jpeg2000.svs").stat().st_size
         for place in rectangles(local, 6):
             np.testing.assert_array_equal(remote.read(*place), local.read(*place))
         with pytest.raises(SlideError, match="no such slide"):
-            open_slide(f"{url}/absent.svs")
+            open_slide(f"{server.url}/absent.svs")
 
 
 @pytest.mark.parametrize("fault", ["stall", "cut"])
 def test_a_server_that_fails_is_asked_again_within_a_bound(
-    drawn: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    online, drawn: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(ranges, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(ranges, "_PAUSE_S", 0.01)
-    failures = 0  # still to come
-    tries = 0
-
-    def disturb(handler: http.server.BaseHTTPRequestHandler) -> bool:
-        nonlocal failures, tries
-        tries += 1
-        if not failures:
-            return False
-        failures -= 1
-        if fault == "stall":
-            time.sleep(1.5)
-        else:
-            handler.send_response(206)
-            handler.send_header("Content-Length", "100000")
-            handler.end_headers()
-            handler.wfile.write(b"short")
-        handler.close_connection = True
-        return True
-
     local = open_slide(drawn / "plain.tif")
     place = (10, 10, 0, 64, 64)  # one block
-    with served(drawn, disturb) as url:
-        remote = open_slide(f"{url}/plain.tif")
-        failures = ranges.TRIES - 1
+    with online.serving(drawn) as server:
+        remote = open_slide(f"{server.url}/plain.tif")
+        server.requests, server.fault_of = 0, lambda number: fault if number < ranges.TRIES - 1 else None
         np.testing.assert_array_equal(remote.read(*place), local.read(*place))
-        failures, tries = 100, 0
+        server.requests, server.fault_of = 0, lambda number: fault
         begun = time.monotonic()
         with pytest.raises(OSError, match="does not answer after 3 tries"):
             remote.read(*place)
-        assert tries == ranges.TRIES
+        assert server.requests == ranges.TRIES
         assert time.monotonic() - begun < 5
-        failures = 0
-        time.sleep(0.1)
+        server.fault_of = lambda number: None
         np.testing.assert_array_equal(remote.read(*place), local.read(*place))

@@ -140,6 +140,8 @@ def reading(path: str) -> Iterator[None]:
         yield
     except SlideError:
         raise
+    except OSError as error:  # of a disk or a server
+        raise SlideError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # readers of damaged files raise anything
         text = " ".join(str(error).split())
         raise SlideError(f"{path}: cannot be read ({type(error).__name__}{': ' if text else ''}{text})") from error

@@ -17,7 +17,7 @@ from hpcssl.core.errors import SlideError
 TIMEOUT_S = 20.0
 TRIES = 3
 _PAUSE_S = 0.25  # before the second try; doubled for every further one
-_HEADER_BUFFER = 1 << 18
+_PIECE = 1 << 18  # of a header, read at once
 
 
 def is_remote(path: str) -> bool:
@@ -43,11 +43,10 @@ class Ranges:
 
     @classmethod
     def open(cls, path: str) -> Ranges:
-        """Open a local or remote file; SlideError where there is none."""
-        try:
-            return _Remote(path) if is_remote(path) else _Local(path)
-        except FileNotFoundError:
-            raise SlideError(f"{path}: no such slide") from None
+        """Open a local or remote file; raises as `read_many`."""
+        if not is_remote(path):
+            return _Local(path)
+        return (_Http if path.startswith(("http://", "https://")) else _Remote)(path)
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes at some (offset, size), together where that is faster.
@@ -55,21 +54,24 @@ class Ranges:
         Raises
         ------
         SlideError
-            If a local file ends before: it is truncated.
+            If there is no such file, it ends before (it is truncated), or its server gives no parts of files.
         OSError
-            If the disk or the server fails: it may answer another time.
+            If the disk or the server fails: it may answer another time. PermissionError is one of them.
         """
         raise NotImplementedError
 
     def stream(self) -> BinaryIO:
         """Return a seekable stream, for reading headers."""
-        return io.BufferedReader(_Stream(self), _HEADER_BUFFER)
+        return io.BufferedReader(_Stream(self))
 
 
 class _Local(Ranges):
     def __init__(self, path: str):
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise SlideError(f"{path}: no such slide") from None
         self.size = os.fstat(self._fd).st_size
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -85,6 +87,8 @@ class _Local(Ranges):
 
 
 class _Remote(Ranges):
+    """A file of whatever fsspec knows."""
+
     def __init__(self, path: str):
         from fsspec.core import url_to_fs
 
@@ -105,12 +109,14 @@ class _Remote(Ranges):
         found = await self._fs._info(self._name) if self._fs.async_impl else self._fs.info(self._name)
         return found["size"]
 
+    async def _part(self, offset: int, size: int) -> bytes:
+        if not self._fs.async_impl:
+            return self._fs.cat_file(self._name, start=offset, end=offset + size)
+        return await self._fs._cat_file(self._name, start=offset, end=offset + size)
+
     async def _bytes(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        spans = [{"start": offset, "end": offset + size} for offset, size in places]
-        if self._fs.async_impl:  # not its _cat_ranges, whose requests go on when it is cancelled
-            found = await asyncio.gather(*(self._fs._cat_file(self._name, **span) for span in spans))
-        else:
-            found = [self._fs.cat_file(self._name, **span) for span in spans]
+        # not fsspec's _cat_ranges, whose requests go on when it is cancelled
+        found = await asyncio.gather(*(self._part(*place) for place in places))
         for data, (_, size) in zip(found, places, strict=True):
             if len(data) != size:
                 raise OSError(f"{len(data)} bytes came, not {size}")
@@ -127,8 +133,13 @@ class _Remote(Ranges):
         for left in reversed(range(TRIES)):
             try:
                 return sync(self._fs.loop if self._fs.async_impl else get_loop(), bounded)
-            except FileNotFoundError:
+            except SlideError:
                 raise
+            except FileNotFoundError:
+                raise SlideError(f"{self.path}: no such slide") from None
+            except PermissionError as error:
+                told = f"its server refuses to give it ({error}); check the address and who may read it"
+                raise PermissionError(None, told, self.path) from None
             except Exception as error:  # file systems raise what their libraries do: aiohttp, botocore, …
                 if not left:
                     kind = TimeoutError if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else OSError
@@ -139,15 +150,46 @@ class _Remote(Ranges):
         raise AssertionError
 
 
+class _Http(_Remote):
+    """A file of a web server: fsspec tells each of its failures as a missing file, and takes whole files for parts."""
+
+    async def _size(self) -> int | None:
+        return (await self._asked(0, 1))[1]
+
+    async def _part(self, offset: int, size: int) -> bytes:
+        return (await self._asked(offset, size))[0]
+
+    async def _asked(self, offset: int, size: int) -> tuple[bytes, int | None]:
+        """Return some bytes, and the size of the file where the server tells it."""
+        options = dict(self._fs.kwargs)
+        span = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+        options["headers"] = options.get("headers", {}) | span
+        session = await self._fs.set_session()
+        async with session.get(self._fs.encode_url(self._name), **options) as answer:
+            if answer.status in (404, 410):
+                raise FileNotFoundError
+            if answer.status in (401, 403):
+                raise PermissionError(f"{answer.status} {answer.reason}")
+            if answer.status == 416:
+                raise SlideError(f"{self.path}: ends before byte {offset + size:,} (truncated); copy it again")
+            answer.raise_for_status()
+            if answer.status != 206:  # and what comes is not read: it is the whole file
+                raise SlideError(f"{self.path}: its server gives no parts of files; use another, or copy it to a disk")
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            return await answer.read(), int(total) if total.isdecimal() else None
+
+
 class _Stream(io.RawIOBase):
-    """A stream over ranges."""
+    """A stream over ranges; pieces of the file that it has read are kept until it is closed."""
 
     def __init__(self, ranges: Ranges):
         self._ranges, self._at = ranges, 0
+        self._pieces: dict[int, bytes] = {}
 
     def close(self) -> None:
         """Forget the file: what was read by the stream may be kept without keeping that open."""
-        self.__dict__.pop("_ranges", None)
+        for name in ("_ranges", "_pieces"):
+            self.__dict__.pop(name, None)
         super().close()
 
     def readable(self) -> bool:
@@ -165,7 +207,16 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         size = max(0, min(len(buffer), self._ranges.size - self._at))
-        if size:
-            buffer[:size] = self._ranges.read_many([(self._at, size)])[0]
-            self._at += size
-        return size
+        if not size:
+            return 0
+        number, start = divmod(self._at, _PIECE)
+        first = number * _PIECE
+        if size >= _PIECE:
+            data = self._ranges.read_many([(self._at, size)])[0]
+        else:
+            if number not in self._pieces:
+                self._pieces[number] = self._ranges.read_many([(first, min(_PIECE, self._ranges.size - first))])[0]
+            data = self._pieces[number][start : start + size]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -12,7 +12,7 @@ import struct
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,6 +34,14 @@ _YCBCR = 6
 _FOREIGN = ("is_ndpi", "is_bif", "is_scn", "is_lsm", "is_stk", "is_eer")  # blocks there are no places in the image
 _MICRONS = {"m": 1e6, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3}
 _PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit: inch, centimetre; in microns
+
+
+# of a TIFF's header, by its version: where the first directory is told, and how a number of tags, a tag and an offset
+# are written; a tag is its number, kind, length and value, or where the value is
+_LAYOUTS: dict[int, tuple[Any, ...]] = {42: (4, "H", "HHI4s", "I"), 43: (8, "Q", "HHQ8s", "Q")}
+_BYTES_OF_KIND = dict(enumerate((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)))
+_OFFSETS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
+_SUB_DIRECTORIES, _PRIVATE = 330, 32_768  # tags; private ones are not looked at
 
 
 class UnfitTiffError(Exception):
@@ -77,13 +85,15 @@ class TiffSlide(Slide):
         """
         self._ranges = Ranges.open(path)
         try:
-            with self._ranges.stream() as stream, tifffile.TiffFile(stream, name=path) as file:
-                _check_chain(file, path)
-                pages = _pyramid(file)
-                about = _about(file, pages[0])
-                self._levels = [_blocks(page) for page in pages]
-                sizes = [(page.imagewidth, page.imagelength) for page in pages]
-                padded = file.is_philips  # its levels are filled up to whole blocks
+            with self._ranges.stream() as stream:
+                _check_directories(stream, path, self._ranges.size)
+                stream.seek(0)
+                with tifffile.TiffFile(stream, name=path) as file:
+                    pages = _pyramid(file)
+                    about = _about(file, pages[0])
+                    self._levels = [_blocks(page) for page in pages]
+                    sizes = [(page.imagewidth, page.imagelength) for page in pages]
+                    padded = file.is_philips  # its levels are filled up to whole blocks
         except (SlideError, OSError, UnfitTiffError):
             raise
         except Exception as error:  # what tifffile raises on damage is not told apart: any of a dozen
@@ -183,15 +193,48 @@ class TiffSlide(Slide):
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
-def _check_chain(file: tifffile.TiffFile, path: str) -> None:
-    """Raise SlideError if the last directory that is there names another one: the file ends before it."""
-    kind, stream = file.tiff, file.filehandle
-    stream.seek(file.pages[-1].offset)
-    (count,) = struct.unpack(kind.tagnoformat, stream.read(kind.tagnosize))
-    stream.seek(count * kind.tagsize, 1)
-    (following,) = struct.unpack(kind.offsetformat, stream.read(kind.offsetsize))
-    if following:
-        raise SlideError(f"{path}: truncated (a level's directory should be at byte {following:,}); copy it again")
+def _check_directories(stream: BinaryIO, path: str, size: int) -> None:
+    """Raise SlideError if a directory, or what its tags name, lies beyond the end of the file: it was cut off.
+
+    tifffile passes over some of these, and with them a level, and tells others in words that help nobody.
+    """
+
+    def check(end: int) -> None:
+        if end > size:
+            told = f"a level's directory should reach to byte {end:,}, the file ends at {size:,}"
+            raise SlideError(f"{path}: truncated ({told}); copy it again")
+
+    def bytes_at(start: int, number: int) -> bytes:
+        check(start + number)
+        stream.seek(start)
+        return stream.read(number)
+
+    head = bytes_at(0, 8)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    version = struct.unpack(f"{order}H", head[2:4])[0] if order else 0
+    if version not in _LAYOUTS or path.lower().endswith(".ndpi"):  # whose offsets are of a kind of their own
+        return
+    start, *forms = _LAYOUTS[version]
+    of_count, of_tag, of_offset = (f"{order}{form}" for form in forms)
+    count_bytes, tag_bytes, offset_bytes = map(struct.calcsize, (of_count, of_tag, of_offset))
+    waiting, seen = [*struct.unpack(of_offset, bytes_at(start, offset_bytes))], {0}
+    while waiting:
+        directory = waiting.pop()
+        if directory in seen:
+            continue
+        seen.add(directory)
+        (count,) = struct.unpack(of_count, bytes_at(directory, count_bytes))
+        tags = bytes_at(directory + count_bytes, count * tag_bytes + offset_bytes)
+        waiting += struct.unpack(of_offset, tags[-offset_bytes:])
+        for tag, kind, number, value in struct.iter_unpack(of_tag, tags[:-offset_bytes]):
+            length, within = number * _BYTES_OF_KIND.get(kind, 0), value
+            if length > offset_bytes:
+                (place,) = struct.unpack(of_offset, value)
+                if tag < _PRIVATE:
+                    check(place + length)
+                within = bytes_at(place, length) if tag == _SUB_DIRECTORIES else b""
+            if tag == _SUB_DIRECTORIES and kind in _OFFSETS:
+                waiting += struct.unpack(f"{order}{number}{_OFFSETS[kind]}", within[:length])
 
 
 def _pyramid(file: tifffile.TiffFile) -> list[Any]:

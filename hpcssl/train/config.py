@@ -226,6 +226,11 @@ class Timeline:
                 f"recipe: stop_after = {stop_after:g} pseudo-epochs, but {schedule.path} has"
                 f" {schedule.num_pseudo_epochs} and schedule_pseudo_epochs is {length}"
             )
+        if self.stop_step < 1:
+            raise ConfigError(
+                f"recipe: no step to train: stop_after = {stop_after:g} pseudo-epochs of {self._positions} positions"
+                f" ({schedule.path}) are less than global_batch = {recipe.global_batch}; lower it, or raise stop_after"
+            )
         self.warmup_steps = self.step_at(recipe.optim.warmup_pseudo_epochs)
         self.frozen_steps = self.step_at(recipe.dino.freeze_last_layer_pseudo_epochs)
         self.peak_lr = recipe.optim.lr_per_256 * recipe.global_batch / 256

@@ -240,6 +240,21 @@ def test_a_stop_beyond_the_schedule_is_refused(opal, change):
         Timeline(replace(opal, **change), PaperSchedule())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"global_batch": 161}, "stop_after = 4 pseudo-epochs of 40 positions .* global_batch = 161"),
+        ({"stop_after": 0.28}, "stop_after = 0.28 pseudo-epochs of 40 positions .* global_batch = 12"),
+    ],
+)
+def test_a_run_of_no_steps_is_refused(small, change, told):
+    schedule = PaperSchedule(positions_per_pseudo_epoch=40, num_pseudo_epochs=4)
+    for least in ({"global_batch": 160}, {"stop_after": 0.3}):
+        assert Timeline(small.dino_recipe(**least), schedule).stop_step == 1
+    with pytest.raises(ConfigError, match=told):
+        Timeline(small.dino_recipe(**change), schedule)
+
+
 @pytest.mark.parametrize(("positions", "batch"), [(40, 12), (65, 10), (36, 12), (10, 12), (7, 3)])
 def test_pseudo_epochs_end_at_their_last_whole_step(small, positions, batch):
     schedule = PaperSchedule(positions_per_pseudo_epoch=positions, num_pseudo_epochs=6)

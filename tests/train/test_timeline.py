@@ -285,6 +285,11 @@ def test_fractions_of_a_pseudo_epoch_lose_no_step_to_floats(small, pseudo_epochs
         ("loader.backend=pilow", "known: auto, cpu, pillow"),
         ("loader.threads=0", "at least 1"),
         ("augment.global_views.scale=[0.5, 0.1]", "scale"),
+        ("stop_after=.inf", "stop_after = inf; expected a finite number"),
+        ("dino.freeze_last_layer_pseudo_epochs=.inf", "expected a finite number"),
+        ("global_batch=true", "global_batch = True; expected a finite number"),
+        ("train.hang_s=1e300", "hang_s = 1e\\+300; expected above 0, at most 86400, a day"),
+        ("checkpoint.every_min=-1", "every_min = -1.0; expected at least 0"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(setting, told):

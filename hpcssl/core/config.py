@@ -1,15 +1,18 @@
 """Strict configuration: YAML and `--set key=value` into frozen dataclasses.
 
-An unknown key is an error that names the nearest known one; a wrong type is an error that says what was expected.
+An unknown key is an error that names the nearest known one; a wrong type is an error that says what was expected. A
+number is finite, and no `true` or `false`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,6 +150,30 @@ def _refuse_unknown(cls: Any, values: Mapping[str, Any], where: str, prefix: str
         inner = _dataclass_in(hints[key])
         if inner and isinstance(value, Mapping):
             _refuse_unknown(inner, value, where, prefix=f"{prefix}{key}.")
+        for leaf in _no_numbers(hints[key], value):
+            raise ConfigError(f"{where}: {prefix}{key} = {leaf}; expected a finite number")
+
+
+def _no_numbers(hint: Any, value: Any) -> Iterator[Any]:
+    """Yield what pydantic would take for a number in a value of a type of numbers: truth values, infinity, NaN."""
+    types_in = set(_types_in(hint))
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _no_numbers(hint, item)
+    elif isinstance(value, bool):
+        if {int, float} & types_in and not {bool, str} & types_in:
+            yield value
+    elif isinstance(value, (float, str)) and {int, float} & types_in and str not in types_in:
+        with suppress(ValueError):  # text that is no number at all is for pydantic to tell
+            if not math.isfinite(float(value)):
+                yield value
+
+
+def _types_in(hint: Any) -> Iterator[Any]:
+    """Yield a type and all that stand within it."""
+    yield hint
+    for inner in typing.get_args(hint):
+        yield from _types_in(inner)
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -16,6 +16,8 @@ from hpcssl.optim.values import cosine
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
 
+_LONGEST_WAIT_S = 86_400
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -119,8 +121,8 @@ class TrainConfig:
         for name in ("max_skipped_steps", "watch_every_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}; expected at least 0")
-        if not self.hang_s > 0:
-            raise ConfigError(f"train.hang_s = {self.hang_s}; expected above 0")
+        if not 0 < self.hang_s <= _LONGEST_WAIT_S:
+            raise ConfigError(f"train.hang_s = {self.hang_s:g}; expected above 0, at most {_LONGEST_WAIT_S}, a day")
         for name in ("micro_batch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -143,6 +145,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last = {self.keep_last}; expected at least 1")
+        if not self.every_min >= 0:
+            raise ConfigError(f"checkpoint.every_min = {self.every_min}; expected at least 0, as often as every step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +229,11 @@ class Timeline:
             raise ConfigError(
                 f"recipe: stop_after = {stop_after:g} pseudo-epochs, but {schedule.path} has"
                 f" {schedule.num_pseudo_epochs} and schedule_pseudo_epochs is {length}"
+            )
+        if self.stop_step < 1:
+            raise ConfigError(
+                f"recipe: no step to train: stop_after = {stop_after:g} pseudo-epochs of {self._positions} positions"
+                f" ({schedule.path}) are less than global_batch = {recipe.global_batch}; lower it, or raise stop_after"
             )
         self.warmup_steps = self.step_at(recipe.optim.warmup_pseudo_epochs)
         self.frozen_steps = self.step_at(recipe.dino.freeze_last_layer_pseudo_epochs)

@@ -96,6 +96,27 @@ def test_a_wrong_value_is_one_line_with_key_and_value(values: dict[str, Any], to
     assert told in refusal(values)
 
 
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "inf", "nan", "1e400", "true", "false"])
+@pytest.mark.parametrize("setting", ["steps={}", "optim.lr={}", "optim.clip={}", "optim.betas=[0.9, {}]"])
+def test_no_number_is_taken_that_is_not_finite_or_a_truth_value(setting: str, number: str) -> None:
+    values = with_overrides({"optim": {"lr": 1}}, [setting.format(number)])
+    assert refusal(values).startswith(f"recipe x: {setting.partition('=')[0]} = ")
+
+
+def test_truth_values_and_text_are_taken_where_they_belong() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Switches:
+        """Settings that are no numbers, or not only."""
+
+        on: bool
+        compile: Literal["auto"] | bool
+        name: str
+        include: dict[str, tuple[str | int | float, ...]]
+
+    values = {"on": True, "compile": False, "name": "nan", "include": {"grade": ["inf", 3]}}
+    assert to_mapping(build(Switches, values, where="x")) == values
+
+
 def test_yaml_reads_5e_5_as_text_and_it_becomes_a_number() -> None:
     values = yaml.safe_load("optim: {lr: 5e-5}")
     assert values == {"optim": {"lr": "5e-5"}}, "YAML 1.1 wants a dot in a float; the trap is still there"

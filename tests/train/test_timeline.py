@@ -240,6 +240,21 @@ def test_a_stop_beyond_the_schedule_is_refused(opal, change):
         Timeline(replace(opal, **change), PaperSchedule())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"global_batch": 161}, "stop_after = 4 pseudo-epochs of 40 positions .* global_batch = 161"),
+        ({"stop_after": 0.28}, "stop_after = 0.28 pseudo-epochs of 40 positions .* global_batch = 12"),
+    ],
+)
+def test_a_run_of_no_steps_is_refused(small, change, told):
+    schedule = PaperSchedule(positions_per_pseudo_epoch=40, num_pseudo_epochs=4)
+    for least in ({"global_batch": 160}, {"stop_after": 0.3}):
+        assert Timeline(small.dino_recipe(**least), schedule).stop_step == 1
+    with pytest.raises(ConfigError, match=told):
+        Timeline(small.dino_recipe(**change), schedule)
+
+
 @pytest.mark.parametrize(("positions", "batch"), [(40, 12), (65, 10), (36, 12), (10, 12), (7, 3)])
 def test_pseudo_epochs_end_at_their_last_whole_step(small, positions, batch):
     schedule = PaperSchedule(positions_per_pseudo_epoch=positions, num_pseudo_epochs=6)
@@ -270,6 +285,11 @@ def test_fractions_of_a_pseudo_epoch_lose_no_step_to_floats(small, pseudo_epochs
         ("loader.backend=pilow", "known: auto, cpu, pillow"),
         ("loader.threads=0", "at least 1"),
         ("augment.global_views.scale=[0.5, 0.1]", "scale"),
+        ("stop_after=.inf", "stop_after = inf; expected a finite number"),
+        ("dino.freeze_last_layer_pseudo_epochs=.inf", "expected a finite number"),
+        ("global_batch=true", "global_batch = True; expected a finite number"),
+        ("train.hang_s=1e300", "hang_s = 1e\\+300; expected above 0, at most 86400, a day"),
+        ("checkpoint.every_min=-1", "every_min = -1.0; expected at least 0"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(setting, told):

@@ -20,7 +20,7 @@ from PIL import Image
 import hpcssl
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import BadTileError, SlideError, StoreError, UserError
-from hpcssl.tiles.scan import build_store
+from hpcssl.tiles.scan import BuildOptions, build_store
 from hpcssl.tiles.store import INDEX_FILES, Store
 
 SLIDES = {"breast/B 1": 3, "breast/b2": 1, "lung/ü—1": 4, "lung/001": 2}
@@ -180,6 +180,11 @@ def broken_tile(content: bytes) -> Callable[[Path], None]:
     return lambda tiles: void(first_tile(tiles).write_bytes(content))
 
 
+def replaced_by_link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
 def void(_: object) -> None:
     return None
 
@@ -201,6 +206,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero bytes": (broken_tile(b""), "1 of 10 tile files are no whole JPEG; first: "),
     "text": (broken_tile(b"this is no picture"), "(not a JPEG)"),
     "PNG": (broken_tile(b"\x89PNG\r\n\x1a\n" + bytes(50)), "(not a JPEG)"),
+    "dangling link": (lambda tiles: replaced_by_link(first_tile(tiles), "gone.jpg"), "(dangling link)"),
+    "link to itself": (lambda tiles: replaced_by_link(first_tile(tiles), first_tile(tiles).name), "(dangling link)"),
     "truncated by half": (broken_tile(jpeg(4)[: len(jpeg(4)) // 2]), "(truncated)"),
     "truncated by one byte": (broken_tile(jpeg(4)[:-1]), "(truncated)"),
     "missing slide": (
@@ -216,6 +223,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "slide id 001 stands in it more than once",
     ),
 }
+
+
+@pytest.mark.parametrize("options", [{}, {"check": False}, {"pack": True}], ids=str)
+def test_a_dangling_link_is_a_bad_tile(tmp_path: Path, tiles: Path, options: dict[str, bool]) -> None:
+    for slide in SLIDES:
+        replaced_by_link(sorted((tiles / slide).iterdir())[0], "gone.jpg")
+    told = refusal(lambda: build_store(tiles, tmp_path / "store", options=BuildOptions(**options)))
+    assert "4 of 10 tile files are no whole JPEG" in told
+    assert "(dangling link)" in told
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -343,6 +359,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "is missing"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, not"),
     "emptied": (lambda path: path.write_bytes(b""), "has 0 bytes, not"),
+    "behind a dangling link": (lambda path: replaced_by_link(path, "gone.jpg"), "is missing"),
     "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes, not"),
 }
 

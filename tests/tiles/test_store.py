@@ -239,20 +239,31 @@ def test_a_fault_is_told_in_one_line_and_leaves_nothing_behind(tmp_path: Path, t
     spoil, told = FAULTS[fault]
     spoil(tiles)
     before = sorted(tmp_path.iterdir())
-    assert told in refusal(lambda: build_store(tiles, tmp_path / "store"), UserError)
-    assert sorted(tmp_path.iterdir()) == before
+    message = refusal(lambda: build_store(tiles, tmp_path / "store"), UserError)
+    assert told in message
+    listed = [tmp_path / "store.bad_tiles.csv"] if "no whole JPEG" in message else []
+    assert sorted(tmp_path.iterdir()) == sorted([*before, *listed])
     shutil.rmtree(tiles, ignore_errors=True)
     make_tiles(tiles)
     assert build_store(tiles, tmp_path / "store").num_tiles == 10, "a second run does not trip on the first"
+    assert not (tmp_path / "store.bad_tiles.csv").exists()
 
 
-def test_all_bad_tiles_are_counted(tmp_path: Path, tiles: Path) -> None:
-    for slide in SLIDES:
-        sorted((tiles / slide).iterdir())[0].write_bytes(b"text")
-    message = refusal(lambda: build_store(tiles, tmp_path / "store"))
+@pytest.mark.parametrize("options", [{}, {"check": False}, {"pack": True}], ids=str)
+def test_all_bad_tiles_are_counted_and_listed(tmp_path: Path, tiles: Path, options: dict[str, bool]) -> None:
+    content, faults = {False: b"", True: b"text"}, {False: "zero bytes", True: "not a JPEG"}
+    checked = options.get("check", True)
+    bad = [sorted((tiles / slide).iterdir())[0] for slide in SLIDES]
+    for file in bad:
+        file.write_bytes(content[checked])
+    message = refusal(lambda: build_store(tiles, tmp_path / "store", options=BuildOptions(**options)))
     assert message.startswith(
         f"{tiles}: 4 of 10 tile files are no whole JPEG; first: {tiles}/breast/B 1/tile 0é_x0_y448"
     )
+    listed = tmp_path / "store.bad_tiles.csv"
+    assert f"; all are listed in {listed}; mend or remove them" in message
+    rows = pd.read_csv(listed).to_numpy().tolist()
+    assert rows == sorted([str(file), faults[checked]] for file in bad)
 
 
 def test_an_explicit_table_that_is_missing(tmp_path: Path, tiles: Path) -> None:

@@ -45,7 +45,7 @@ def write_tiles(folder: Path, slides: int, tiles: int, tile_bytes: int) -> None:
 
 def write_index(folder: Path, num_tiles: int) -> None:
     """Write a loose store of that many tiles that are not there, 10,000 a slide."""
-    writer = StoreWriter(folder, None, about={})
+    writer = StoreWriter(folder, None, about={}, root=folder, bad_list=folder / "bad_tiles.csv")
     writer.begin(None)
     counts = [min(10_000, num_tiles - first) for first in range(0, num_tiles, 10_000)]
     for slide, count in enumerate(counts):

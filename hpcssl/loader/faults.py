@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from hpcssl.core.errors import StoreError
 from hpcssl.core.rng import below, uniforms
@@ -53,27 +56,28 @@ def substitutes(schedule: Schedule, seed: int, position: int) -> Iterator[int]:
 
 
 class BadTiles:
-    """The tiles of a run that cannot be used; all ranks append to one file, and read it when they start.
+    """The tiles of a run that cannot be used; all ranks append to one file, and read what the others appended.
 
     What was found once stays so for the rest of the run, even if the file is mended meanwhile: a run that goes on from
-    an earlier step takes the same substitutes.
+    an earlier step takes the same substitutes. A line that a kill cut short counts for nothing.
 
     A tile is bad wherever it stands, or, where its place is drawn from the position (`of_positions`), at that one.
 
     Raises
     ------
     StoreError
-        From `add`, when more than `most` tiles are known.
+        When made, and from `add`, when more than `most` tiles are known, those of all ranks together.
     """
 
     def __init__(self, path: Path | None, *, most: int, of_positions: bool = False):
         self._path, self._most, self._lock = path, most, threading.Lock()
         self._of_positions = of_positions
         self._known: set[tuple[int, int]] = set()
+        self._end = 0  # of the lines read so far
         if path and path.exists():
-            with path.open(newline="", encoding="utf-8") as stream:
-                rows = csv.reader(stream)
-                self._known = {self._key(int(row[0]), int(row[1])) for row in rows if row and row[0].isdecimal()}
+            with path.open("rb") as stream:
+                self._read(stream)
+            self._check(f"all are in {path}")
 
     def __contains__(self, tile_and_position: tuple[int, int]) -> bool:
         return self._key(*tile_and_position) in self._known
@@ -84,26 +88,47 @@ class BadTiles:
     def add(self, tile: int, position: int, file: str, reason: str) -> None:
         """Record a tile, once."""
         with self._lock:
-            if (tile, position) not in self:
-                self._known.add(self._key(tile, position))
-                self._append(tile, position, file, reason)
-            if len(self._known) > self._most:
-                where = f"all are in {self._path}" if self._path else f"the last is {file}"
-                raise StoreError(
-                    f"{len(self._known)} tiles cannot be used, more than the {self._most} that loader.max_bad_tiles"
-                    f" allows; {where} ({reason})"
-                )
+            if (tile, position) not in self and self._path:
+                self._append(self._path, tile, position, file, reason)
+            self._known.add(self._key(tile, position))
+            self._check(f"all are in {self._path} ({reason})" if self._path else f"the last is {file} ({reason})")
 
-    def _append(self, *row: object) -> None:
-        if self._path is None:
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self._path.exists():
-            writer.writerow(COLUMNS)
-        writer.writerow(row)
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(fd, text.getvalue().encode())  # in one piece: other ranks append, too
-        finally:
-            os.close(fd)
+    def _check(self, where: str) -> None:
+        if len(self._known) > self._most:
+            raise StoreError(
+                f"{len(self._known)} tiles cannot be used, more than the {self._most} that loader.max_bad_tiles"
+                f" allows; {where}; allow more with --set loader.max_bad_tiles, or mend the store for another run"
+            )
+
+    def _append(self, path: Path, tile: int, position: int, file: str, reason: str) -> None:
+        """Append a tile, unless another rank did."""
+        with path.open("a+b") as stream:
+            with contextlib.suppress(OSError):  # a file system without locks: go without
+                fcntl.flock(stream, fcntl.LOCK_EX)  # until it is closed
+            self._read(stream)
+            if (tile, position) in self:
+                return
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            if not stream.seek(0, os.SEEK_END):
+                writer.writerow(COLUMNS)
+            elif stream.tell() > self._end:  # a kill cut the last line short
+                text.write("\n")
+            writer.writerow([tile, position, _in_a_line(file), _in_a_line(reason)])
+            stream.write(text.getvalue().encode())
+
+    def _read(self, stream: BinaryIO) -> None:
+        """Take over what was appended since the last time, up to the last whole line."""
+        stream.seek(self._end)
+        data = stream.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._end += len(data)
+        for line in data.decode(errors="replace").split("\n"):
+            with contextlib.suppress(csv.Error):
+                row = next(csv.reader([line]), [])
+                if len(row) == len(COLUMNS) and row[0].isdecimal() and row[1].isdecimal():
+                    self._known.add(self._key(int(row[0]), int(row[1])))
+
+
+def _in_a_line(text: str) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")

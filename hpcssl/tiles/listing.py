@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 PADDING = 64  # some writers pad the end; the end marker must stand within the last so many bytes
 _MOST_BYTES = 2**32 - 1  # sizes are uint32
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what a link may lead to
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,7 +112,7 @@ def list_tiles(root: Path, folder: str) -> Tiles:
 def sizes_in(root: Path, folder: str) -> dict[bytes, int]:
     """Return the size of every JPEG file of a slide by its name; empty where there is no such folder."""
     try:
-        return dict(_entries(root, folder, sizes=True))
+        return {name: size for name, size in _entries(root, folder, sizes=True) if size >= 0}
     except StoreError:
         return {}
 
@@ -122,14 +124,17 @@ def check_tiles(root: Path, folder: str) -> Tiles:
     for name in list_names(root, folder):
         fault, size = _name_fault(name), 0
         if not fault:
-            fd = os.open(start + name.decode(), os.O_RDONLY)
-            try:
-                size = os.fstat(fd).st_size
-                fault = _size_fault(size) or jpeg_fault(
-                    os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
-                )
-            finally:
-                os.close(fd)
+            fd = _opened(start + name.decode())
+            if fd is None:
+                fault = _size_fault(-1)
+            else:
+                try:
+                    size = os.fstat(fd).st_size
+                    fault = _size_fault(size) or jpeg_fault(
+                        os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
+                    )
+                finally:
+                    os.close(fd)
         _add(found, folder, name, size, fault)
     return found
 
@@ -141,9 +146,13 @@ def read_tiles(root: Path, folder: str, names: list[bytes], *, check: bool) -> T
     for name in names:
         fault, content = _name_fault(name), b""
         if not fault:
-            with open(start + name.decode(), "rb", buffering=0) as stream:
-                content = stream.readall()
-            fault = _size_fault(len(content)) or (jpeg_fault(content[:3], content[-PADDING:]) if check else None)
+            fd = _opened(start + name.decode())
+            if fd is None:
+                fault = _size_fault(-1)
+            else:
+                with open(fd, "rb", buffering=0) as stream:
+                    content = stream.readall()
+                fault = _size_fault(len(content)) or (jpeg_fault(content[:3], content[-PADDING:]) if check else None)
         if _add(found, folder, name, len(content), fault):
             found.contents.append(content)
     return found
@@ -170,16 +179,35 @@ def _entries(root: Path, folder: str, *, sizes: bool) -> list[tuple[bytes, int]]
     path = root / folder
     try:
         with os.scandir(os.fsencode(path)) as entries:
-            return sorted(
-                (e.name, e.stat().st_size if sizes else 0)
-                for e in entries
-                if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith(b".") and not e.is_dir()
-            )
+            tiles = (e for e in entries if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith(b"."))
+            return sorted((e.name, size) for e in tiles if (size := _size_of(e, ask=sizes)) is not None)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not path.is_dir():
             raise StoreError(f"{path}: no such folder, but the slide table lists this slide") from None
         error.filename = os.fsdecode(error.filename or path)  # bytes would be told as b'...'
         raise
+
+
+def _size_of(entry: os.DirEntry[bytes], *, ask: bool) -> int | None:
+    """Return the bytes of a file, 0 where they are not asked for, -1 where a link leads nowhere; None for a folder."""
+    try:
+        if entry.is_dir():
+            return None
+        return entry.stat().st_size if ask else 0
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+        return -1
+
+
+def _opened(path: str) -> int | None:
+    """Return a descriptor of a file, or None where a link leads nowhere."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+        return None
 
 
 def _decodable(names: list[bytes]) -> bool:
@@ -195,6 +223,6 @@ def _name_fault(name: bytes) -> str | None:
 
 
 def _size_fault(size: int) -> str | None:
-    if size == 0:
-        return "zero bytes"
+    if size <= 0:
+        return "zero bytes" if size == 0 else "dangling link"
     return "4 GiB or more" if size > _MOST_BYTES else None

@@ -1,6 +1,8 @@
 """Building a store: one pass over `<organ>/<slide_id>/*.jpg`, so that nothing lists folders twice.
 
-A build works in `.STORE.partial` beside the store; the same command after a kill goes on there. An extension of a
+A build works in `.STORE.partial` beside the store; the same command after a kill goes on there, if the slides done are
+what they were, and so it does after an error, once its cause is mended. Files that are no whole JPEG are listed in
+`STORE.bad_tiles.csv` beside the store, all of them; slides found whole are not opened again. An extension of a
 store keeps what is there: the new index gets a folder of its own in the store, and new tiles get shards of their own,
 until `store.json`, replaced last, names them. So whoever opens the store finds it whole at any moment; shards beyond
 those that it counts are still being written.
@@ -89,8 +91,8 @@ def build_store(
     Raises
     ------
     StoreError
-        For an empty folder, files that are no whole JPEG (with their number), a table that does not match, or a slide
-        of an extended store that is not what it was.
+        For an empty folder, files that are no whole JPEG (with their number and list), a table that does not match, or
+        a slide of an extended store that is not what it was.
     """
     options = options or BuildOptions()
     slides, counted = slides_below(tiles, table)
@@ -138,15 +140,19 @@ class Build:
             self.shards = ShardWriter(out if self.in_place else self.partial, int(options.shard_gb * 1e9), first=old)
         about = {"format": FORMAT, "root": str(tiles.resolve()), "packed": self.packed, "check": options.check}
         about |= {"shard_gb": options.shard_gb, "base": base.digest if base else None}
-        self.writer = StoreWriter(self.partial, self.shards, about=about)
+        self.bad_list = self.partial.with_name(f"{out.name}.bad_tiles.csv")
+        self.writer = StoreWriter(self.partial, self.shards, about=about, root=tiles, bad_list=self.bad_list)
+        self._worth_keeping = False
 
     def run(self, *, counted: bool) -> None:
         """Build what a killed try left to do, and publish it."""
+        self.bad_list.unlink(missing_ok=True)
         try:
             self._fill()
             self._publish(counted=counted)
-        except (UserError, PermissionError):  # the input must change first; after anything else a next try goes on
-            self.discard()
+        except (UserError, PermissionError):  # the input must change first
+            if not self._worth_keeping:
+                self.discard()
             raise
         finally:
             self.writer.close()
@@ -160,6 +166,9 @@ class Build:
 
     def _fill(self) -> None:
         done = self.writer.resume(self.folders)
+        self._worth_keeping = bool(self.writer.whole)
+        if not self._unchanged(self.folders[self.base.num_slides if self.base else 0 : done]):
+            done = 0
         if not done:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir()
@@ -175,14 +184,31 @@ class Build:
                 self.writer.add(folder, found, places)
                 if time.monotonic() - last >= self.options.commit_s:
                     self.writer.commit()
+                    self._worth_keeping = True
                     last = time.monotonic()
                 self.on_progress(1)
         self.writer.commit()
 
+    def _unchanged(self, folders: list[str]) -> bool:
+        """Return whether slides that were done hold what they held then."""
+        with ThreadPoolExecutor(self.options.threads) as pool:
+            look = partial(list_tiles, self.tiles)
+            return all(
+                not found.bad and self.writer.mark(folder, found) in self.writer.whole
+                for folder, found in in_order(pool, look, folders, window=4 * self.options.threads)
+            )
+
+    def _look(self, folder: str) -> Tiles:
+        """Return what a slide's folder holds, without opening files that were found whole by a try before."""
+        if not self.options.check or self.writer.whole:
+            found = list_tiles(self.tiles, folder)
+            if not self.options.check or self.writer.mark(folder, found) in self.writer.whole:
+                return found
+        return check_tiles(self.tiles, folder)
+
     def _index(self, pool: ThreadPoolExecutor, done: int) -> Iterator[tuple[str, Tiles, list[tuple[int, int]]]]:
         """Yield what the slides' folders hold."""
-        look = partial(check_tiles if self.options.check else list_tiles, self.tiles)
-        for folder, found in in_order(pool, look, self.folders[done:], window=4 * self.options.threads):
+        for folder, found in in_order(pool, self._look, self.folders[done:], window=4 * self.options.threads):
             yield folder, found, []
 
     def _pack(self, pool: ThreadPoolExecutor, done: int) -> Iterator[tuple[str, Tiles, list[tuple[int, int]]]]:
@@ -220,7 +246,7 @@ class Build:
             total = writer.num_bad + writer.num_tiles
             raise StoreError(
                 f"{self.tiles}: {writer.num_bad} of {total} tile files are no whole JPEG;"
-                f" first: {self.tiles}/{writer.first_bad}; mend or remove them and build again"
+                f" first: {writer.first_bad}; all are listed in {self.bad_list}; mend or remove them and build again"
             )
         counts = writer.finish()
         _check_counts(self.slides, counts, self.tiles, counted=counted)

@@ -171,6 +171,51 @@ def test_several_ranks_append_to_one_record(tmp_path: Path) -> None:
     assert (400, 0) not in again
 
 
+def test_a_restart_does_not_pass_the_limit(stream, data, tmp_path) -> None:
+    """The same command again stops before its first step, on what the one before recorded."""
+    tiles = list(dict.fromkeys(data.schedule.tiles_at(0, 60).tolist()))
+    record, one = tmp_path / "bad.csv", 1.5 / data.store.num_tiles
+    broken = Faulty(data.store, rubbish=tiles[:4])
+    with pytest.raises(StoreError, match=r"tiles cannot be used, more than the 1 that loader\.max_bad_tiles allows"):
+        list(stream(broken, max_bad_tiles=one, bad_tiles=record))
+    met, broken.fetched = len(rows_of(record)), []
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"{met} tiles cannot be used, more than the 1 that"):
+            list(stream(broken, max_bad_tiles=one, bad_tiles=record))
+    assert broken.fetched == []
+    assert len(rows_of(record)) == met
+    assert len(list(stream(broken, max_bad_tiles=4 * one, bad_tiles=record))) > 0, "more may be allowed"
+
+
+def test_all_ranks_count_together_and_name_a_tile_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad_tiles.csv"
+    ranks = [BadTiles(path, most=3) for _ in range(3)]
+    for rank in ranks:
+        rank.add(5, 50, "a.jpg", "gone")
+    assert len(rows_of(path)) == 1
+    ranks[0].add(6, 60, "b.jpg", "gone")
+    ranks[1].add(7, 70, "c.jpg", "gone")
+    with pytest.raises(StoreError, match=r"4 tiles cannot be used, more than the 3 that loader\.max_bad_tiles allows"):
+        ranks[2].add(8, 80, "d.jpg", "gone")
+    assert [row["tile"] for row in rows_of(path)] == ["5", "6", "7", "8"]
+
+
+@pytest.mark.parametrize("torn", ["123", "123,", "123,4", "123,4,f.jp", '123,4,"f, g.jpg', "\0\0\0", "\xff", "1\r2"])
+def test_a_line_cut_short_spoils_no_other(tmp_path: Path, torn: str) -> None:
+    """A rank was killed while it wrote: the next line begins on its own, and the run goes on."""
+    path = tmp_path / "bad_tiles.csv"
+    BadTiles(path, most=9).add(5, 50, "a.jpg", "cut, short\r\nby half")
+    with path.open("ab") as stream:
+        stream.write(torn.encode("latin-1"))
+    BadTiles(path, most=9).add(6, 60, 'b, "c".jpg', "gone")
+    again = BadTiles(path, most=2)
+    assert (5, 0) in again
+    assert (6, 0) in again
+    assert (123, 0) not in again
+    lines = path.read_bytes().decode("latin-1").split("\n")
+    assert lines[1:] == ['5,50,a.jpg,"cut, short\\r\\nby half"', torn, '6,60,"b, ""c"".jpg",gone', ""]
+
+
 def test_stats_tell_where_time_went(stream, data) -> None:
     made = stream(data.store, stop=3)
     for _ in made:

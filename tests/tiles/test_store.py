@@ -20,7 +20,7 @@ from PIL import Image
 import hpcssl
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import BadTileError, SlideError, StoreError, UserError
-from hpcssl.tiles.scan import build_store
+from hpcssl.tiles.scan import BuildOptions, build_store
 from hpcssl.tiles.store import INDEX_FILES, Store
 
 SLIDES = {"breast/B 1": 3, "breast/b2": 1, "lung/ü—1": 4, "lung/001": 2}
@@ -180,6 +180,11 @@ def broken_tile(content: bytes) -> Callable[[Path], None]:
     return lambda tiles: void(first_tile(tiles).write_bytes(content))
 
 
+def replaced_by_link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
 def void(_: object) -> None:
     return None
 
@@ -201,6 +206,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero bytes": (broken_tile(b""), "1 of 10 tile files are no whole JPEG; first: "),
     "text": (broken_tile(b"this is no picture"), "(not a JPEG)"),
     "PNG": (broken_tile(b"\x89PNG\r\n\x1a\n" + bytes(50)), "(not a JPEG)"),
+    "dangling link": (lambda tiles: replaced_by_link(first_tile(tiles), "gone.jpg"), "(dangling link)"),
+    "link to itself": (lambda tiles: replaced_by_link(first_tile(tiles), first_tile(tiles).name), "(dangling link)"),
     "truncated by half": (broken_tile(jpeg(4)[: len(jpeg(4)) // 2]), "(truncated)"),
     "truncated by one byte": (broken_tile(jpeg(4)[:-1]), "(truncated)"),
     "missing slide": (
@@ -218,25 +225,45 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("options", [{}, {"check": False}, {"pack": True}], ids=str)
+def test_a_dangling_link_is_a_bad_tile(tmp_path: Path, tiles: Path, options: dict[str, bool]) -> None:
+    for slide in SLIDES:
+        replaced_by_link(sorted((tiles / slide).iterdir())[0], "gone.jpg")
+    told = refusal(lambda: build_store(tiles, tmp_path / "store", options=BuildOptions(**options)))
+    assert "4 of 10 tile files are no whole JPEG" in told
+    assert "(dangling link)" in told
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_told_in_one_line_and_leaves_nothing_behind(tmp_path: Path, tiles: Path, fault: str) -> None:
     spoil, told = FAULTS[fault]
     spoil(tiles)
     before = sorted(tmp_path.iterdir())
-    assert told in refusal(lambda: build_store(tiles, tmp_path / "store"), UserError)
-    assert sorted(tmp_path.iterdir()) == before
+    message = refusal(lambda: build_store(tiles, tmp_path / "store"), UserError)
+    assert told in message
+    listed = [tmp_path / "store.bad_tiles.csv"] if "no whole JPEG" in message else []
+    assert sorted(tmp_path.iterdir()) == sorted([*before, *listed])
     shutil.rmtree(tiles, ignore_errors=True)
     make_tiles(tiles)
     assert build_store(tiles, tmp_path / "store").num_tiles == 10, "a second run does not trip on the first"
+    assert not (tmp_path / "store.bad_tiles.csv").exists()
 
 
-def test_all_bad_tiles_are_counted(tmp_path: Path, tiles: Path) -> None:
-    for slide in SLIDES:
-        sorted((tiles / slide).iterdir())[0].write_bytes(b"text")
-    message = refusal(lambda: build_store(tiles, tmp_path / "store"))
+@pytest.mark.parametrize("options", [{}, {"check": False}, {"pack": True}], ids=str)
+def test_all_bad_tiles_are_counted_and_listed(tmp_path: Path, tiles: Path, options: dict[str, bool]) -> None:
+    content, faults = {False: b"", True: b"text"}, {False: "zero bytes", True: "not a JPEG"}
+    checked = options.get("check", True)
+    bad = [sorted((tiles / slide).iterdir())[0] for slide in SLIDES]
+    for file in bad:
+        file.write_bytes(content[checked])
+    message = refusal(lambda: build_store(tiles, tmp_path / "store", options=BuildOptions(**options)))
     assert message.startswith(
         f"{tiles}: 4 of 10 tile files are no whole JPEG; first: {tiles}/breast/B 1/tile 0é_x0_y448"
     )
+    listed = tmp_path / "store.bad_tiles.csv"
+    assert f"; all are listed in {listed}; mend or remove them" in message
+    rows = pd.read_csv(listed).to_numpy().tolist()
+    assert rows == sorted([str(file), faults[checked]] for file in bad)
 
 
 def test_an_explicit_table_that_is_missing(tmp_path: Path, tiles: Path) -> None:
@@ -343,6 +370,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "is missing"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, not"),
     "emptied": (lambda path: path.write_bytes(b""), "has 0 bytes, not"),
+    "behind a dangling link": (lambda path: replaced_by_link(path, "gone.jpg"), "is missing"),
     "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes, not"),
 }
 

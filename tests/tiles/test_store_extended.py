@@ -165,7 +165,8 @@ def test_what_cannot_be_extended_is_told_and_stays(store: Store, tiles: Path, ch
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {p: p.read_bytes() for p in store.path.iterdir()} == before
-    assert sorted(p.name for p in store.path.parent.iterdir()) == ["store", "tiles"]
+    listed = ["store.bad_tiles.csv"] if change == "a bad new tile" else []
+    assert sorted(p.name for p in store.path.parent.iterdir()) == ["store", *listed, "tiles"]
 
 
 def test_the_tiles_of_a_packed_store_may_be_gone_and_those_of_a_loose_one_not(

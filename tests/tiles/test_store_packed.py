@@ -146,12 +146,12 @@ def test_members_are_padded_to_blocks(size: int, tmp_path: Path) -> None:
     assert store.fetch(0, 1) == b"b" * size
 
 
-def test_bad_tiles_are_counted_and_nothing_stays(tiles: Path, tmp_path: Path) -> None:
+def test_bad_tiles_are_counted_and_nothing_but_their_list_stays(tiles: Path, tmp_path: Path) -> None:
     (tiles / "breast" / "breast-0" / "tile-0.jpg").write_bytes(b"text")
     (tiles / "lung" / "ü 1" / "é_x1_y2.JPEG").write_bytes(b"")
     with pytest.raises(StoreError, match=r"2 of 15 tile files are no whole JPEG; first: .*tile-0.jpg \(not a JPEG\)"):
         build_store(tiles, tmp_path / "s", options=SMALL_SHARDS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiles"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bad_tiles.csv", "tiles"]
 
 
 def test_a_schedule_of_the_loose_store_takes_the_packed_one(loose: Store, packed: Store, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ MIB = 1 << 20
 def write_index(folder: Path, num_tiles: int, per_slide: int = 1000) -> Path:
     """Write the index of a loose store whose tiles are not there."""
     folder.mkdir()
-    writer = StoreWriter(folder, None, about={})
+    writer = StoreWriter(folder, None, about={}, root=folder, bad_list=folder / "bad_tiles.csv")
     writer.begin(None)
     names = [f"tile_x{tile * 224}_y0.jpg".encode() for tile in range(per_slide)]
     for slide in range(num_tiles // per_slide):

@@ -34,7 +34,7 @@ from hpcssl.tiles.wsi.opening import open_slide
 from hpcssl.tiles.wsi.ranges import Ranges, is_remote
 from hpcssl.tiles.wsi.sampling import sample
 from hpcssl.tiles.wsi.slide import Slide
-from hpcssl.tiles.wsi.source import FAILED, mpp_of, write_failed
+from hpcssl.tiles.wsi.source import FAILED, mpp_of, told_mpp, write_failed
 
 _SLIDES_AT_A_TIME = 4  # their reading is shared out to the threads
 
@@ -131,7 +131,7 @@ def build_online(
         out.mkdir(exist_ok=True)
         write_failed(out, failed)
         if not used.empty:
-            found = [_found_file(work_in, row) for row in _rows(used)]
+            found = [_found_file(work_in, row, options) for row in _rows(used)]
             write_online(out, used, found, options.about, base=base, work_in=work_in)
         shutil.rmtree(work_in)
     store = Store.open(out)
@@ -161,7 +161,7 @@ def _base(out: Path, options: OnlineOptions, *, append: bool) -> OnlineStore | N
 
 def _claim(work_in: Path, options: OnlineOptions) -> None:
     """Make the folder to work in, or go on in the one that a killed build with the same options left."""
-    about = {"format": FORMAT, **options.about, "assume_mpp": options.assume_mpp}
+    about = {"format": FORMAT, **options.about}
     work_in.mkdir(exist_ok=True)
     file = work_in / "options.json"
     if not file.exists():
@@ -176,14 +176,15 @@ def _rows(slides: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(slides.columns, values)) for values in slides.itertuples(index=False, name=None)]
 
 
-def _found_file(work_in: Path, row: Mapping[str, Any]) -> Path:
-    """Return the file of what was found in a slide; its name says for which row."""
-    return work_in / f"{row['slide_id']}-{digest_bytes(repr((row['path'], row['mpp'])).encode())[:16]}.npz"
+def _found_file(work_in: Path, row: Mapping[str, Any], options: OnlineOptions) -> Path:
+    """Return the file of what was found in a slide; its name says for which row, and which MPP was to be assumed."""
+    found_for = repr((row["path"], told_mpp(row, options.assume_mpp)))
+    return work_in / f"{row['slide_id']}-{digest_bytes(found_for.encode())[:16]}.npz"
 
 
 def _looked_at(row: Mapping[str, Any], work_in: Path, options: OnlineOptions, pool: Executor) -> str | None:
     """Write what there is to know of a slide, unless it was written; returns why that cannot be done."""
-    file = _found_file(work_in, row)
+    file = _found_file(work_in, row, options)
     if file.exists():
         return None
     try:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,30 @@ def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path
     assert begun == [1]
     assert store.slides["mpp"].iloc[2] == 0.4
     store.verify(deep=True)
+
+
+def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_folder(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Also from share to share: a slide cut with another assumption is cut again, and no other."""
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
+    slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
+    for out, held in ((tmp_path / "one", slides[1:]), (tmp_path / "both", slides)):
+        tiled, failed = tile_slides(held, out, LOOSE)
+        assert (tiled is None) == (len(held) == 1)
+        assert "or say --assume-mpp" in failed[0]["reason"]
+        begun: list[int] = []
+        for assumed in (0.4, 0.25):
+            tile_slides(held, out, assuming(assumed), on_total=begun.append, share=(0, 1))
+        tiled, failed = tile_slides(held, out, assuming(0.25), on_total=begun.append)
+        assert (failed, begun) == ([], [1, 1, 0])
+        assert tiled.slides["mpp"].iloc[-1] == 0.25
+        tiled.verify(deep=True)
+
+
+def assuming(mpp: float) -> TilingOptions:
+    return replace(LOOSE, cut=replace(CUT, assume_mpp=mpp))
 
 
 def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp_path: Path) -> None:

@@ -69,6 +69,15 @@ def _stated_mpp(row: Mapping[str, Any], where: str) -> float | None:
     return mpp
 
 
+def told_mpp(row: Mapping[str, Any], assumed: float | None) -> str:
+    """Return what there is to go by for the MPP of a row's slide, besides its file; blank where there is nothing.
+
+    >>> told_mpp({"mpp": "0.25"}, 0.5), told_mpp({"mpp": ""}, 0.5), told_mpp({"mpp": ""}, None)
+    ('0.25', 'assumed 0.5', '')
+    """
+    return str(row["mpp"]).strip() or ("" if assumed is None else f"assumed {assumed}")
+
+
 def mpp_of(slide: Slide, row: Mapping[str, Any], assumed: float | None = None) -> float:
     """Return microns per pixel of level 0: what the table says, else the file, else what is to be assumed.
 

@@ -351,3 +351,35 @@ def test_the_table_says_where_slides_are_and_its_mpp_goes_first(tmp_path: Path, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SlideError, match="no slides in it"):
         slides_to_read(tmp_path / "empty")
+
+
+def test_a_folder_of_slides_is_the_same_from_wherever_it_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So its table serves elsewhere, too, and no slide is cut twice because a job names the folder in full."""
+    absolute = slides_to_read(folder)
+    assert absolute["path"].tolist() == [str(folder / f"{name}.tif") for name in "abc"]
+    monkeypatch.chdir(folder.parent)
+    for named in (folder.name, f"{folder.name}/../{folder.name}"):
+        assert slides_to_read(Path(named)).equals(absolute)
+    monkeypatch.chdir(folder)
+    assert slides_to_read(Path()).equals(absolute)
+
+
+def test_links_in_a_folder_of_slides_count_for_what_they_are_called(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "by-organ"
+    (root / "prostate").mkdir(parents=True)
+    (root / "prostate" / "p1.tif").symlink_to(folder / "a.tif")
+    (root / ".snapshot" / "old").mkdir(parents=True)
+    (root / ".snapshot" / "old" / "o.tif").touch()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("k.tif", "L.SVS", "notes.txt", ".hidden.tif"):
+        (tmp_path / "elsewhere" / name).touch()
+    (root / "kidney").symlink_to(tmp_path / "elsewhere")
+    (root / "prostate" / "round").symlink_to(root)
+    found = slides_to_read(root)
+    assert found[["slide_id", "organ", "path"]].to_numpy().tolist() == [
+        ["L", "kidney", str(root / "kidney" / "L.SVS")],
+        ["k", "kidney", str(root / "kidney" / "k.tif")],
+        ["p1", "prostate", str(root / "prostate" / "p1.tif")],
+    ]

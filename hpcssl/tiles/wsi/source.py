@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def slides_to_read(source: Path) -> pd.DataFrame:
     """Return the slides of a table, or of a folder: `slide_id, organ, path, mpp` and what else the table has, as text.
 
     A table's paths count from its own folder; they may be URLs. In a folder, the name of the folder that holds a slide
-    is its organ, and its own name without the ending is its slide_id.
+    is its organ, and its own name without the ending is its slide_id; links count for what they are called.
 
     Raises
     ------
@@ -32,10 +33,10 @@ def slides_to_read(source: Path) -> pd.DataFrame:
         For a folder without slides, or a table that lacks a column or a path.
     """
     if source.is_dir():
-        files = sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
+        files = sorted(_slides_below(os.path.abspath(source)))  # noqa: PTH100 (resolve() renames links)
         if not files:
             raise SlideError(f"{source}: no slides in it; expected files that end in {', '.join(_SUFFIXES)}")
-        rows = [{"slide_id": f.stem, "organ": f.resolve().parent.name, "path": str(f), "mpp": ""} for f in files]
+        rows = [{"slide_id": f.stem, "organ": f.parent.name, "path": str(f), "mpp": ""} for f in files]
         return _checked(pd.DataFrame(rows), str(source))
     frame = read_table(source)
     if "path" not in frame.columns:
@@ -49,6 +50,20 @@ def slides_to_read(source: Path) -> pd.DataFrame:
     for row in frame.to_dict("records"):
         _stated_mpp(row, str(source))
     return _checked(frame, str(source))
+
+
+def _slides_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the slides in a folder and below it, also below links, but not round in circles."""
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                if Path(entry.name).suffix.lower() in _SUFFIXES:
+                    yield Path(entry.path)
+            elif os.path.realpath(entry.path) not in above:
+                yield from _slides_below(entry.path, above)
 
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:

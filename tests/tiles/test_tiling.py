@@ -383,3 +383,31 @@ def test_links_in_a_folder_of_slides_count_for_what_they_are_called(folder: Path
         ["k", "kidney", str(root / "kidney" / "k.tif")],
         ["p1", "prostate", str(root / "prostate" / "p1.tif")],
     ]
+
+
+@pytest.mark.parametrize(
+    ("header", "column", "found"),
+    [
+        ("slide_id;organ;path;mpp", "slide_id", "'slide_id;organ;path;mpp'"),
+        ("slide_id\torgan\tpath", "slide_id", r"'slide_id\torgan\tpath'"),
+        ("organ,path,mpp", "slide_id", "'organ', 'path', 'mpp'"),
+        ("slide_id,path,mpp", "organ", "'slide_id', 'path', 'mpp'"),
+        ("slide_id, organ, path", "organ", "'slide_id', ' organ', ' path'"),
+        ("slide_id,organ,Path", "path", "'slide_id', 'organ', 'Path'"),
+    ],
+)
+def test_a_table_without_a_column_is_told_what_it_has(tmp_path: Path, header: str, column: str, found: str) -> None:
+    """And never of num_tiles, which nobody knows before."""
+    table = tmp_path / "t.csv"
+    table.write_text(f"{header}\n" + "x" + header.count(",") * ",x" + "\n")  # an MPP that cannot be used, too
+    with pytest.raises(SlideError) as caught:
+        slides_to_read(table)
+    expected = "expected slide_id, organ, path, separated by commas alone"
+    assert str(caught.value) == f"{table}: no column {column}; {expected}, found {found}"
+
+
+def test_a_row_without_an_id_is_told_before_its_mpp(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("slide_id,organ,path,mpp\n,skin,x.tif,abc\n")
+    with pytest.raises(SlideError, match="row 1 has no slide_id"):
+        slides_to_read(table)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from hpcssl.core.atomic import write_atomic
 from hpcssl.core.errors import SlideError
-from hpcssl.tiles.slides import check_slides, read_table
+from hpcssl.tiles.slides import check_columns, check_slides, read_table
 from hpcssl.tiles.wsi.ranges import is_remote
 from hpcssl.tiles.wsi.slide import Slide, plausible_mpp
 
@@ -39,17 +39,18 @@ def slides_to_read(source: Path) -> pd.DataFrame:
         rows = [{"slide_id": f.stem, "organ": f.parent.name, "path": str(f), "mpp": ""} for f in files]
         return _checked(pd.DataFrame(rows), str(source))
     frame = read_table(source)
-    if "path" not in frame.columns:
-        raise SlideError(f"{source}: no column path; expected slide_id, organ, path and, where a file lacks it, mpp")
+    check_columns(frame, ("slide_id", "organ", "path"), where=str(source))
     blank = frame.index[frame["path"].str.strip() == ""]
     if len(blank):
         raise SlideError(f"{source}: row {blank[0] + 1} has no path")
     base = source.resolve().parent
     paths = [path if is_remote(path) else str(base / path) for path in frame["path"]]
     frame = frame.assign(path=paths, mpp=frame["mpp"] if "mpp" in frame.columns else "")
-    for row in frame.to_dict("records"):
+    frame = _checked(frame, str(source))
+    table: Any = frame.to_dict("records")
+    for row in table:
         _stated_mpp(row, str(source))
-    return _checked(frame, str(source))
+    return frame
 
 
 def _slides_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:

@@ -301,6 +301,23 @@ def test_a_slide_that_was_mended_is_added_at_the_end(folder: Path, tmp_path: Pat
         assert pd.read_csv(out / "failed_slides.csv").empty
 
 
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
+def test_tiles_are_cut_and_added_on_a_disk_of_their_own(folder: Path, small_disk: Path) -> None:
+    """The disk's own folder, and a link to one on it: what is renamed may not come from beside it."""
+    slides, link = slides_to_read(folder / "slides.csv"), small_disk.with_name("link")
+    (small_disk / "folder").mkdir()
+    link.symlink_to(small_disk / "folder")
+    for options in (LOOSE, PACKED):
+        for number in (1, 2):
+            store, failed = tile_slides(slides.iloc[:number], link, options)
+            assert (store.num_slides, failed) == (number, [])
+        store.verify(deep=True)
+        shutil.rmtree(small_disk / "folder")
+        (small_disk / "folder").mkdir()
+    (small_disk / "folder").rmdir()
+    assert tile_slides(slides.iloc[:1], small_disk, LOOSE)[0].num_slides == 1
+
+
 def test_shares_give_the_store_of_one_call(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
     for k in (1, 0):

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import pandas as pd
+from hpcssl.cli.demo_inputs import check_label, cut_tiles, demo_spec
 
+if TYPE_CHECKING:
     from hpcssl.schedule.file import Schedule
-    from hpcssl.schedule.spec import ScheduleSpec
     from hpcssl.tiles.store import Store
     from hpcssl.train.config import PretrainConfig, Timeline
 
@@ -49,13 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label", metavar="COLUMN", help="column of the slide table to predict (default: label, if there)"
     )
+    parser.add_argument(
+        "--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages that are not done."""
     begun = time.monotonic()
-    demo = Demo(args.out, args.tiles, args.slides, args.label, args.seed)
+    demo = Demo(args.out, args.tiles, args.slides, args.label, args.seed, args.assume_mpp)
     demo.claim()
     print(
         "about 5 minutes on 2 cores; stop it whenever you like: the same command goes on where it was", file=sys.stderr
@@ -81,6 +84,7 @@ class Demo:
     user_slides: Path | None
     label: str | None
     seed: int
+    assume_mpp: float | None = None
 
     def claim(self) -> None:
         """Take `out` for these arguments; refuse a folder of something else or of other arguments."""
@@ -90,6 +94,9 @@ class Demo:
 
         if self.user_tiles and not self.user_tiles.is_dir():
             raise StoreError(f"{self.user_tiles}: no such folder of tiles")
+        if self.assume_mpp is not None and not self.user_slides:
+            raise ConfigError("--assume-mpp is of whole slides; give --slides, too")
+        check_label(self.label, self.user_slides, self.user_tiles)
         asked: dict[str, Any] = {
             "tiles": self._source,
             "label": self.label,
@@ -117,7 +124,11 @@ class Demo:
     def prepare_tiles(self) -> None:
         """Cut tiles from the user's slides, or draw them where the user has neither."""
         if self.user_slides:
-            self._cut_tiles(self.user_slides)
+            _stage(1, f"tiles: cutting the slides of {self.user_slides} at 0.5 MPP")
+            fixed = self._schedule_path.exists()
+            lost = cut_tiles(self.user_slides, self._store_path, self.assume_mpp, threads=_cores(), fixed=fixed)
+            if lost:
+                _say(lost)
             return
         if self.user_tiles:
             _stage(1, f"tiles: {self.user_tiles}")
@@ -129,24 +140,6 @@ class Demo:
         total = sum(s.num_tiles for s in plan_slides(self.seed))
         with progress("drawing", total=total, unit="tiles") as advance:
             draw_tiles(self._tiles, seed=self.seed, on_progress=advance)
-
-    def _cut_tiles(self, table: Path) -> None:
-        from hpcssl.cli.progress import progress
-        from hpcssl.core.errors import SlideError
-        from hpcssl.tiles.tiling import TilingOptions, tile_slides
-        from hpcssl.tiles.wsi.source import FAILED, slides_to_read
-
-        _stage(1, f"tiles: cutting the slides of {table} at 0.5 MPP")
-        if (self._store_path / "store.json").exists():
-            return
-        slides = slides_to_read(table)
-        with progress("cutting", total=len(slides), unit="slides") as advance:
-            store, failed = tile_slides(slides, self._store_path, TilingOptions(threads=_cores()), on_progress=advance)
-        if store is None:
-            raise SlideError(f"{table}: none of {len(slides)} slides can be used; first: {failed[0]['reason']}")
-        if failed:
-            told = f"{self._store_path / FAILED}; first: {failed[0]['reason']}"
-            _say(f"{len(failed)} of {len(slides)} slides are left out, see {told}")
 
     def build_store(self) -> None:
         """Index the tiles and check that they are as indexed."""
@@ -164,15 +157,14 @@ class Demo:
     def write_splits(self) -> None:
         """Write one split file an organ; an organ whose labels allow none is left out, and the report says why."""
         from hpcssl.core.atomic import atomic_dir, write_atomic
-        from hpcssl.core.errors import SlideError, SplitError
+        from hpcssl.core.errors import SplitError
         from hpcssl.mccv.splits import make_splits
 
-        if (self.out / "splits").exists():
+        if (self.out / "splits").exists() and self._schedule_path.exists():
             return
+        shutil.rmtree(self.out / "splits", ignore_errors=True)  # the store may have grown since
         slides, left_out = self.store.slides, {}
         label = self.label or "label"
-        if self.label and label not in slides:
-            raise SlideError(f"--label {label}: no such column in the slide table; it has {', '.join(slides.columns)}")
         with atomic_dir(self.out / "splits") as folder:
             for organ, of_organ in slides.groupby("organ") if label in slides else ():
                 try:
@@ -195,7 +187,7 @@ class Demo:
         from hpcssl.schedule.verify import verify_schedule
 
         _stage(3, "organ-balanced schedule")
-        spec = demo_spec(self.store.slides, self.seed, self.recipe.global_batch)
+        spec = demo_spec(SPEC, self.store.slides, self.seed, self.recipe.global_batch)
         build_schedule(spec, self.store.slides, self._schedule_path)
         total = spec.num_pseudo_epochs * spec.positions_per_pseudo_epoch
         with progress("verifying the schedule", total=total, unit="positions") as advance:
@@ -356,30 +348,6 @@ class Demo:
         """The checkpoints that are compared: untrained, half-way, last."""
         length = self.schedule.num_pseudo_epochs
         return [self.timeline.step_at(n) for n in (0, length // 2, length)]
-
-
-def demo_spec(slides: pd.DataFrame, seed: int, batch: int) -> ScheduleSpec:
-    """Return the demo's schedule spec, widened where a user's tiles would not fit it."""
-    from dataclasses import replace
-
-    from hpcssl.core.errors import ScheduleError
-    from hpcssl.schedule.builder import Builder
-    from hpcssl.schedule.spec import load_spec
-
-    spec = load_spec(SPEC, [f"seed={seed}"])
-    per_organ = slides["organ"].value_counts()
-    groups = min(spec.num_groups, int(per_organ.max()))
-    # every slide of a group gets a position, and a pseudo-epoch whole batches
-    slides_in_group = int((-(-per_organ // groups)).sum())
-    positions = max(spec.positions_per_pseudo_epoch, -(-slides_in_group // batch) * batch)
-    fewest_tiles = int(slides["num_tiles"].min()) * max(1, len(slides) // groups - len(per_organ))
-    repeats = max(spec.max_repeats, -(-positions // fewest_tiles))
-    spec = replace(spec, num_groups=groups, positions_per_pseudo_epoch=positions, max_repeats=repeats)
-    with contextlib.suppress(ScheduleError):
-        Builder(spec, slides).check()
-        return spec
-    # organs of so many slides that an equal share is less than a position a slide: shares by slides always fit
-    return replace(spec, organ_power=1.0, organ_size="slides")
 
 
 def _stage(number: int, text: str) -> None:

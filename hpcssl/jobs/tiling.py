@@ -39,7 +39,7 @@ def submit_tiling(
     if writing:
         return None, Submitted(job=writing[0], tasks=0)
     shared = {
-        "source": source.resolve(),
+        "source": source.absolute(),  # and not resolved: records of slides have its name in theirs
         "out": out.resolve(),
         "options": replace(options, threads=profile.cpus_per_gpu),
     }

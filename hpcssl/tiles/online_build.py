@@ -1,6 +1,6 @@
 """Building an online store: every slide is looked at once, for its tissue, its grid and where tiles may lie.
 
-A build works in `.STORE.partial` beside the store, a file a slide; the same command after a kill goes on there. A slide
+A build works in `STORE/.partial`, a file a slide; the same command after a kill goes on there. A slide
 that cannot be used is left out and told with its reason.
 """
 
@@ -34,7 +34,7 @@ from hpcssl.tiles.wsi.opening import open_slide
 from hpcssl.tiles.wsi.ranges import Ranges, is_remote
 from hpcssl.tiles.wsi.sampling import sample
 from hpcssl.tiles.wsi.slide import Slide
-from hpcssl.tiles.wsi.source import FAILED, mpp_of, write_failed
+from hpcssl.tiles.wsi.source import FAILED, mpp_of, told_mpp, write_failed
 
 _SLIDES_AT_A_TIME = 4  # their reading is shared out to the threads
 
@@ -91,7 +91,7 @@ def build_online(
     Parameters
     ----------
     slides : slide_id, organ, path (or URL), and mpp, blank where the file says it; other columns are carried along
-    out : folder of the store; must not exist, unless for `append`
+    out : folder of the store; must hold nothing else, and a store only for `append`
     append : keep the slides of the store at `out`, and add those that it lacks at its end
     share : (k, n): look only at every n-th slide from the k-th on, from 0, and leave the store to a later call; several
         nodes may do so at the same time
@@ -109,9 +109,9 @@ def build_online(
     """
     if share and not 0 <= share[0] < share[1]:
         raise StoreError(f"--share {share[0] + 1}/{share[1]}; expected K/N with K from 1 to N")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work_in = out.with_name(f".{out.name}.partial")
-    with alone(out if share is None else out.with_name(f"{out.name}-share-{share[0]}")):
+    out.mkdir(parents=True, exist_ok=True)
+    work_in = out / ".partial"  # not beside it: that may be another disk
+    with alone(out / ("store.json" if share is None else f"share-{share[0]}")):
         base = _base(out, options, append=append)
         _claim(work_in, options)
         slides = slides.assign(path=[p if is_remote(p) else str(Path(p).absolute()) for p in slides["path"]])
@@ -128,10 +128,9 @@ def build_online(
         used = slides[~slides["slide_id"].isin({row["slide_id"] for row in failed})]
         if used.empty and base is None:
             raise StoreError(f"{out}: none of {len(rows)} slides can be used; first: {failed[0]['reason']}")
-        out.mkdir(exist_ok=True)
         write_failed(out, failed)
         if not used.empty:
-            found = [_found_file(work_in, row) for row in _rows(used)]
+            found = [_found_file(work_in, row, options) for row in _rows(used)]
             write_online(out, used, found, options.about, base=base, work_in=work_in)
         shutil.rmtree(work_in)
     store = Store.open(out)
@@ -142,7 +141,7 @@ def build_online(
 def _base(out: Path, options: OnlineOptions, *, append: bool) -> OnlineStore | None:
     """Return the store that is extended, None where there is none yet."""
     if not (out / "store.json").exists():
-        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        names = sorted(path.name for path in out.iterdir())
         others = [name for name in names if not name.startswith(("index-", ".")) and name != FAILED]
         if others:
             raise StoreError(f"{out}: holds {others[0]}, no store; choose another --out")
@@ -161,7 +160,7 @@ def _base(out: Path, options: OnlineOptions, *, append: bool) -> OnlineStore | N
 
 def _claim(work_in: Path, options: OnlineOptions) -> None:
     """Make the folder to work in, or go on in the one that a killed build with the same options left."""
-    about = {"format": FORMAT, **options.about, "assume_mpp": options.assume_mpp}
+    about = {"format": FORMAT, **options.about}
     work_in.mkdir(exist_ok=True)
     file = work_in / "options.json"
     if not file.exists():
@@ -176,14 +175,15 @@ def _rows(slides: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(slides.columns, values)) for values in slides.itertuples(index=False, name=None)]
 
 
-def _found_file(work_in: Path, row: Mapping[str, Any]) -> Path:
-    """Return the file of what was found in a slide; its name says for which row."""
-    return work_in / f"{row['slide_id']}-{digest_bytes(repr((row['path'], row['mpp'])).encode())[:16]}.npz"
+def _found_file(work_in: Path, row: Mapping[str, Any], options: OnlineOptions) -> Path:
+    """Return the file of what was found in a slide; its name says for which row, and which MPP was to be assumed."""
+    found_for = repr((row["path"], told_mpp(row, options.assume_mpp)))
+    return work_in / f"{row['slide_id']}-{digest_bytes(found_for.encode())[:16]}.npz"
 
 
 def _looked_at(row: Mapping[str, Any], work_in: Path, options: OnlineOptions, pool: Executor) -> str | None:
     """Write what there is to know of a slide, unless it was written; returns why that cannot be done."""
-    file = _found_file(work_in, row)
+    file = _found_file(work_in, row, options)
     if file.exists():
         return None
     try:

@@ -1,9 +1,10 @@
 """Building a store: one pass over `<organ>/<slide_id>/*.jpg`, so that nothing lists folders twice.
 
-A build works in `.STORE.partial` beside the store; the same command after a kill goes on there, if the slides done are
-what they were, and so it does after an error, once its cause is mended. Files that are no whole JPEG are listed in
-`STORE.bad_tiles.csv` beside the store, all of them; slides found whole are not opened again. An extension of a
-store keeps what is there: the new index gets a folder of its own in the store, and new tiles get shards of their own,
+A build works in `.STORE.partial` beside the store, or in `STORE/.partial` where the store's folder is there already: it
+may be a link, or a disk of its own. The same command after a kill goes on there, if the slides done are what they were,
+and so it does after an error, once its cause is mended. Files that are no whole JPEG are listed in
+`STORE.bad_tiles.csv` beside the store, all of them; slides found whole are not opened again. An extension of a store
+keeps what is there: the new index gets a folder of its own in the store, and new tiles get shards of their own,
 until `store.json`, replaced last, names them. So whoever opens the store finds it whole at any moment; shards beyond
 those that it counts are still being written.
 """
@@ -131,7 +132,7 @@ class Build:
         self.tiles, self.out, self.slides, self.base, self.options = tiles, out, slides, base, options
         self.on_progress = on_progress
         self.in_place = in_place or base is not None
-        self.partial = out.with_name(f".{out.name}.partial")
+        self.partial = out / ".partial" if self.in_place else out.with_name(f".{out.name}.partial")
         self.folders = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"])]
         self.packed = base.packed if base else options.pack
         self.shards: ShardWriter | None = None

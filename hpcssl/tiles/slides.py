@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
     """Check a slide table and return it with `num_tiles` as int64; SlideError names what is wrong and where."""
-    for column in REQUIRED:
-        if column not in frame.columns:
-            found = ", ".join(map(repr, frame.columns))
-            raise SlideError(f"{where}: no column {column}; expected {', '.join(REQUIRED)}, found {found}")
+    check_columns(frame, REQUIRED, where=where)
     if frame.empty:
         raise SlideError(f"{where}: no slides")
     for column in ("slide_id", "organ"):
@@ -99,6 +97,16 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
             f" below 2^31 ({len(bad)} such rows)"
         )
     return frame.assign(num_tiles=counts.astype("int64")).reset_index(drop=True)
+
+
+def check_columns(frame: pd.DataFrame, required: Sequence[str], *, where: str) -> None:
+    """Refuse a table that lacks a column, telling those that it has, quoted: blanks and semicolons are seen so."""
+    for column in required:
+        if column not in frame.columns:
+            found = ", ".join(map(repr, frame.columns))
+            raise SlideError(
+                f"{where}: no column {column}; expected {', '.join(required)}, separated by commas alone, found {found}"
+            )
 
 
 def missing(column: pd.Series) -> pd.Series:

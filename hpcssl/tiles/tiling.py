@@ -36,7 +36,7 @@ from hpcssl.tiles.scan import Build, BuildOptions
 from hpcssl.tiles.store import Store
 from hpcssl.tiles.wsi.cutting import Cut, CutOptions, plan_cut, tile_name
 from hpcssl.tiles.wsi.qc import qc_picture
-from hpcssl.tiles.wsi.source import FAILED, slides_to_read, write_failed
+from hpcssl.tiles.wsi.source import FAILED, slides_to_read, told_mpp, write_failed
 
 _SLIDES_AT_A_TIME = 4  # while one is opened or written, the others are cut
 _TOGETHER = 256  # tiles that are copied into a shard at a time
@@ -96,7 +96,7 @@ def tile_slides(
     _claim(out, options)
     with alone(out / ".tiling" / ("all" if share is None else f"share-{share[0]}")):
         base, rows = _rows_to_hold(slides, out)
-        todo = [row for row in (rows[share[0] :: share[1]] if share else rows) if not _file(out, row, ".json").exists()]
+        todo = _not_cut(rows[share[0] :: share[1]] if share else rows, out, options)
         on_total(len(todo))
         failed = _cut_all(todo, out, options, on_progress)
         if share is None:
@@ -111,7 +111,7 @@ def tile_slides(
 def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
     """Take the folder for a job array, and return the ids of the slides that are not cut yet."""
     _claim(out, options)
-    return [row["slide_id"] for row in _rows_to_hold(slides, out)[1] if not _file(out, row, ".json").exists()]
+    return [row["slide_id"] for row in _not_cut(_rows_to_hold(slides, out)[1], out, options)]
 
 
 def cut_slides(source: Path, out: Path, options: TilingOptions, slide_ids: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ def cut_slides(source: Path, out: Path, options: TilingOptions, slide_ids: Seque
     """
     wanted = set(slide_ids)
     rows = [row for row in _rows_to_hold(slides_to_read(source), out)[1] if row["slide_id"] in wanted]
-    _cut_all([row for row in rows if not _file(out, row, ".json").exists()], out, options, lambda n: None)
+    _cut_all(_not_cut(rows, out, options), out, options, lambda n: None)
 
 
 def tile_source(source: Path, out: Path, options: TilingOptions) -> None:
@@ -145,6 +145,10 @@ def _rows_to_hold(slides: pd.DataFrame, out: Path) -> tuple[Store | None, list[d
     return base, [row for row in table if row["slide_id"] not in held]
 
 
+def _not_cut(rows: list[dict[str, Any]], out: Path, options: TilingOptions) -> list[dict[str, Any]]:
+    return [row for row in rows if not _file(out, row, options, ".json").exists()]
+
+
 def _store_at(out: Path) -> Store | None:
     return Store.open(out) if (out / "store.json").exists() else None
 
@@ -152,6 +156,7 @@ def _store_at(out: Path) -> Store | None:
 def _claim(out: Path, options: TilingOptions) -> None:
     """Take the folder for these tiles; refuse one of something else, or of tiles that were cut otherwise."""
     note, asked = out / "tiling.json", asdict(options.cut) | {"pack": options.pack, "shard_gb": options.shard_gb}
+    del asked["assume_mpp"]  # of single slides; their records say it
     if note.exists():
         found = read_json(note, StoreError(f"{note}: damaged; remove {out} or choose another --out"))
         if difference := first_difference(found, asked):
@@ -165,12 +170,14 @@ def _claim(out: Path, options: TilingOptions) -> None:
         folder.mkdir(exist_ok=True)
 
 
-def _file(out: Path, row: Mapping[str, Any], suffix: str) -> Path:
+def _file(out: Path, row: Mapping[str, Any], options: TilingOptions, suffix: str) -> Path:
     """Return a file of a slide that is cut; its name says from which row, so that a changed row is cut again.
+
+    So is one whose row has no MPP where another is to be assumed.
 
     `.jpegs` are the tiles for a packed store, `.npy` their corners and sizes, and `.json`, written last, the facts.
     """
-    cut_from = repr([str(row[key]) for key in ("organ", "path", "mpp")])
+    cut_from = repr([str(row["organ"]), str(row["path"]), told_mpp(row, options.cut.assume_mpp)])
     return out / ".tiling" / f"{row['slide_id']}-{digest_bytes(cut_from.encode())[:16]}{suffix}"
 
 
@@ -214,16 +221,16 @@ def _cut_slide(row: Mapping[str, Any], out: Path, options: TilingOptions, pool: 
         )
     jpegs = cut.jpegs(pool, window=2 * options.threads)
     if options.pack:
-        with atomic_file(_file(out, row, ".jpegs")) as temporary, temporary.open("wb") as stream:
+        with atomic_file(_file(out, row, options, ".jpegs")) as temporary, temporary.open("wb") as stream:
             sizes = _write_joined(jpegs, stream)
     else:
         folder = out / row["organ"] / row["slide_id"]
         shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed before its record
         with atomic_dir(folder) as partial:
             sizes = _write_files(jpegs, cut, partial)
-    with atomic_file(_file(out, row, ".npy")) as temporary, temporary.open("wb") as stream:
+    with atomic_file(_file(out, row, options, ".npy")) as temporary, temporary.open("wb") as stream:
         np.save(stream, np.column_stack([cut.corners, sizes]))
-    write_atomic(_file(out, row, ".json"), json.dumps(cut.facts) + "\n")
+    write_atomic(_file(out, row, options, ".json"), json.dumps(cut.facts) + "\n")
 
 
 def _write_joined(jpegs: Iterator[list[bytes]], stream: BinaryIO) -> list[int]:
@@ -248,12 +255,12 @@ def _write_files(jpegs: Iterator[list[bytes]], cut: Cut, folder: Path) -> list[i
 def _assemble(rows: list[dict[str, Any]], out: Path, base: Store | None, options: TilingOptions) -> None:
     """Add the slides that are cut to the store."""
     damaged = StoreError(f"{out}: damaged; choose another --out")
-    facts = [read_json(_file(out, row, ".json"), damaged) for row in rows]
+    facts = [read_json(_file(out, row, options, ".json"), damaged) for row in rows]
     slides = pd.DataFrame(rows).assign(num_tiles=1).drop(columns="mpp")
     slides = pd.concat([slides, pd.DataFrame(facts)], axis=1)
     if base:
         slides = pd.concat([base.slides.drop(columns="first_tile"), slides], ignore_index=True).fillna("")
-    _Assembly(out, slides, [_file(out, row, "") for row in rows], base, options).run(counted=False)
+    _Assembly(out, slides, [_file(out, row, options, "") for row in rows], base, options).run(counted=False)
 
 
 def _finish(out: Path, failed: list[dict[str, str]]) -> None:

@@ -82,10 +82,16 @@ def test_a_refused_demo_leaves_nothing_in_the_way(tiles: Path, tmp_path: Path, r
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["demo.json"]
 
 
-def test_a_label_that_is_no_column_is_refused_before_training(tiles: Path, tmp_path: Path, capsys) -> None:
-    assert main(["demo", "--tiles", str(tiles), "--out", str(tmp_path / "out"), "--label", "lable"]) == 2
+@pytest.mark.parametrize("source", ["tiles with a table", "tiles alone", "drawn"])
+def test_a_label_that_is_no_column_is_refused_before_anything_is_done(
+    tiles: Path, tmp_path: Path, capsys, source: str
+) -> None:
+    if source == "tiles alone":
+        (tiles / "slides.csv").unlink()
+    given = [] if source == "drawn" else ["--tiles", str(tiles)]
+    assert main(["demo", *given, "--out", str(tmp_path / "out"), "--label", "lable"]) == 2
     assert "--label lable: no such column in the slide table; it has" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "dino-demo").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_folder_of_tiles_after_a_stage_was_done(tiles: Path, tmp_path: Path, refuse: Refuse) -> None:

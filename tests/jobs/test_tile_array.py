@@ -15,8 +15,9 @@ from hpcssl.jobs.array import Call, Submitted
 from hpcssl.jobs.profile import Profile
 from hpcssl.tiles.store import Store
 from hpcssl.tiles.synthetic_slides import draw_slide
-from hpcssl.tiles.tiling import TilingOptions, tile_source
+from hpcssl.tiles.tiling import TilingOptions, slides_to_cut, tile_source
 from hpcssl.tiles.wsi.cutting import CutOptions
+from hpcssl.tiles.wsi.source import slides_to_read
 
 OPTIONS = TilingOptions(cut=CutOptions(tile_px=64), threads=2)
 
@@ -67,6 +68,18 @@ def test_a_second_submission_cuts_only_what_is_missing(slides: Path, tmp_path: P
     array, _ = tiling.submit_tiling(slides, tmp_path / "out", options=OPTIONS, profile=Profile(), num_tasks=9)
     assert array.tasks == 2
     assert [call.arguments["slide_ids"] for call in calls[0][1]] == [["b"], ["d"]]
+
+
+def test_tasks_cut_the_slides_of_a_folder_that_is_a_link_named_from_where_one_is(
+    slides: Path, tmp_path: Path, calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "skin").symlink_to(slides)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    tiling.submit_tiling(Path("skin"), out, options=OPTIONS, profile=Profile(), num_tasks=2)
+    monkeypatch.chdir("/")
+    calls[0][1][0]()
+    assert slides_to_cut(slides_to_read(tmp_path / "skin"), out, OPTIONS) == ["b", "d"]
 
 
 def test_nothing_is_submitted_beside_the_job_that_writes_the_store(

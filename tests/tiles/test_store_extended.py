@@ -96,16 +96,16 @@ def test_what_a_killed_extension_left_goes_with_the_next(store: Store, tiles: Pa
     add_slide(tiles, "aaa/new", [small.jpeg(3)])
 
     def stop(_: int) -> None:
-        if (store.path.parent / ".store.partial").exists():
+        if (store.path / ".partial").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_store(tiles, store.path, append=True, on_progress=stop)
-    assert (store.path.parent / ".store.partial").exists()
+    assert (store.path / ".partial").exists()
     shutil.rmtree(tiles / "aaa")
     extend(store, tiles)
     assert {p: p.read_bytes() for p in store.path.iterdir()} == before
-    assert not (store.path.parent / ".store.partial").exists()
+    assert not (store.path / ".partial").exists()
 
 
 def test_a_store_that_is_not_there_is_built(tiles: Path, tmp_path: Path, options: BuildOptions) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,30 @@ def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path
     store.verify(deep=True)
 
 
+def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_folder(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Also from share to share: a slide cut with another assumption is cut again, and no other."""
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
+    slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
+    for out, held in ((tmp_path / "one", slides[1:]), (tmp_path / "both", slides)):
+        tiled, failed = tile_slides(held, out, LOOSE)
+        assert (tiled is None) == (len(held) == 1)
+        assert "or say --assume-mpp" in failed[0]["reason"]
+        begun: list[int] = []
+        for assumed in (0.4, 0.25):
+            tile_slides(held, out, assuming(assumed), on_total=begun.append, share=(0, 1))
+        tiled, failed = tile_slides(held, out, assuming(0.25), on_total=begun.append)
+        assert (failed, begun) == ([], [1, 1, 0])
+        assert tiled.slides["mpp"].iloc[-1] == 0.25
+        tiled.verify(deep=True)
+
+
+def assuming(mpp: float) -> TilingOptions:
+    return replace(LOOSE, cut=replace(CUT, assume_mpp=mpp))
+
+
 def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides = slides_to_read(folder / "slides.csv")
     data = (folder / "a.tif").read_bytes()
@@ -276,6 +301,23 @@ def test_a_slide_that_was_mended_is_added_at_the_end(folder: Path, tmp_path: Pat
         assert pd.read_csv(out / "failed_slides.csv").empty
 
 
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
+def test_tiles_are_cut_and_added_on_a_disk_of_their_own(folder: Path, small_disk: Path) -> None:
+    """The disk's own folder, and a link to one on it: what is renamed may not come from beside it."""
+    slides, link = slides_to_read(folder / "slides.csv"), small_disk.with_name("link")
+    (small_disk / "folder").mkdir()
+    link.symlink_to(small_disk / "folder")
+    for options in (LOOSE, PACKED):
+        for number in (1, 2):
+            store, failed = tile_slides(slides.iloc[:number], link, options)
+            assert (store.num_slides, failed) == (number, [])
+        store.verify(deep=True)
+        shutil.rmtree(small_disk / "folder")
+        (small_disk / "folder").mkdir()
+    (small_disk / "folder").rmdir()
+    assert tile_slides(slides.iloc[:1], small_disk, LOOSE)[0].num_slides == 1
+
+
 def test_shares_give_the_store_of_one_call(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
     for k in (1, 0):
@@ -326,3 +368,63 @@ def test_the_table_says_where_slides_are_and_its_mpp_goes_first(tmp_path: Path, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(SlideError, match="no slides in it"):
         slides_to_read(tmp_path / "empty")
+
+
+def test_a_folder_of_slides_is_the_same_from_wherever_it_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So its table serves elsewhere, too, and no slide is cut twice because a job names the folder in full."""
+    absolute = slides_to_read(folder)
+    assert absolute["path"].tolist() == [str(folder / f"{name}.tif") for name in "abc"]
+    monkeypatch.chdir(folder.parent)
+    for named in (folder.name, f"{folder.name}/../{folder.name}"):
+        assert slides_to_read(Path(named)).equals(absolute)
+    monkeypatch.chdir(folder)
+    assert slides_to_read(Path()).equals(absolute)
+
+
+def test_links_in_a_folder_of_slides_count_for_what_they_are_called(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "by-organ"
+    (root / "prostate").mkdir(parents=True)
+    (root / "prostate" / "p1.tif").symlink_to(folder / "a.tif")
+    (root / ".snapshot" / "old").mkdir(parents=True)
+    (root / ".snapshot" / "old" / "o.tif").touch()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("k.tif", "L.SVS", "notes.txt", ".hidden.tif"):
+        (tmp_path / "elsewhere" / name).touch()
+    (root / "kidney").symlink_to(tmp_path / "elsewhere")
+    (root / "prostate" / "round").symlink_to(root)
+    found = slides_to_read(root)
+    assert found[["slide_id", "organ", "path"]].to_numpy().tolist() == [
+        ["L", "kidney", str(root / "kidney" / "L.SVS")],
+        ["k", "kidney", str(root / "kidney" / "k.tif")],
+        ["p1", "prostate", str(root / "prostate" / "p1.tif")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "column", "found"),
+    [
+        ("slide_id;organ;path;mpp", "slide_id", "'slide_id;organ;path;mpp'"),
+        ("slide_id\torgan\tpath", "slide_id", r"'slide_id\torgan\tpath'"),
+        ("organ,path,mpp", "slide_id", "'organ', 'path', 'mpp'"),
+        ("slide_id,path,mpp", "organ", "'slide_id', 'path', 'mpp'"),
+        ("slide_id, organ, path", "organ", "'slide_id', ' organ', ' path'"),
+        ("slide_id,organ,Path", "path", "'slide_id', 'organ', 'Path'"),
+    ],
+)
+def test_a_table_without_a_column_is_told_what_it_has(tmp_path: Path, header: str, column: str, found: str) -> None:
+    """And never of num_tiles, which nobody knows before."""
+    table = tmp_path / "t.csv"
+    table.write_text(f"{header}\n" + "x" + header.count(",") * ",x" + "\n")  # an MPP that cannot be used, too
+    with pytest.raises(SlideError) as caught:
+        slides_to_read(table)
+    expected = "expected slide_id, organ, path, separated by commas alone"
+    assert str(caught.value) == f"{table}: no column {column}; {expected}, found {found}"
+
+
+def test_a_row_without_an_id_is_told_before_its_mpp(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("slide_id,organ,path,mpp\n,skin,x.tif,abc\n")
+    with pytest.raises(SlideError, match="row 1 has no slide_id"):
+        slides_to_read(table)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from hpcssl.core.atomic import write_atomic
 from hpcssl.core.errors import SlideError
-from hpcssl.tiles.slides import check_slides, read_table
+from hpcssl.tiles.slides import check_columns, check_slides, read_table
 from hpcssl.tiles.wsi.ranges import is_remote
 from hpcssl.tiles.wsi.slide import Slide, plausible_mpp
 
@@ -24,7 +25,7 @@ def slides_to_read(source: Path) -> pd.DataFrame:
     """Return the slides of a table, or of a folder: `slide_id, organ, path, mpp` and what else the table has, as text.
 
     A table's paths count from its own folder; they may be URLs. In a folder, the name of the folder that holds a slide
-    is its organ, and its own name without the ending is its slide_id.
+    is its organ, and its own name without the ending is its slide_id; links count for what they are called.
 
     Raises
     ------
@@ -32,23 +33,38 @@ def slides_to_read(source: Path) -> pd.DataFrame:
         For a folder without slides, or a table that lacks a column or a path.
     """
     if source.is_dir():
-        files = sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
+        files = sorted(_slides_below(os.path.abspath(source)))  # noqa: PTH100 (resolve() renames links)
         if not files:
             raise SlideError(f"{source}: no slides in it; expected files that end in {', '.join(_SUFFIXES)}")
-        rows = [{"slide_id": f.stem, "organ": f.resolve().parent.name, "path": str(f), "mpp": ""} for f in files]
+        rows = [{"slide_id": f.stem, "organ": f.parent.name, "path": str(f), "mpp": ""} for f in files]
         return _checked(pd.DataFrame(rows), str(source))
     frame = read_table(source)
-    if "path" not in frame.columns:
-        raise SlideError(f"{source}: no column path; expected slide_id, organ, path and, where a file lacks it, mpp")
+    check_columns(frame, ("slide_id", "organ", "path"), where=str(source))
     blank = frame.index[frame["path"].str.strip() == ""]
     if len(blank):
         raise SlideError(f"{source}: row {blank[0] + 1} has no path")
     base = source.resolve().parent
     paths = [path if is_remote(path) else str(base / path) for path in frame["path"]]
     frame = frame.assign(path=paths, mpp=frame["mpp"] if "mpp" in frame.columns else "")
-    for row in frame.to_dict("records"):
+    frame = _checked(frame, str(source))
+    table: Any = frame.to_dict("records")
+    for row in table:
         _stated_mpp(row, str(source))
-    return _checked(frame, str(source))
+    return frame
+
+
+def _slides_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the slides in a folder and below it, also below links, but not round in circles."""
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                if Path(entry.name).suffix.lower() in _SUFFIXES:
+                    yield Path(entry.path)
+            elif os.path.realpath(entry.path) not in above:
+                yield from _slides_below(entry.path, above)
 
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -67,6 +83,15 @@ def _stated_mpp(row: Mapping[str, Any], where: str) -> float | None:
     if mpp is None:
         raise SlideError(f"{where}: slide {row['slide_id']} has mpp {text!r}; expected microns per pixel, 0.05 to 20")
     return mpp
+
+
+def told_mpp(row: Mapping[str, Any], assumed: float | None) -> str:
+    """Return what there is to go by for the MPP of a row's slide, besides its file; blank where there is nothing.
+
+    >>> told_mpp({"mpp": "0.25"}, 0.5), told_mpp({"mpp": ""}, 0.5), told_mpp({"mpp": ""}, None)
+    ('0.25', 'assumed 0.5', '')
+    """
+    return str(row["mpp"]).strip() or ("" if assumed is None else f"assumed {assumed}")
 
 
 def mpp_of(slide: Slide, row: Mapping[str, Any], assumed: float | None = None) -> float:

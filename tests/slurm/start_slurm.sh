@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A SLURM of several nodes on this one Debian machine, for tests; needs root, but no systemd:
 #   start_slurm.sh start [nodes=2] [cpus of a node=2] | stop | env      then: eval "$(start_slurm.sh env)"
-# Partition main is preempted by urgent, with a grace of a minute.
+# Every node has as many GPUs as CPUs, which are empty files. Partition main is preempted by urgent, with a grace of a
+# minute, and abrupt without any; team takes jobs of the account team alone.
 # Exit code 3 where this machine cannot have one: no root, no SLURM, and no apt-get that installs it.
 # Everything lies in $SLURM_ROOT, with a munge of its own, on ports that are free; `stop` ends what `start` began, and
 # nothing else, and takes the nodes' names out of /etc/hosts again.
@@ -64,11 +65,13 @@ MailProg=/bin/true
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+GresTypes=gpu
+JobSubmitPlugins=lua
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,sched_min_interval=200000,batch_sched_delay=0
 SlurmdParameters=config_overrides
-KillWait=30
+KillWait=15
 # as many clusters have it: only a job that asks for it may be requeued
 JobRequeue=0
 ReturnToService=2
@@ -79,10 +82,24 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 # the state is new with every start; job ids shall be, too, for submitit names files by them
 FirstJobId=$(($(date +%s) % 60000000 + 1))
-NodeName=node[1-$1] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((base + 1))-$((base + $1))] CPUs=$2 State=UNKNOWN
+NodeName=DEFAULT CPUs=$2 Gres=gpu:$2 State=UNKNOWN
+NodeName=node[1-$1] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((base + 1))-$((base + $1))]
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=abrupt Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
+PartitionName=team Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
+  mkdir -p "$root/gpus" && seq -f "$root/gpus/%g" "$2" | xargs touch
+  printf 'AutoDetect=off\nNodeName=node[1-%s] Name=gpu File=%s\n' "$1" "$root/gpus/[1-$2]" >"$root/gres.conf"
+  # of accounts SLURM itself knows nothing without a database
+  cat >"$root/job_submit.lua" <<'LUA'
+function slurm_job_submit(job, partitions, user)
+  return (job.partition == "team" and job.account ~= "team") and slurm.ESLURM_INVALID_ACCOUNT or slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user)
+  return slurm.SUCCESS
+end
+LUA
   printf 'CgroupPlugin=autodetect\nConstrainCores=no\nConstrainRAMSpace=no\n' >"$root/cgroup.conf"
 }
 

@@ -51,12 +51,11 @@ def work(small: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hpcssl(small: ModuleType, work: Path, slurm: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def hpcssl(hpcssl_in: Callable, work: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a command of hpcssl in the work folder, beside the cluster."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 240}
-        return subprocess.run(small.commandline(*arguments), cwd=work, env=slurm, check=False, **options)  # type: ignore[call-overload]
+        return hpcssl_in(work, *arguments)
 
     return run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -23,16 +23,15 @@ JOBS_S = 200  # for the array and the job after it, on a busy machine
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-def test_an_array_tiles_slides_as_one_process_does(small: ModuleType, slurm: dict[str, str], tmp_path: Path) -> None:
+def test_an_array_tiles_slides_as_one_process_does(hpcssl_in: Callable, slurm: dict[str, str], tmp_path: Path) -> None:
     slides = tmp_path / "slides" / "skin"
     slides.mkdir(parents=True)
     for seed in range(4):
         draw_slide(slides / f"s{seed}.tif", seed=seed, width=800, height=700)
     (slides / "bad.tif").write_bytes(b"no slide")
     (tmp_path / "profile.yaml").write_text(PROFILE)
-    command = small.commandline("tile", "slides", "--out", "tiles", "--tile-px", 64, "--pack")
-    array = [*command, "--cluster", "slurm", "--array", "2", "--profile", "profile.yaml"]
-    done = subprocess.run(array, cwd=tmp_path, env=slurm, check=False, capture_output=True, text=True, timeout=120)
+    array = ("--cluster", "slurm", "--array", "2", "--profile", "profile.yaml")
+    done = hpcssl_in(tmp_path, "tile", "slides", "--out", "tiles", "--tile-px", 64, "--pack", *array)
     assert done.returncode == 0, done.stderr
     assert "2 tasks cut the slides that are missing" in done.stdout
     assert len(set(re.findall(r"^job (\d+)", done.stdout, re.MULTILINE))) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +192,21 @@ def test_neighbours_share_the_blocks_that_are_kept(drawn: Path) -> None:
             slide.read(x, 10, 0, 64, 64)
         blocks[cache_mb] = slide.blocks_decoded
     assert blocks == {0: 16, 8: 4}
+
+
+def test_an_open_slide_holds_sixteen_bytes_for_a_block(tmp_path: Path) -> None:
+    """What `held_bytes` says: Python's numbers in the tags of its pages would be four times as much."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((1024, 1024, 3), np.uint8), tile=(16, 16), photometric="rgb")
+    open_slide(tmp_path / "a.tif")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        slide = open_slide(tmp_path / "a.tif")
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert slide.held_bytes == 16 * 64 * 64 < held < 1.3 * slide.held_bytes
 
 
 def test_a_file_is_open_as_long_as_its_slide_and_no_longer(drawn: Path) -> None:

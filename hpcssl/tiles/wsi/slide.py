@@ -56,9 +56,11 @@ class Slide(ABC):
     reader : "tiff" (blocks read directly) or "openslide"
     levels : finest first
     about : MPP and scanner
+    held_bytes : memory that the places of its blocks take, 0 where that is not known; decoded blocks are not counted
     """
 
     reader: str
+    held_bytes = 0
 
     def __init__(self, path: str, levels: Sequence[Level], about: About):
         self.path, self.levels, self.about = path, tuple(levels), about

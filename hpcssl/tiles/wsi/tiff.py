@@ -52,7 +52,8 @@ class UnfitTiffError(Exception):
 class _Blocks:
     """Where the blocks of a level are, and how they are decoded."""
 
-    page: Any  # tifffile.TiffPage: its decoder is a function of bytes, shared by threads
+    decode: Any  # tifffile's, a function of bytes that threads share; its page, which holds far more, is let go
+    says_ycbcr: bool  # of JPEG blocks
     tables: bytes | None  # of JPEG, common to all blocks
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]  # 0: nothing was scanned there
@@ -110,6 +111,7 @@ class TiffSlide(Slide):
             steps = [float(2 ** round(np.log2(step))) for step in steps]
         levels = [Level(width=w, height=h, downsample=d) for (w, h), d in zip(sizes, steps, strict=True)]
         super().__init__(path, levels, about)
+        self.held_bytes = sum(blocks.offsets.nbytes + blocks.sizes.nbytes for blocks in self._levels)
         self.blocks_decoded = 0
         self._untransformed = False
         self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
@@ -168,7 +170,7 @@ class TiffSlide(Slide):
         try:
             if self._untransformed:
                 return decode_untransformed(data, blocks.tables)
-            return blocks.page.decode(data, index, jpegtables=blocks.tables)[0][0]
+            return blocks.decode(data, index, jpegtables=blocks.tables)[0][0]
         except Exception as error:  # every codec has errors of its own
             text = " ".join(str(error).split()) or type(error).__name__
             raise SlideError(f"{self.path}: block {index} of level {level} cannot be decoded ({text})") from error
@@ -177,7 +179,7 @@ class TiffSlide(Slide):
         """Say whether some blocks of the coarsest level hold RGB though the file says YCbCr."""
         level = len(self._levels) - 1
         blocks = self._levels[level]
-        if blocks.page.photometric != _YCBCR or blocks.page.compression not in _JPEG:
+        if not blocks.says_ycbcr:
             return False
         held = np.flatnonzero(blocks.sizes)
         some = held[:: max(1, len(held) // _LOOKED_AT)].tolist()
@@ -268,8 +270,16 @@ def _blocks(page: Any) -> _Blocks:
     columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
     if len(offsets) != columns * rows or len(sizes) != columns * rows:
         raise UnfitTiffError(f"a TIFF with {len(offsets)} blocks where {columns} × {rows} are needed")
-    page.decode  # noqa: B018 builds the decoder while the file is open
-    return _Blocks(page, page.jpegtables, offsets, sizes, page.tilewidth, page.tilelength, columns)
+    return _Blocks(
+        decode=page.decode,
+        says_ycbcr=page.photometric == _YCBCR and page.compression in _JPEG,
+        tables=page.jpegtables,
+        offsets=offsets,
+        sizes=sizes,
+        width=page.tilewidth,
+        height=page.tilelength,
+        columns=columns,
+    )
 
 
 def _about(file: tifffile.TiffFile, page: Any) -> About:

@@ -44,7 +44,8 @@ from hpcssl.tiles.wsi.slide import Slide
 
 ARRAYS = {"corners.npy": "<u4", "run_starts.npy": "<u4", "run_ends.npy": "<u4", "areas.npy": "<u8"}
 INDEX_FILES = ("slides.parquet", "paths.bin", "paths.npy", *ARRAYS)
-_MOST_OPEN = 64  # slides; each holds a file and a table of its blocks, up to a few MB
+_MOST_OPEN = 64  # slides; each holds a file and a table of its blocks
+_MOST_HELD = 1 << 27  # bytes of these tables; a slide of 200,000 blocks has about 4 MB
 
 
 def identity_of(slides: pd.DataFrame, header: Mapping[str, Any]) -> dict[str, str]:
@@ -71,13 +72,14 @@ class Place(NamedTuple):
 
 
 class OpenSlides:
-    """The slides that were used last, at most `most`; one is closed when no thread reads from it any more.
+    """The slides that were used last, at most `most` and of `most_bytes`, or one that is larger.
 
+    One that is let go is closed when no thread reads from it any more.
     Threads that want the same slide wait for one opening of it, and share its failure.
     """
 
-    def __init__(self, most: int):
-        self._most, self._lock = most, threading.Lock()
+    def __init__(self, most: int, most_bytes: int):
+        self._most, self._most_bytes, self._lock = most, most_bytes, threading.Lock()
         self._slides: OrderedDict[str, Future[Slide]] = OrderedDict()
 
     def get(self, path: str) -> Slide:
@@ -87,12 +89,13 @@ class OpenSlides:
             opens = found is None
             if found is None:
                 found = self._slides[path] = Future()
+                self._let_go()
             self._slides.move_to_end(path)
-            while len(self._slides) > self._most:
-                self._slides.popitem(last=False)
         if opens:
             try:
                 found.set_result(open_slide(path))
+                with self._lock:
+                    self._let_go()
             except BaseException as error:
                 with self._lock:
                     if self._slides.get(path) is found:
@@ -100,6 +103,13 @@ class OpenSlides:
                 found.set_exception(error)
                 raise
         return found.result()
+
+    def _let_go(self) -> None:
+        """Forget those used longest ago, until the others are few and small enough."""
+        held = [slide.result().held_bytes if slide.done() else 0 for slide in self._slides.values()]
+        while len(held) > 1 and (len(held) > self._most or sum(held) > self._most_bytes):
+            self._slides.popitem(last=False)
+            held.pop(0)
 
 
 class _Draws(NamedTuple):
@@ -134,7 +144,7 @@ class OnlineStore(Store):
         self._run_starts = self._array("run_starts.npy", "<u4", num_runs)
         self._run_ends = self._array("run_ends.npy", "<u4", num_runs)
         self._corners = self._array("corners.npy", "<u4", 2 * self.num_tiles)
-        self._open = OpenSlides(_MOST_OPEN)
+        self._open = OpenSlides(_MOST_OPEN, _MOST_HELD)
         self._columns = self.slides["mask_columns"].to_numpy(np.int64)
         self._cell = self.slides["mask_cell"].to_numpy(np.float64)
         self._slide_mpp = self.slides["mpp"].to_numpy(np.float64)

@@ -194,6 +194,7 @@ class _Counted:
     """Stands for an opened slide."""
 
     opened: Counter = Counter()
+    held_bytes = 40
 
     def __init__(self, path: str):
         self.opened[path] += 1
@@ -207,11 +208,24 @@ def counted(monkeypatch) -> Counter:
 
 
 def test_so_many_slides_stay_open_those_used_last(counted) -> None:
-    slides = OpenSlides(2)
+    slides = OpenSlides(2, 1000)
     for path in "abacab":
         slides.get(path)
     assert counted == {"a": 1, "b": 2, "c": 1}
     assert len(slides._slides) == 2
+
+
+def test_open_slides_are_bound_by_the_memory_of_their_tables_too(counted) -> None:
+    slides = OpenSlides(10, 100)
+    for path in "abacab":
+        slides.get(path)
+    assert counted == {"a": 1, "b": 2, "c": 1}
+    assert len(slides._slides) == 2
+    one = OpenSlides(10, 30)
+    for path in "aabb":
+        one.get(path)
+    assert list(one._slides) == ["b"], "one that is larger stays until there is another"
+    assert counted == {"a": 2, "b": 3, "c": 1}
 
 
 def test_threads_wait_for_one_opening_and_share_its_failure(small, monkeypatch) -> None:
@@ -224,7 +238,7 @@ def test_threads_wait_for_one_opening_and_share_its_failure(small, monkeypatch) 
         raise TimeoutError("does not answer")
 
     monkeypatch.setattr(online_module, "open_slide", slow)
-    slides, told = OpenSlides(2), []
+    slides, told = OpenSlides(2, 1000), []
 
     def one() -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,11 +80,11 @@ def test_real_slides(real_data: Path, name: str, levels: list[int], mpp: float |
                 np.testing.assert_array_equal(slide.read(*place), through.read(*place), err_msg=str(place))
 
 
-def write_philips(path: Path, pixels: np.ndarray) -> None:
+def write_philips(path: Path, pixels: np.ndarray, *, height: float = 1.0) -> None:
     """Write a TIFF as Philips scanners do: levels filled up to whole blocks, and XML that says their spacing."""
-    spacing = '<Attribute Name="DICOM_PIXEL_SPACING">"{0}" "{0}"</Attribute>'
+    spacing = '<Attribute Name="DICOM_PIXEL_SPACING">"{1}" "{0}"</Attribute>'
     level = f'<DataObject ObjectType="PixelDataRepresentation">{spacing}</DataObject>'
-    levels = "".join(level.format(0.00025 * 2**n) for n in range(3))
+    levels = "".join(level.format(0.00025 * 2**n, height * 0.00025 * 2**n) for n in range(3))
     xml = (
         '<DataObject ObjectType="DPUfsImport"><Attribute Name="DICOM_MANUFACTURER">PHILIPS</Attribute>'
         f'<Attribute Name="X"><Array>{levels}</Array></Attribute></DataObject>'
@@ -149,6 +150,34 @@ def test_ome_levels_that_stand_below_the_first(tmp_path: Path) -> None:
     np.testing.assert_array_equal(slide.read(0, 0, 1, 250, 150), pixels[::2, ::2])
 
 
+@pytest.mark.parametrize("kind", ["philips", "ome", "resolution", "openslide"])
+def test_pixels_that_are_not_square_are_refused(tmp_path: Path, kind: str) -> None:
+    """And not taken for square ones, whose tiles would be half as high; half a per cent is none of that."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
+    path = tmp_path / {"philips": "a.tiff", "ome": "a.ome.tif"}.get(kind, "a.tif")
+
+    def write(height: float) -> None:
+        options = {"tile": (128, 128), "photometric": "rgb"}
+        if kind == "philips":
+            return write_philips(path, pixels, height=height)
+        if kind == "ome":
+            sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 250 * height, "PhysicalSizeYUnit": "nm"}
+            return tifffile.imwrite(path, pixels, metadata={"axes": "YXS", **sizes}, **options)
+        if kind == "openslide":
+            options |= {"extrasamples": ["unassalpha"]}
+        data = np.dstack([pixels, pixels[..., :1]]) if kind == "openslide" else pixels
+        inch = {"resolution": (101_600, 101_600 / height), "resolutionunit": "INCH"}
+        return tifffile.imwrite(path, data, metadata=None, **inch, **options)
+
+    write(1.003)
+    slide = open_slide(path)
+    assert slide.reader == ("openslide" if kind == "openslide" else "tiff")
+    assert (slide.mpp, slide.about.mpp_y) == (pytest.approx(0.25), pytest.approx(0.25075))
+    write(0.5)
+    with pytest.raises(SlideError, match=r"its pixels are not square \(0.25 × 0.125 microns by .*; save it with"):
+        open_slide(path)
+
+
 def test_blocks_that_hold_rgb_though_said_to_hold_ycbcr_are_shown_as_rgb(tmp_path: Path, drawn: Path) -> None:
     pixels = draw_slide(tmp_path / "right.tif", seed=3, width=WIDTH, height=HEIGHT, downsamples=(1,))
     tifffile.imwrite(tmp_path / "wrong.tif", pixels, photometric="ycbcr", compression="jpeg", tile=(256, 256))
@@ -191,6 +220,21 @@ def test_neighbours_share_the_blocks_that_are_kept(drawn: Path) -> None:
             slide.read(x, 10, 0, 64, 64)
         blocks[cache_mb] = slide.blocks_decoded
     assert blocks == {0: 16, 8: 4}
+
+
+def test_an_open_slide_holds_sixteen_bytes_for_a_block(tmp_path: Path) -> None:
+    """What `held_bytes` says: Python's numbers in the tags of its pages would be four times as much."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((1024, 1024, 3), np.uint8), tile=(16, 16), photometric="rgb")
+    open_slide(tmp_path / "a.tif")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        slide = open_slide(tmp_path / "a.tif")
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert slide.held_bytes == 16 * 64 * 64 < held < 1.3 * slide.held_bytes
 
 
 def test_a_file_is_open_as_long_as_its_slide_and_no_longer(drawn: Path) -> None:

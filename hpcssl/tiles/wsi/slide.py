@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcssl.core.errors import SlideError
+
 _FINEST_MPP, _COARSEST_MPP = 0.05, 20.0  # what a scanner may have meant; outside, it is the resolution of a printer
+
+_MOST_OBLONG = 0.005  # as exact as tiles are in size; scanners' own two numbers differ by less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class About:
 
     Attributes
     ----------
-    mpp : microns per pixel of level 0, None where the file does not say
+    mpp : microns per pixel of level 0 from left to right, None where the file does not say
+    mpp_y : the same from top to bottom, where the file says it apart
     mpp_places : where it was looked for, to be told when it is not there
     scanner : manufacturer and device as far as told, else ""
     """
@@ -45,6 +50,7 @@ class About:
     mpp: float | None
     mpp_places: str
     scanner: str
+    mpp_y: float | None = None
 
 
 class Slide(ABC):
@@ -56,11 +62,17 @@ class Slide(ABC):
     reader : "tiff" (blocks read directly) or "openslide"
     levels : finest first
     about : MPP and scanner
+    held_bytes : memory that the places of its blocks take, 0 where that is not known; decoded blocks are not counted
     """
 
     reader: str
+    held_bytes = 0
 
     def __init__(self, path: str, levels: Sequence[Level], about: About):
+        """Keep what a reader found; SlideError where pixels are not square: tiles would be too wide or too high."""
+        if about.mpp and about.mpp_y and abs(about.mpp_y / about.mpp - 1) > _MOST_OBLONG:
+            told = f"{about.mpp:g} × {about.mpp_y:g} microns by {about.mpp_places}"
+            raise SlideError(f"{path}: its pixels are not square ({told}); save it with square ones")
         self.path, self.levels, self.about = path, tuple(levels), about
 
     @property
@@ -102,6 +114,18 @@ def plausible_mpp(mpp: float) -> float | None:
     (0.25, None, None)
     """
     return mpp if _FINEST_MPP <= mpp <= _COARSEST_MPP else None
+
+
+def told_mpp(text: str | None, unit: float = 1.0) -> float | None:
+    """Return the MPP that a file tells in units of so many microns, None where it tells no plausible one.
+
+    >>> told_mpp("250", 1e-3), told_mpp("unknown"), told_mpp(None)
+    (0.25, None, None)
+    """
+    try:
+        return plausible_mpp(float(text or "nan") * unit)
+    except ValueError:
+        return None
 
 
 def nominal_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hpcssl.core.errors import SlideError
 from hpcssl.tiles.wsi.ranges import Ranges
-from hpcssl.tiles.wsi.slide import About, Level, Slide, nominal_downsample, plausible_mpp
+from hpcssl.tiles.wsi.slide import About, Level, Slide, nominal_downsample, plausible_mpp, told_mpp
 from hpcssl.tiles.wsi.untransformed import decode_untransformed, holds_rgb
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its complaints come as our errors
@@ -52,7 +52,8 @@ class UnfitTiffError(Exception):
 class _Blocks:
     """Where the blocks of a level are, and how they are decoded."""
 
-    page: Any  # tifffile.TiffPage: its decoder is a function of bytes, shared by threads
+    decode: Any  # tifffile's, a function of bytes that threads share; its page, which holds far more, is let go
+    says_ycbcr: bool  # of JPEG blocks
     tables: bytes | None  # of JPEG, common to all blocks
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]  # 0: nothing was scanned there
@@ -110,6 +111,7 @@ class TiffSlide(Slide):
             steps = [float(2 ** round(np.log2(step))) for step in steps]
         levels = [Level(width=w, height=h, downsample=d) for (w, h), d in zip(sizes, steps, strict=True)]
         super().__init__(path, levels, about)
+        self.held_bytes = sum(blocks.offsets.nbytes + blocks.sizes.nbytes for blocks in self._levels)
         self.blocks_decoded = 0
         self._untransformed = False
         self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
@@ -168,7 +170,7 @@ class TiffSlide(Slide):
         try:
             if self._untransformed:
                 return decode_untransformed(data, blocks.tables)
-            return blocks.page.decode(data, index, jpegtables=blocks.tables)[0][0]
+            return blocks.decode(data, index, jpegtables=blocks.tables)[0][0]
         except Exception as error:  # every codec has errors of its own
             text = " ".join(str(error).split()) or type(error).__name__
             raise SlideError(f"{self.path}: block {index} of level {level} cannot be decoded ({text})") from error
@@ -177,7 +179,7 @@ class TiffSlide(Slide):
         """Say whether some blocks of the coarsest level hold RGB though the file says YCbCr."""
         level = len(self._levels) - 1
         blocks = self._levels[level]
-        if blocks.page.photometric != _YCBCR or blocks.page.compression not in _JPEG:
+        if not blocks.says_ycbcr:
             return False
         held = np.flatnonzero(blocks.sizes)
         some = held[:: max(1, len(held) // _LOOKED_AT)].tolist()
@@ -268,8 +270,16 @@ def _blocks(page: Any) -> _Blocks:
     columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
     if len(offsets) != columns * rows or len(sizes) != columns * rows:
         raise UnfitTiffError(f"a TIFF with {len(offsets)} blocks where {columns} × {rows} are needed")
-    page.decode  # noqa: B018 builds the decoder while the file is open
-    return _Blocks(page, page.jpegtables, offsets, sizes, page.tilewidth, page.tilelength, columns)
+    return _Blocks(
+        decode=page.decode,
+        says_ycbcr=page.photometric == _YCBCR and page.compression in _JPEG,
+        tables=page.jpegtables,
+        offsets=offsets,
+        sizes=sizes,
+        width=page.tilewidth,
+        height=page.tilelength,
+        columns=columns,
+    )
 
 
 def _about(file: tifffile.TiffFile, page: Any) -> About:
@@ -278,42 +288,40 @@ def _about(file: tifffile.TiffFile, page: Any) -> About:
     if file.is_svs:
         said = dict(re.findall(r"\|\s*([\w ]+?)\s*=\s*([^|;\r\n]*)", text))
         scanner = " ".join(filter(None, ("Aperio", said.get("ScanScope ID", "").strip())))
-        return About(mpp=_number(said.get("MPP")), mpp_places="MPP in its ImageDescription", scanner=scanner)
+        return About(mpp=told_mpp(said.get("MPP")), mpp_places="MPP in its ImageDescription", scanner=scanner)
     if file.is_philips:
         return _about_philips(text)
     if file.is_ome:
         pixels = next(e for e in ElementTree.fromstring(file.ome_metadata or "<a/>").iter() if e.tag.endswith("Pixels"))
-        unit = _MICRONS.get(pixels.get("PhysicalSizeXUnit", "µm"), float("nan"))
-        return About(
-            mpp=_number(pixels.get("PhysicalSizeX"), unit), mpp_places="PhysicalSizeX in its OME-XML", scanner=""
+        across, down = (
+            told_mpp(pixels.get(name), _MICRONS.get(pixels.get(f"{name}Unit", "µm"), float("nan")))
+            for name in ("PhysicalSizeX", "PhysicalSizeY")
         )
+        return About(mpp=across, mpp_y=down, mpp_places="PhysicalSizeX in its OME-XML", scanner="")
     maker = " ".join(str(page.tags[name].value).strip() for name in ("Make", "Model") if name in page.tags)
-    return About(mpp=_resolution(page), mpp_places="XResolution and ResolutionUnit", scanner=maker)
+    across, down = _resolution(page, "XResolution"), _resolution(page, "YResolution")
+    return About(mpp=across, mpp_y=down, mpp_places="XResolution and ResolutionUnit", scanner=maker)
 
 
 def _about_philips(text: str) -> About:
     said: dict[str, list[str]] = {}
     for element in ElementTree.fromstring(text).iter("Attribute"):
         said.setdefault(element.get("Name", ""), []).append((element.text or "").replace('"', " ").strip())
-    spacings = [_number(part, 1e3) for told in said.get("DICOM_PIXEL_SPACING", []) for part in told.split()]
+    told = (told.split() for told in said.get("DICOM_PIXEL_SPACING", []))  # from row to row, from column to column
+    spacings = [(told_mpp(pair[1], 1e3), told_mpp(pair[0], 1e3)) for pair in told if len(pair) == 2]
+    across, down = min((pair for pair in spacings if all(pair)), default=(None, None))  # level 0 is the finest
     names = (said.get(name, [""])[0] for name in ("DICOM_MANUFACTURER", "DICOM_MANUFACTURERS_MODEL_NAME"))
     return About(
-        mpp=min((spacing for spacing in spacings if spacing), default=None),  # of all levels; level 0 is the finest
+        mpp=across,
+        mpp_y=down,
         mpp_places="DICOM_PIXEL_SPACING in its ImageDescription",
         scanner=" ".join(filter(None, names)),
     )
 
 
-def _resolution(page: Any) -> float | None:
+def _resolution(page: Any, name: str) -> float | None:
     unit = _PER_UNIT.get(int(page.resolutionunit))
-    if unit is None or "XResolution" not in page.tags:
+    if unit is None or name not in page.tags:
         return None
-    numerator, denominator = page.tags["XResolution"].value
+    numerator, denominator = page.tags[name].value
     return plausible_mpp(unit * denominator / numerator) if numerator else None
-
-
-def _number(text: str | None, unit: float = 1.0) -> float | None:
-    try:
-        return plausible_mpp(float(text or "nan") * unit)
-    except ValueError:
-        return None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpcssl.core.errors import SlideError
-from hpcssl.tiles.wsi.slide import About, Level, Slide, nominal_downsample, plausible_mpp
+from hpcssl.tiles.wsi.slide import About, Level, Slide, nominal_downsample, told_mpp
 
 
 class OpenSlideSlide(Slide):
@@ -75,9 +75,10 @@ class OpenSlideSlide(Slide):
 
 
 def _about(said: dict[str, str]) -> About:
-    try:
-        mpp = plausible_mpp(float(said.get("openslide.mpp-x", "nan")))
-    except ValueError:
-        mpp = None
     named = [said[name].strip() for name in ("tiff.Make", "tiff.Model") if said.get(name)]
-    return About(mpp=mpp, mpp_places="openslide.mpp-x", scanner=" ".join(named) or said.get("openslide.vendor", ""))
+    return About(
+        mpp=told_mpp(said.get("openslide.mpp-x")),
+        mpp_y=told_mpp(said.get("openslide.mpp-y")),
+        mpp_places="openslide.mpp-x",
+        scanner=" ".join(named) or said.get("openslide.vendor", ""),
+    )

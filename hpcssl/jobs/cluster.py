@@ -294,9 +294,14 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+def ask_to_stop(job: Any) -> None:
+    """Ask the ranks of a job on this machine to save and stop; one that only starts may not hear it, or end at once."""
+    job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it to the ranks
+
+
 def stop_local(job: Any, *, grace_s: float) -> None:
     """Ask the ranks of a job on this machine to save and stop, and end what is left after `grace_s` seconds."""
-    job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it to the ranks
+    ask_to_stop(job)
     until = time.monotonic() + grace_s
     while not job.done() and time.monotonic() < until:
         time.sleep(0.05)

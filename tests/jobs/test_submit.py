@@ -11,7 +11,7 @@ from submitit.core.utils import DelayedSubmission
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
 from hpcssl.core.errors import ConfigError, RunError, UserError
-from hpcssl.jobs.cluster import Batch, Resources, submit_array
+from hpcssl.jobs.cluster import Batch, Resources, check_cluster, submit_array
 from hpcssl.jobs.launch import reserved
 from hpcssl.jobs.profile import Profile
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
@@ -107,10 +107,18 @@ def test_a_path_that_slurm_misreads_is_refused_in_one_line(slurm, data, tmp_path
     given = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / name / "run")
     assert main(["pretrain", "dino-vits16-opal", *map(str, given), "--cluster", "slurm"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "SLURM cannot write logs to a path with" in line
+    assert "no logs can go to a path with" in line
     assert not (tmp_path / name).exists()
-    with pytest.raises(ConfigError, match="SLURM cannot write logs"):
+    with pytest.raises(ConfigError, match="no logs can go to"):
         submit_array([], tmp_path / name, Profile(), name="n", gpus=0, after=())
+
+
+def test_a_path_with_a_percent_sign_is_refused_on_this_machine_only_where_it_is_misread(tmp_path):
+    check_cluster("local", Resources(), tmp_path / "100 %" / "a\\b")
+    check_cluster("none", Resources(), tmp_path / "a%j")
+    for name in ("a%j", "a%t", "50%A", "50%a"):
+        with pytest.raises(ConfigError, match=f"no logs can go to a path with '{name[-2:]}'"):
+            check_cluster("local", Resources(), tmp_path / name / "run")
 
 
 def test_what_slurm_says_that_submitit_does_not_understand_is_told(slurm, pretrain, tmp_path, capsys):

@@ -102,6 +102,17 @@ def test_without_slurms_commands_its_jobs_are_over(tmp_path, monkeypatch):
         pass
 
 
+def test_a_store_whose_tiles_are_gone_is_refused_before_anything_is_submitted(slurm, small, tmp_path, capsys):
+    own = small.make_data(tmp_path)
+    own.tiles.rename(tmp_path / "elsewhere")
+    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe())
+    given = (recipe, "--store", own.store_path, "--schedule", own.schedule_path, "--out", tmp_path / "run")
+    assert main(["pretrain", *map(str, given), "--cluster", "slurm"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{own.store_path}: its tiles are gone, no folder {own.tiles}; is its file system mounted?" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["a%j", "100 %", "a\\b", "a\nb"])
 def test_a_path_that_slurm_misreads_is_refused_in_one_line(slurm, data, tmp_path, capsys, name):
     given = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / name / "run")

@@ -175,6 +175,7 @@ def _checked(
     from dataclasses import replace
 
     from hpcssl.core.atomic import digest_file
+    from hpcssl.core.errors import StoreError
     from hpcssl.schedule.file import Schedule, check_matches
     from hpcssl.tiles.store import Store
     from hpcssl.train.config import Timeline, load_recipe
@@ -186,6 +187,8 @@ def _checked(
     opened_store, opened_schedule = Store.open(store), Schedule.open(schedule)
     check_matches(opened_schedule, opened_store.slides, store=store)
     opened_store.drawn_by(opened_schedule.seed, opened_schedule.mpp_weights)  # or says why not
+    if not opened_store.root.is_dir():
+        raise StoreError(f"{store}: its tiles are gone, no folder {opened_store.root}; is its file system mounted?")
     timeline = Timeline(recipe, opened_schedule)
     timeline.values(0)
     told = check_recipe(recipe)

@@ -15,7 +15,7 @@ from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.models.encoder import Encoder, EncoderConfig, build_encoder, normalised
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
-from hpcssl.runs.folder import read_config
+from hpcssl.runs.folder import CONFIG, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class Source:
     @classmethod
     def parse(cls, text: str) -> Source:
         """Read `RUN` (its newest checkpoint) or `RUN@STEP`; RunError where there is no such checkpoint."""
-        match = re.fullmatch(r"(.+)@(\d+)", text)
+        is_run = (Path(text) / CONFIG).is_file()  # `a@5` may be its whole name
+        match = None if is_run else re.fullmatch(r"(.+)@(\d+)", text)
         run = Path(match[1] if match else text)
         read_config(run)
         steps = checkpoint_steps(run)

@@ -27,6 +27,7 @@ from hpcssl.jobs.profile import Profile
 _MARK = "[hpcssl] start {} on "  # begins a line of the log
 OUT_OF_TIME = "[hpcssl] at the time limit, and not stopped yet: SLURM is asked to start the job again"
 _TIMEOUTS = 1_000_000  # a task of an array may run out of time so often: what it has done stays done
+_MISREAD = {"slurm": r"[%\\\n]", "local": "%[jtAa]"}  # in the names of logs: `%j` is a job, and `\` no character
 _FAR_MIN = 60 * 24 * 365  # submitit's local executor has a limit of two minutes if none is said
 
 
@@ -97,7 +98,7 @@ def check_cluster(cluster: str, resources: Resources, out: Path) -> None:
     Raises
     ------
     ConfigError
-        For several machines without SLURM, SLURM on a machine that has no `srun`, or `out` of a name that it misreads.
+        For several machines without SLURM, SLURM on a machine that has no `srun`, or `out` of a name that is misread.
     """
     if cluster != "slurm" and resources.nodes > 1:
         raise ConfigError(f"--nodes {resources.nodes} needs --cluster slurm; --cluster {cluster} is this machine alone")
@@ -106,17 +107,15 @@ def check_cluster(cluster: str, resources: Resources, out: Path) -> None:
         raise ConfigError(f"{resources.processes_per_node} processes need as many GPUs; this machine shows {gpus}")
     if cluster == "slurm" and not shutil.which("srun"):
         raise ConfigError("--cluster slurm: no srun on PATH; run this on a login node, or see hpcssl doctor")
-    if cluster == "slurm":
-        _check_name(out)
+    if cluster != "none":
+        _check_name(out, _MISREAD[cluster])
 
 
-def _check_name(folder: Path) -> None:
-    r"""Refuse what SLURM reads as something else in the names of logs: `%j` is a job there, and `\` no character."""
-    found = re.search(r"[%\\\n]", str(folder.resolve()))
+def _check_name(folder: Path, misread: str) -> None:
+    """Refuse what is read as something else in the names of logs."""
+    found = re.search(misread, str(folder.resolve()))
     if found:
-        raise ConfigError(
-            f"{str(folder.resolve())!r}: SLURM cannot write logs to a path with {found[0]!r}; choose another"
-        )
+        raise ConfigError(f"{str(folder.resolve())!r}: no logs can go to a path with {found[0]!r}; choose another")
 
 
 def submit_local(work: Any, folder: Path, resources: Resources, *, name: str) -> Any:
@@ -294,9 +293,14 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+def ask_to_stop(job: Any) -> None:
+    """Ask the ranks of a job on this machine to save and stop; one that only starts may not hear it, or end at once."""
+    job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it to the ranks
+
+
 def stop_local(job: Any, *, grace_s: float) -> None:
     """Ask the ranks of a job on this machine to save and stop, and end what is left after `grace_s` seconds."""
-    job._process.send_signal(signal.SIGTERM)  # submitit's controller hands it to the ranks
+    ask_to_stop(job)
     until = time.monotonic() + grace_s
     while not job.done() and time.monotonic() < until:
         time.sleep(0.05)
@@ -380,7 +384,7 @@ def submit_array(
     RunError
         With SLURM's own words where it refuses the job.
     """
-    _check_name(folder)
+    _check_name(folder, _MISREAD["slurm"])
     asked = {
         "mem_gb": profile.mem_gb_per_gpu,
         "slurm_partition": profile.partition,

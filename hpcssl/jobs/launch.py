@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +17,19 @@ from typing import Any, Literal
 from hpcssl.core.atomic import alone
 from hpcssl.core.errors import RunError, UserError
 from hpcssl.jobs.causes import read_words
-from hpcssl.jobs.cluster import Batch, Resources, live_ranks, python, start_name, stop_local, submit_local
+from hpcssl.jobs.cluster import (
+    Batch,
+    Resources,
+    ask_to_stop,
+    live_ranks,
+    python,
+    start_name,
+    stop_local,
+    submit_local,
+)
 from hpcssl.jobs.elastic import begin_in_s
 from hpcssl.jobs.lifecycle import newest_step
+from hpcssl.jobs.rank import STOP_SIGNALS, catch_stop_signals
 from hpcssl.jobs.refusal import with_fix
 from hpcssl.jobs.slurm import queued
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
@@ -29,6 +41,9 @@ _POLL_S = 0.2
 _FULL_BYTES = 1 << 20
 _MISSING_S = 5.0  # how long a rank may be gone without a word while others run; the first seconds are its start
 _GRACE_S = 30.0  # for a step and a checkpoint
+_REPORT_S = 1.0
+_ASK_AGAIN_S = 2.0
+_STOPPING = "asked to stop: ends the step, writes a checkpoint"
 
 
 @contextmanager
@@ -60,6 +75,9 @@ def launch(
 ) -> str:
     """Start a prepared run on this machine, and wait for its end; returns `finished` or `stopped`.
 
+    SIGUSR1, SIGUSR2 and SIGTERM have it save and stop. So does Ctrl-C, and is a KeyboardInterrupt then; a second one is
+    that at once.
+
     Parameters
     ----------
     on_step : called while waiting with the number of steps done so far
@@ -72,18 +90,21 @@ def launch(
         With the cause in one line where it is known, else with the log to read.
     """
     token = _new_token()
-    write_submission(run, cluster, resources)
     try:
-        outcome = (
-            _launch_local(run, resources, token, on_step, on_words)
-            if cluster == "local"
-            else PretrainJob(str(run), token)()
-        )
+        with _stop_signals(interrupts=cluster == "none") as asked:
+            write_submission(run, cluster, resources)
+            outcome = (
+                _launch_local(run, resources, token, asked, on_step, on_words)
+                if cluster == "local"
+                else _launch_here(run, token, asked, on_step, on_words)
+            )
     except Exception as error:
         why = str(error) if isinstance(error, UserError) else repr(error)
         record_end(run, start=start_name(token), job=None, state="failed", why=why, step=newest_step(run))
         raise
     _report(run, on_step)
+    if outcome == "stopped" and signal.SIGINT in asked:
+        raise KeyboardInterrupt
     return outcome
 
 
@@ -135,34 +156,100 @@ def _new_token() -> str:
     return uuid.uuid4().hex[:12]
 
 
+@contextmanager
+def _stop_signals(*, interrupts: bool) -> Iterator[list[int]]:
+    """Collect meanwhile the signals that ask to stop; with `interrupts` the first Ctrl-C, too."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield []
+        return
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    asked = catch_stop_signals()
+
+    def first_interrupt(received: int, frame: object) -> None:
+        asked.append(received)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if interrupts:
+        signal.signal(signal.SIGINT, first_interrupt)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _launch_here(
+    run: Path, token: str, asked: list[int], on_step: Callable[[int], None], on_words: Callable[[str], None]
+) -> str:
+    """Train in this process; a thread of its own tells how far it is."""
+    over = threading.Event()
+
+    def tell() -> None:
+        heard = False
+        with suppress(OSError):  # nobody listens any more
+            while not over.wait(_REPORT_S):
+                _report(run, on_step)
+                if asked and not heard:
+                    on_words(f"{_STOPPING}; Ctrl-C ends it at once")
+                heard = bool(asked)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        return PretrainJob(str(run), token).on_rank(asked)
+    finally:
+        over.set()
+        teller.join()
+
+
 def _launch_local(
-    run: Path, resources: Resources, token: str, on_step: Callable[[int], None], on_words: Callable[[str], None]
+    run: Path,
+    resources: Resources,
+    token: str,
+    asked: list[int],
+    on_step: Callable[[int], None],
+    on_words: Callable[[str], None],
 ) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     work = PretrainJob(str(run.resolve()), token, launcher_pid=os.getpid(), visible_gpus=visible)
     job = submit_local(work, run / "logs", resources, name=f"hpcssl-{run.name}")
     try:
-        return _wait(job, run, token, on_step, on_words)
+        return _wait(job, run, token, asked, on_step, on_words)
     except RunError:  # the other ranks wait for one that is gone
         stop_local(job, grace_s=0)
+        if asked and not read_words(run, start_name(token)):  # it was asked before it could hear
+            return "stopped"
         raise
     except BaseException:
         stop_local(job, grace_s=_GRACE_S)
         raise
 
 
-def _wait(job: Any, run: Path, token: str, on_step: Callable[[int], None], on_words: Callable[[str], None]) -> str:
+def _wait(
+    job: Any,
+    run: Path,
+    token: str,
+    asked: list[int],
+    on_step: Callable[[int], None],
+    on_words: Callable[[str], None],
+) -> str:
     """Wait for a local job; RunError when a rank has failed, without waiting for those that wait for it."""
     ranks = job._sub_jobs or [job]
-    missing_since, heard = None, 0
+    missing_since, asked_at, heard = None, None, 0
     while not job.done():
         _report(run, on_step)
         heard = _pass_on(ranks[0].paths.stderr, heard, on_words)
+        now = time.monotonic()
+        if asked and (asked_at is None or now - asked_at > _ASK_AGAIN_S):
+            if asked_at is None:
+                on_words(_STOPPING)
+            ask_to_stop(job)
+            asked_at = now
         ended = sum(rank.paths.result_pickle.exists() for rank in ranks)
         live = live_ranks(job)
         missing = live is not None and len(live) + ended < len(ranks)
-        missing_since = (missing_since or time.monotonic()) if missing else None
-        if missing_since and time.monotonic() - missing_since > _MISSING_S:
+        missing_since = (missing_since or now) if missing else None
+        if missing_since and now - missing_since > _MISSING_S:
             raise RunError(_cause(run, token, job))
         time.sleep(_POLL_S)
     _pass_on(ranks[0].paths.stderr, heard, on_words)

@@ -260,6 +260,10 @@ def test_a_source_is_parsed(runs, tmp_path, monkeypatch):
         Source.parse(f"{run}@5")
     with pytest.raises(RunError, match="no run"):
         Source.parse(str(tmp_path))
+    odd = tmp_path / "run@7"
+    odd.symlink_to(run)
+    assert Source.parse(str(odd)) == Source(run=odd, step=7)
+    assert Source.parse(f"{odd}@0") == Source(run=odd, step=0)
 
 
 def test_a_run_without_checkpoints_is_told(small, data, tmp_path):

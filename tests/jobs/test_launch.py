@@ -55,7 +55,8 @@ def test_two_ranks_finish_and_equal_one(small, data, tmp_path):
     finished = checkpoint_path(runs[0], 13).stat().st_mtime_ns
     assert launch(runs[0], Resources(), "none", on_step=steps.append) == "finished"
     assert checkpoint_path(runs[0], 13).stat().st_mtime_ns == finished
-    assert steps == [small.STEPS] * 2
+    assert steps[-1] == small.STEPS
+    assert steps == sorted(steps)
     steps.clear()
     words: list[str] = []
     assert launch(runs[1], TWO, "local", on_step=steps.append, on_words=words.append) == "finished"
@@ -198,6 +199,39 @@ def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, referenc
     small.assert_same_run(run, reference, STEPS)
     lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGUSR1, signal.SIGUSR2))],
+)
+def test_a_signal_to_the_command_itself_saves_and_stops(small, start, tmp_path, sent):
+    run = tmp_path / "run"
+    process = start(run)
+    ranks = start.running_after(run, process, 5)
+    process.send_signal(sent)
+    assert process.wait(60) == 2
+    assert not any(map(small.alive, ranks)), "it has waited for them"
+    last = last_record(run)["step"]
+    assert 5 <= last < STEPS
+    assert checkpoint_steps(run)[-1] == last, "nothing that was computed is lost"
+    said = (tmp_path / "launcher.log").read_text().splitlines()
+    assert "asked to stop: ends the step, writes a checkpoint" in said
+    assert said[-1] == f"stopped: {run}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", range(6))
+def test_a_signal_while_the_ranks_start_stops_them(small, start, tmp_path, moment):
+    """Some do not listen yet: they end at once, or are asked again."""
+    run = tmp_path / "run"
+    process = start(run)
+    small.wait_until((run / "submission.json").exists, 60, "the launcher starts ranks")
+    time.sleep(0.6 * moment)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 2
+    assert (tmp_path / "launcher.log").read_text().splitlines()[-1] == f"stopped: {run}"
+    assert not small.descendants(process.pid)
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from submitit.core.utils import DelayedSubmission
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
 from hpcssl.core.errors import ConfigError, RunError, UserError
-from hpcssl.jobs.cluster import Batch, Resources, submit_array
+from hpcssl.jobs.cluster import Batch, Resources, check_cluster, submit_array
 from hpcssl.jobs.launch import reserved
 from hpcssl.jobs.profile import Profile
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
@@ -124,15 +124,34 @@ def test_without_slurms_commands_its_jobs_are_over(tmp_path, monkeypatch):
         pass
 
 
+def test_a_store_whose_tiles_are_gone_is_refused_before_anything_is_submitted(slurm, small, tmp_path, capsys):
+    own = small.make_data(tmp_path)
+    own.tiles.rename(tmp_path / "elsewhere")
+    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe())
+    given = (recipe, "--store", own.store_path, "--schedule", own.schedule_path, "--out", tmp_path / "run")
+    assert main(["pretrain", *map(str, given), "--cluster", "slurm"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{own.store_path}: its tiles are gone, no folder {own.tiles}; is its file system mounted?" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["a%j", "100 %", "a\\b", "a\nb"])
 def test_a_path_that_slurm_misreads_is_refused_in_one_line(slurm, data, tmp_path, capsys, name):
     given = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / name / "run")
     assert main(["pretrain", "dino-vits16-opal", *map(str, given), "--cluster", "slurm"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "SLURM cannot write logs to a path with" in line
+    assert "no logs can go to a path with" in line
     assert not (tmp_path / name).exists()
-    with pytest.raises(ConfigError, match="SLURM cannot write logs"):
+    with pytest.raises(ConfigError, match="no logs can go to"):
         submit_array([], tmp_path / name, Profile(), name="n", gpus=0, after=())
+
+
+def test_a_path_with_a_percent_sign_is_refused_on_this_machine_only_where_it_is_misread(tmp_path):
+    check_cluster("local", Resources(), tmp_path / "100 %" / "a\\b")
+    check_cluster("none", Resources(), tmp_path / "a%j")
+    for name in ("a%j", "a%t", "50%A", "50%a"):
+        with pytest.raises(ConfigError, match=f"no logs can go to a path with '{name[-2:]}'"):
+            check_cluster("local", Resources(), tmp_path / name / "run")
 
 
 def test_what_slurm_says_that_submitit_does_not_understand_is_told(slurm, pretrain, tmp_path, capsys):

@@ -4,12 +4,14 @@
 `python tools/bench_loader.py --tiles DIR [--num 64] [--repeats 5]`: DIR holds JPEG tiles at any depth. All runs on one
 core with one thread: a tile is decoded, cropped and coloured (DINO: 2 × 224 px and 8 × 96 px; MAE: 1 × 224 px).
 The reference ends with normalised float tensors, as in its DataLoader; the backends end with uint8, normalised on the
-device. Prints one JSON object last: tiles/s and ratios, medians over the repeats, both sides in turns.
+device. Prints one JSON object last: tiles/s and ratios, medians over the repeats, both sides in turns; what was not
+measured is null, with the reason beside it. Files that cannot be decoded are passed over and counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
@@ -31,6 +33,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
+from hpcssl.core.errors import BadTileError
 from hpcssl.loader import cpu, pillow
 from hpcssl.plan.draw import draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, dino_augment, mae_augment
@@ -171,6 +174,8 @@ def measure(
         label = "pillow_simd_vs_pillow" if "simd" in name else f"{name}_vs_reference"
         told |= {label: round(statistics.median(ratios), 2)}
         told[f"{label}_spread"] = [round(min(ratios), 2), round(max(ratios), 2)]
+    if not simd:
+        told |= {"pillow_simd_vs_pillow": None, "pillow_simd_vs_pillow_reason": "no --simd FOLDER was given"}
     if torch.cuda.is_available() and "dino_dali_cpu" in works:
         threads = len(os.sched_getaffinity(0))
         many = [tiles[i % len(tiles)] for i in range(512)]
@@ -180,6 +185,17 @@ def measure(
         told["device"] = torch.cuda.get_device_name(0)
     versions = {"pillow": PIL.__version__, "torch": torch.__version__, "numpy": np.__version__}
     return told | {"tiles": len(tiles), "repeats": repeats, "machine": platform.machine()} | versions
+
+
+def decodable(files: Sequence[Path]) -> list[bytes]:
+    """Return the contents of those files that can be decoded."""
+    tiles = []
+    for path in files:
+        with contextlib.suppress(OSError, BadTileError):
+            jpeg = path.read_bytes()
+            pillow.decode(jpeg, name=str(path))
+            tiles.append(jpeg)
+    return tiles
 
 
 def main() -> None:
@@ -195,13 +211,17 @@ def main() -> None:
     if not files:
         sys.exit(f"bench_loader: {args.tiles}: no JPEG files below it")
     torch.set_num_threads(1)
-    tiles = [path.read_bytes() for path in files[:: max(1, len(files) // args.num)][: args.num]]
+    files = files[:: max(1, len(files) // args.num)][: args.num]
+    tiles = decodable(files)
+    if not tiles:
+        sys.exit(f"bench_loader: {args.tiles}: none of {len(files)} JPEG files taken from it can be decoded")
     if args.only_pillow:
         work = of_backend(pillow.execute, dino_augment(), tiles)
         work()
         print(json.dumps({"tiles_per_s": tiles_per_second(work, len(tiles)), "module": PIL.__file__}))
     else:
         told = measure(tiles, args.repeats, args.simd, sys.argv[1:])
+        told["tiles_passed_over"] = len(files) - len(tiles)
         if "dali_gpu_tiles_per_s" in told:  # in a process of its own, with all cores
             command = [sys.executable, str(Path(__file__).with_name("bench_fed.py")), "--tiles", str(args.tiles)]
             environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

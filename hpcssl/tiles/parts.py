@@ -61,7 +61,7 @@ def plan_parts(tiles: Path, out: Path, *, table: Path | None, options: BuildOpti
     """
     if out.exists():
         raise StoreError(f"{out}: exists already; remove it, or choose another --out")
-    slides, counted = slides_below(tiles, table)
+    slides, counted = slides_below(tiles, table, out=out)
     plan = {
         "format": FORMAT,
         "tiles": str(tiles.resolve()),

@@ -96,7 +96,7 @@ def build_store(
         a slide of an extended store that is not what it was.
     """
     options = options or BuildOptions()
-    slides, counted = slides_below(tiles, table)
+    slides, counted = slides_below(tiles, table, out=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with alone(out):
         if out.exists() and not append:
@@ -193,16 +193,19 @@ class Build:
     def _unchanged(self, folders: list[str]) -> bool:
         """Return whether slides that were done hold what they held then."""
         with ThreadPoolExecutor(self.options.threads) as pool:
-            look = partial(list_tiles, self.tiles)
             return all(
                 not found.bad and self.writer.mark(folder, found) in self.writer.whole
-                for folder, found in in_order(pool, look, folders, window=4 * self.options.threads)
+                for folder, found in in_order(pool, self._tiles, folders, window=4 * self.options.threads)
             )
+
+    def _tiles(self, folder: str) -> Tiles:
+        """Return names and sizes of a slide's tiles, none of which is opened."""
+        return list_tiles(self.tiles, folder)
 
     def _look(self, folder: str) -> Tiles:
         """Return what a slide's folder holds, without opening files that were found whole by a try before."""
         if not self.options.check or self.writer.whole:
-            found = list_tiles(self.tiles, folder)
+            found = self._tiles(folder)
             if not self.options.check or self.writer.mark(folder, found) in self.writer.whole:
                 return found
         return check_tiles(self.tiles, folder)

@@ -284,6 +284,19 @@ def test_an_existing_out_is_not_touched(tmp_path: Path, tiles: Path, store: Stor
     assert "exists already" in refusal(lambda: build_store(tiles, tmp_path / "file"))
 
 
+@pytest.mark.parametrize("place", ["store", "lung/store", "../link/lung"])
+def test_a_store_among_its_tiles_is_refused(tmp_path: Path, tiles: Path, place: str) -> None:
+    """It would be taken for an organ or a slide by the next --append."""
+    (tmp_path / "link").symlink_to(tiles)
+    before = sorted(tmp_path.rglob("*"))
+    told = refusal(lambda: build_store(tiles, tiles / place))
+    assert told.startswith(f"{tiles / place}: lies below {tiles}, all folders of which are taken for slides; choose")
+    assert sorted(tmp_path.rglob("*")) == before
+    table = write_table(tmp_path / "slides.csv", {"lung/001": 2})
+    for _ in range(2):
+        assert build_store(tiles, tiles / "store", table=table, append=True).num_tiles == 2, "a table names its slides"
+
+
 def test_a_name_that_is_no_utf8_is_told(tmp_path: Path, tiles: Path) -> None:
     name = os.fsencode(tiles / "lung/001") + b"/\xe9.jpg"
     Path(os.fsdecode(name)).write_bytes(jpeg(0))

@@ -14,6 +14,10 @@ from hpcssl.core.errors import StoreError
 from hpcssl.tiles import scan
 from hpcssl.tiles.scan import BuildOptions, build_store
 from hpcssl.tiles.store import Store
+from hpcssl.tiles.synthetic_slides import draw_slide
+from hpcssl.tiles.tiling import TilingOptions, tile_slides
+from hpcssl.tiles.wsi.cutting import CutOptions
+from hpcssl.tiles.wsi.source import slides_to_read
 
 KINDS = {
     "loose": BuildOptions(commit_s=0, threads=2),
@@ -151,3 +155,23 @@ def test_an_error_keeps_what_took_long_and_discards_the_rest(
     told: list[int] = []
     build_store(tiles, tmp_path / "store", options=options, on_progress=told.append)
     assert told == [3, 1]
+
+
+def test_a_packed_tiling_stopped_while_it_is_published_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slides have no folders: what was done is compared with what was cut."""
+    (tmp_path / "slides").mkdir()
+    draw_slide(tmp_path / "slides" / "a.tif", width=600, height=600, seed=1, mpp=0.5, downsamples=(1,))
+    slides = slides_to_read(tmp_path / "slides")
+    options = TilingOptions(cut=CutOptions(mpp=0.5, tile_px=64), pack=True)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "_check_counts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tile_slides(slides, tmp_path / "tiles", options)
+    tile_slides(slides, tmp_path / "tiles", options)
+    tile_slides(slides, tmp_path / "whole", options)
+    Store.open(tmp_path / "tiles").verify()
+    assert files(tmp_path / "tiles") == files(tmp_path / "whole")

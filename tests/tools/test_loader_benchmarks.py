@@ -25,7 +25,16 @@ def tiles(tmp_path: Path, small: ModuleType) -> Path:
 
 
 def test_the_loader_benchmark_prints_its_figures_last(repository: Path, tiles: Path) -> None:
-    told = told_by([repository / "tools/bench_loader.py", "--tiles", tiles, "--num", 2, "--repeats", 1])
+    sampled = sorted(tiles.rglob("*.jpg"))[::7]
+    sampled[0].write_bytes(sampled[0].read_bytes()[:200])
+    sampled[1].unlink()
+    sampled[1].symlink_to("gone.jpg")
+    command = [repository / "tools/bench_loader.py", "--tiles", tiles, "--num", 4, "--repeats", 1]
+    told = told_by(command)
+    assert told["tiles"] == 2
+    assert told["tiles_passed_over"] == 2
+    assert told["pillow_simd_vs_pillow"] is None
+    assert "--simd" in told["pillow_simd_vs_pillow_reason"]
     for name in (
         "dino_cpu_vs_reference",
         "mae_cpu_vs_reference",

@@ -318,6 +318,62 @@ def test_tiles_are_cut_and_added_on_a_disk_of_their_own(folder: Path, small_disk
     assert tile_slides(slides.iloc[:1], small_disk, LOOSE)[0].num_slides == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"organ": "lung"}, "slide a has organ skin in it, asked for is lung"),
+        ({"mpp": "0.5"}, "slide a has mpp 0.25 in it, asked for is 0.5"),
+        ({"path": "/elsewhere/a.tif"}, r"slide a has path \S+/a.tif in it, asked for is /elsewhere/a.tif"),
+    ],
+)
+def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
+    folder: Path, tiled: Path, tmp_path: Path, change: dict[str, str], told: str
+) -> None:
+    """At once, also where an array would be submitted; to leave the row out is no correction."""
+    slides, before = slides_to_read(folder / "slides.csv"), files(tiled)
+    new = slides.iloc[2:].assign(slide_id="new")
+    corrected = pd.concat([slides.iloc[:1].assign(**change), slides.iloc[1:], new], ignore_index=True)
+    begun: list[int] = []
+    with pytest.raises(StoreError, match=told):
+        tile_slides(corrected, tiled, LOOSE, on_total=begun.append)
+    with pytest.raises(StoreError, match=told):
+        tiling.slides_to_cut(corrected, tiled, LOOSE)
+    assert begun == []
+    assert tiling.slides_to_cut(corrected.iloc[1:], tiled, LOOSE) == ["new"]
+    assert files(tiled) == before
+
+
+def test_an_mpp_that_was_assumed_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
+    slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
+    store, _ = tile_slides(slides, tmp_path / "out", assuming(0.4))
+    assert store.slides["mpp_from"].tolist() == ["file", "assumed"]
+    with pytest.raises(StoreError, match=r"slide u has mpp 0.4 in it, asked for is 0.25"):
+        tile_slides(slides, tmp_path / "out", assuming(0.25))
+    assert tile_slides(slides, tmp_path / "out", LOOSE)[0].num_slides == 2
+    assert tile_slides(slides.iloc[:1], tmp_path / "out", assuming(0.25))[0].num_slides == 2
+
+
+@pytest.mark.parametrize("options", [LOOSE, PACKED], ids=["loose", "packed"])
+def test_other_columns_are_those_of_the_table(folder: Path, tmp_path: Path, options: TilingOptions) -> None:
+    """Of a slide that it does not list, those it had; its own slides.csv, with all that was measured, changes none."""
+    slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
+    before, _ = tile_slides(slides.iloc[:2], out, options)
+    after, _ = tile_slides(slides.iloc[1:2].assign(patient_id="q", grade="3"), out, options)
+    assert after.slides[["patient_id", "grade"]].to_numpy().tolist() == [["pa", ""], ["q", "3"]]
+    after.verify(deep=True)
+    assert (after.digest, after.slides["mpp"].tolist()) == (before.digest, before.slides["mpp"].tolist())
+    assert pd.read_csv(out / "slides.csv")["patient_id"].tolist() == ["pa", "q"]
+    whole = files(out)
+    tile_slides(slides_to_read(out / "slides.csv"), out, options)
+    assert files(out) == whole, "nothing is new"
+    grown, _ = tile_slides(slides.assign(grade="4"), out, options)
+    assert grown.slides["grade"].tolist() == ["4"] * 3
+    assert grown.slides["slide_id"].tolist() == ["a", "b", "c"]
+    grown.verify(deep=True)
+
+
 def test_shares_give_the_store_of_one_call(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
     for k in (1, 0):

@@ -8,6 +8,7 @@
     TILES/failed_slides.csv                       slides that could not be read, with the reason
     TILES/tiling.json                             what tiles are cut
     TILES/.tiling/<slide_id>-….json               slides that are cut, until the store holds them
+    TILES/.partial/                               the store's next index, until it is whole
 
 A slide is cut as a whole or not at all; the same command after a kill goes on with the next one, tries those again that
 failed, and leaves the same bytes as one that was not killed. Slides that are new in the table are added at the store's
@@ -16,6 +17,7 @@ end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -105,7 +107,7 @@ def tile_slides(
             whole = [row for row in rows if row["slide_id"] not in lost]
             if whole or (base and not held.equals(base.slides.drop(columns="first_tile"))):
                 _assemble(whole, out, base, held, options)
-            _finish(out, failed)
+            _finish(out, failed, {_file(out, row, options, ".json") for row in whole})
         return _store_at(out), failed
 
 
@@ -233,8 +235,8 @@ def _cut_slide(row: Mapping[str, Any], out: Path, options: TilingOptions, pool: 
             sizes = _write_files(jpegs, cut, partial)
     with atomic_file(_file(out, row, options, ".npy")) as temporary, temporary.open("wb") as stream:
         np.save(stream, np.column_stack([cut.corners, sizes]))
-    facts = cut.facts | {"mpp_from": mpp_from(cut.slide, row)}
-    write_atomic(_file(out, row, options, ".json"), json.dumps(facts) + "\n")
+    record = {"organ": row["organ"]} | cut.facts | {"mpp_from": mpp_from(cut.slide, row)}
+    write_atomic(_file(out, row, options, ".json"), json.dumps(record) + "\n")
 
 
 def _write_joined(jpegs: Iterator[list[bytes]], stream: BinaryIO) -> list[int]:
@@ -268,10 +270,19 @@ def _assemble(
     _Assembly(out, slides, [_file(out, row, options, "") for row in rows], base, options).run(counted=False)
 
 
-def _finish(out: Path, failed: list[dict[str, str]]) -> None:
-    """Write the tables, and remove what the store holds now."""
+def _finish(out: Path, failed: list[dict[str, str]], used: set[Path]) -> None:
+    """Write the tables, and remove what the store holds now, and tiles of records that were not used."""
     write_failed(out, failed)
-    if store := _store_at(out):
+    store = _store_at(out)
+    held = set(store.slides["organ"] + "/" + store.slides["slide_id"]) if store else set()
+    for record in set((out / ".tiling").glob("*.json")) - used:  # of a row that was changed since
+        organ = read_json(record, StoreError(f"{record}: damaged; remove it")).get("organ")
+        former = f"{organ}/{record.stem.rpartition('-')[0]}"
+        if organ and former not in held:
+            shutil.rmtree(out / former, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other slides
+                (out / organ).rmdir()
+    if store:
         write_atomic(out / "slides.csv", store.slides.drop(columns="first_tile").to_csv(index=False))
     for folder in (out, out / "qc", out / ".tiling"):
         remove_temporary(folder)

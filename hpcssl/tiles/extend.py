@@ -6,12 +6,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hpcssl.core.errors import StoreError
 from hpcssl.tiles.listing import Tiles, in_order, list_tiles
 from hpcssl.tiles.slides import REQUIRED
 from hpcssl.tiles.store import Store
+
+HELD = ("organ", "path", "mpp")  # of a whole slide: what it was read by
 
 
 def extended(base: Store, slides: pd.DataFrame, tiles: Path, *, counted: bool) -> pd.DataFrame:
@@ -37,11 +40,44 @@ def extended(base: Store, slides: pd.DataFrame, tiles: Path, *, counted: bool) -
                 f" {given[column].iloc[place]:{'.0f' if column == 'num_tiles' else ''}} in the table"
                 f" ({differs.sum()} such slides); a store is only extended, build it anew"
             )
-    for column in slides.columns.difference(REQUIRED, sort=False):
-        before = old[column].to_numpy(object) if column in old else [""] * len(old)
-        now = given[column].to_numpy(object)
-        old[column] = [new if there else was for new, was, there in zip(now, before, listed)]
+    old = _with_columns(old, given, slides.columns.difference(REQUIRED, sort=False))
     return pd.concat([old, slides[~known]], ignore_index=True).fillna("")
+
+
+def relabelled(base: Store, slides: pd.DataFrame, assume_mpp: float | None) -> pd.DataFrame:
+    """Return the store's slides as a table of whole slides names them now: its other columns are taken.
+
+    Raises
+    ------
+    StoreError
+        If a slide was read from elsewhere, or at another MPP than is stated now, or has another organ: what the store
+        holds of it would be wrong.
+    """
+    old = base.slides.drop(columns="first_tile")
+    given = slides[slides["slide_id"].isin(old["slide_id"])].set_index("slide_id").reindex(old["slide_id"])
+    assumed = old["mpp_from"] == "assumed" if "mpp_from" in old else np.zeros(len(old), bool)
+    rows = zip(old["slide_id"], old["organ"], old["path"], old["mpp"], assumed, *(given[c] for c in HELD), strict=True)
+    for slide_id, organ, path, mpp, was_assumed, new_organ, new_path, stated in rows:
+        if pd.isna(new_organ):
+            continue
+        now = str(stated).strip() or (assume_mpp if was_assumed else None) or mpp
+        held = {"organ": (organ, new_organ), "path": (path, new_path), "mpp": (mpp, float(now))}
+        for column, (was, asked) in held.items():
+            if was != asked:
+                raise StoreError(
+                    f"{base.path}: slide {slide_id} has {column} {was} in it, asked for is {asked}; a store is only"
+                    " extended: leave the row out, or choose another --out"
+                )
+    return _with_columns(old, given, slides.columns.difference([*REQUIRED, *HELD], sort=False))
+
+
+def _with_columns(old: pd.DataFrame, given: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
+    """Return a table with some columns of what is given for its slides in the same order; others keep their own."""
+    listed = given["organ"].notna().to_numpy()
+    for column in columns:
+        before = old[column].to_numpy(object) if column in old else [""] * len(old)
+        old[column] = [new if there else was for new, was, there in zip(given[column], before, listed)]
+    return old
 
 
 def check_unchanged(base: Store, tiles: Path, *, threads: int, on_progress: Callable[[int], None]) -> None:

@@ -22,6 +22,7 @@ import pandas as pd
 from hpcssl.core.atomic import alone, digest_bytes, read_json, write_atomic
 from hpcssl.core.config import first_difference
 from hpcssl.core.errors import SlideError, StoreError
+from hpcssl.tiles.extend import relabelled
 from hpcssl.tiles.listing import in_order
 from hpcssl.tiles.online import OnlineStore
 from hpcssl.tiles.online_places import Cells, corner_cells, runs_of
@@ -34,7 +35,7 @@ from hpcssl.tiles.wsi.opening import open_slide
 from hpcssl.tiles.wsi.ranges import Ranges, is_remote
 from hpcssl.tiles.wsi.sampling import sample
 from hpcssl.tiles.wsi.slide import Slide
-from hpcssl.tiles.wsi.source import FAILED, mpp_of, told_mpp, write_failed
+from hpcssl.tiles.wsi.source import FAILED, mpp_from, mpp_of, told_mpp, write_failed
 
 _SLIDES_AT_A_TIME = 4  # their reading is shared out to the threads
 
@@ -115,7 +116,8 @@ def build_online(
         base = _base(out, options, append=append)
         _claim(work_in, options)
         slides = slides.assign(path=[p if is_remote(p) else str(Path(p).absolute()) for p in slides["path"]])
-        slides = slides if base is None else slides[~slides["slide_id"].isin(base.slides["slide_id"])]
+        held = slides[:0] if base is None else relabelled(base, slides, options.assume_mpp)
+        slides = slides[~slides["slide_id"].isin(held["slide_id"])]
         rows = _rows(slides)[slice(None) if share is None else slice(share[0], None, share[1])]
         failed: list[dict[str, Any]] = []
         with ThreadPoolExecutor(_SLIDES_AT_A_TIME) as slides_pool, ThreadPoolExecutor(options.threads) as pool:
@@ -129,9 +131,9 @@ def build_online(
         if used.empty and base is None:
             raise StoreError(f"{out}: none of {len(rows)} slides can be used; first: {failed[0]['reason']}")
         write_failed(out, failed)
-        if not used.empty:
+        if base is None or not (used.empty and held.equals(base.slides.drop(columns="first_tile"))):
             found = [_found_file(work_in, row, options) for row in _rows(used)]
-            write_online(out, used, found, options.about, base=base, work_in=work_in)
+            write_online(out, used, found, options.about, base=base, held=held, work_in=work_in)
         shutil.rmtree(work_in)
     store = Store.open(out)
     assert isinstance(store, OnlineStore), store
@@ -224,7 +226,13 @@ def look_at(row: Mapping[str, Any], options: OnlineOptions, pool: Executor) -> d
         )
     runs = [runs_of(area) for area in (found.tissue, *areas)]
     facts = {"mpp": slide_mpp, "tissue_mm2": round(found.tissue_mm2, 4), "scanner": slide.about.scanner}
-    facts |= {"reader": slide.reader, "bytes": size, "mask_columns": found.tissue.shape[1], "mask_cell": found.cell}
+    facts |= {
+        "reader": slide.reader,
+        "mpp_from": mpp_from(slide, row),
+        "bytes": size,
+        "mask_columns": found.tissue.shape[1],
+        "mask_cell": found.cell,
+    }
     return {
         "facts": np.array(json.dumps(facts)),
         "corners.npy": corners.astype(np.uint32).ravel(),

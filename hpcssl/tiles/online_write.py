@@ -32,6 +32,7 @@ def write_online(
     about: Mapping[str, Any],
     *,
     base: OnlineStore | None,
+    held: pd.DataFrame,
     work_in: Path,
 ) -> None:
     """Write a store of some slides, behind those of `base`.
@@ -43,6 +44,7 @@ def write_online(
     found : of each the file with what was found in it (see `hpcssl.tiles.online_build.look_at`)
     about : what the header says of the options
     base : the store at `out` that is extended
+    held : the slides of `base`, as its table is to be
     work_in : folder on the same file system
     """
     folder = work_in / "index"
@@ -51,7 +53,7 @@ def write_online(
     facts, counts = _join_arrays(found, folder, base)
     table = slides.assign(**pd.DataFrame(facts, index=slides.index), num_tiles=counts)
     if base is not None:
-        table = pd.concat([base.slides.drop(columns="first_tile"), table], ignore_index=True).fillna("")
+        table = pd.concat([held, table], ignore_index=True).fillna("") if len(table) else held
     table = table.assign(first_tile=table["num_tiles"].cumsum() - table["num_tiles"])
     table.to_parquet(folder / "slides.parquet", index=False)
     _write_texts(folder, "paths", table["path"].tolist())

@@ -8,6 +8,7 @@
     TILES/failed_slides.csv                       slides that could not be read, with the reason
     TILES/tiling.json                             what tiles are cut
     TILES/.tiling/<slide_id>-….json               slides that are cut, until the store holds them
+    TILES/.partial/                               the store's next index, until it is whole
 
 A slide is cut as a whole or not at all; the same command after a kill goes on with the next one, tries those again that
 failed, and leaves the same bytes as one that was not killed. Slides that are new in the table are added at the store's
@@ -16,6 +17,7 @@ end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -31,12 +33,13 @@ import pandas as pd
 from hpcssl.core.atomic import alone, atomic_dir, atomic_file, digest_bytes, read_json, remove_temporary, write_atomic
 from hpcssl.core.config import first_difference
 from hpcssl.core.errors import SlideError, StoreError
+from hpcssl.tiles.extend import relabelled
 from hpcssl.tiles.listing import Tiles, in_order
 from hpcssl.tiles.scan import Build, BuildOptions
 from hpcssl.tiles.store import Store
 from hpcssl.tiles.wsi.cutting import Cut, CutOptions, plan_cut, tile_name
 from hpcssl.tiles.wsi.qc import qc_picture
-from hpcssl.tiles.wsi.source import FAILED, slides_to_read, told_mpp, write_failed
+from hpcssl.tiles.wsi.source import FAILED, mpp_from, slides_to_read, told_mpp, write_failed
 
 _SLIDES_AT_A_TIME = 4  # while one is opened or written, the others are cut
 _TOGETHER = 256  # tiles that are copied into a shard at a time
@@ -95,23 +98,23 @@ def tile_slides(
         raise StoreError(f"--share {share[0] + 1}/{share[1]}; expected K/N with K from 1 to N")
     _claim(out, options)
     with alone(out / ".tiling" / ("all" if share is None else f"share-{share[0]}")):
-        base, rows = _rows_to_hold(slides, out)
+        base, held, rows = _rows_to_hold(slides, out, options)
         todo = _not_cut(rows[share[0] :: share[1]] if share else rows, out, options)
         on_total(len(todo))
         failed = _cut_all(todo, out, options, on_progress)
         if share is None:
             lost = {row["slide_id"] for row in failed}
             whole = [row for row in rows if row["slide_id"] not in lost]
-            if whole:
-                _assemble(whole, out, base, options)
-            _finish(out, failed)
+            if whole or (base and not held.equals(base.slides.drop(columns="first_tile"))):
+                _assemble(whole, out, base, held, options)
+            _finish(out, failed, {_file(out, row, options, ".json") for row in whole})
         return _store_at(out), failed
 
 
 def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
     """Take the folder for a job array, and return the ids of the slides that are not cut yet."""
     _claim(out, options)
-    return [row["slide_id"] for row in _not_cut(_rows_to_hold(slides, out)[1], out, options)]
+    return [row["slide_id"] for row in _not_cut(_rows_to_hold(slides, out, options)[2], out, options)]
 
 
 def cut_slides(source: Path, out: Path, options: TilingOptions, slide_ids: Sequence[str]) -> None:
@@ -120,7 +123,7 @@ def cut_slides(source: Path, out: Path, options: TilingOptions, slide_ids: Seque
     A slide that cannot be read is left to that, too, which tries it again and records it.
     """
     wanted = set(slide_ids)
-    rows = [row for row in _rows_to_hold(slides_to_read(source), out)[1] if row["slide_id"] in wanted]
+    rows = [row for row in _rows_to_hold(slides_to_read(source), out, options)[2] if row["slide_id"] in wanted]
     _cut_all(_not_cut(rows, out, options), out, options, lambda n: None)
 
 
@@ -137,12 +140,14 @@ def describe_failed(failed: Sequence[Mapping[str, str]], num_slides: int, what_n
     return f"{len(failed)} of {num_slides} slides failed ({what_next}); first: {failed[0]['reason']}"
 
 
-def _rows_to_hold(slides: pd.DataFrame, out: Path) -> tuple[Store | None, list[dict[str, Any]]]:
-    """Return the store, if there is one yet, and the rows of the slides that it lacks."""
+def _rows_to_hold(
+    slides: pd.DataFrame, out: Path, options: TilingOptions
+) -> tuple[Store | None, pd.DataFrame, list[dict[str, Any]]]:
+    """Return the store, if there is one yet, the slides that it holds as they are named now, and rows of the others."""
     base = _store_at(out)
-    held = set(base.slides["slide_id"]) if base else set()
-    table: Any = slides.to_dict("records")
-    return base, [row for row in table if row["slide_id"] not in held]
+    held = relabelled(base, slides, options.cut.assume_mpp) if base else slides[:0]
+    table: Any = slides[~slides["slide_id"].isin(held["slide_id"])].to_dict("records")
+    return base, held, table
 
 
 def _not_cut(rows: list[dict[str, Any]], out: Path, options: TilingOptions) -> list[dict[str, Any]]:
@@ -230,7 +235,8 @@ def _cut_slide(row: Mapping[str, Any], out: Path, options: TilingOptions, pool: 
             sizes = _write_files(jpegs, cut, partial)
     with atomic_file(_file(out, row, options, ".npy")) as temporary, temporary.open("wb") as stream:
         np.save(stream, np.column_stack([cut.corners, sizes]))
-    write_atomic(_file(out, row, options, ".json"), json.dumps(cut.facts) + "\n")
+    record = {"organ": row["organ"]} | cut.facts | {"mpp_from": mpp_from(cut.slide, row)}
+    write_atomic(_file(out, row, options, ".json"), json.dumps(record) + "\n")
 
 
 def _write_joined(jpegs: Iterator[list[bytes]], stream: BinaryIO) -> list[int]:
@@ -252,21 +258,31 @@ def _write_files(jpegs: Iterator[list[bytes]], cut: Cut, folder: Path) -> list[i
     return sizes
 
 
-def _assemble(rows: list[dict[str, Any]], out: Path, base: Store | None, options: TilingOptions) -> None:
-    """Add the slides that are cut to the store."""
+def _assemble(
+    rows: list[dict[str, Any]], out: Path, base: Store | None, held: pd.DataFrame, options: TilingOptions
+) -> None:
+    """Add the slides that are cut to the store, whose table becomes `held`."""
     damaged = StoreError(f"{out}: damaged; choose another --out")
     facts = [read_json(_file(out, row, options, ".json"), damaged) for row in rows]
-    slides = pd.DataFrame(rows).assign(num_tiles=1).drop(columns="mpp")
-    slides = pd.concat([slides, pd.DataFrame(facts)], axis=1)
+    slides = pd.DataFrame([row | {"num_tiles": 1} | found for row, found in zip(rows, facts, strict=True)])
     if base:
-        slides = pd.concat([base.slides.drop(columns="first_tile"), slides], ignore_index=True).fillna("")
+        slides = pd.concat([held, slides], ignore_index=True).fillna("") if rows else held
     _Assembly(out, slides, [_file(out, row, options, "") for row in rows], base, options).run(counted=False)
 
 
-def _finish(out: Path, failed: list[dict[str, str]]) -> None:
-    """Write the tables, and remove what the store holds now."""
+def _finish(out: Path, failed: list[dict[str, str]], used: set[Path]) -> None:
+    """Write the tables, and remove what the store holds now, and tiles of records that were not used."""
     write_failed(out, failed)
-    if store := _store_at(out):
+    store = _store_at(out)
+    held = set(store.slides["organ"] + "/" + store.slides["slide_id"]) if store else set()
+    for record in set((out / ".tiling").glob("*.json")) - used:  # of a row that was changed since
+        organ = read_json(record, StoreError(f"{record}: damaged; remove it")).get("organ")
+        former = f"{organ}/{record.stem.rpartition('-')[0]}"
+        if organ and former not in held:
+            shutil.rmtree(out / former, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other slides
+                (out / organ).rmdir()
+    if store:
         write_atomic(out / "slides.csv", store.slides.drop(columns="first_tile").to_csv(index=False))
     for folder in (out, out / "qc", out / ".tiling"):
         remove_temporary(folder)

@@ -128,6 +128,24 @@ def test_slides_are_added_behind_those_that_are_there(online, slides, store, tmp
     assert at_once.slides.drop(columns="path").equals(grown.slides.drop(columns="path"))
 
 
+def test_an_extension_refuses_corrected_rows_and_takes_other_columns(online, slides, tmp_path) -> None:
+    first = online.build(tmp_path / "store", slides.iloc[:2])
+    for change, told in (
+        ({"organ": "skin"}, "slide s0 has organ breast in it, asked for is skin"),
+        ({"mpp": "0.7"}, "slide s0 has mpp 0.5 in it, asked for is 0.7"),
+        ({"path": "/else/s0.tif"}, r"slide s0 has path \S+/s0.tif in it, asked for is /else/s0.tif"),
+    ):
+        corrected = pd.concat([slides.iloc[:1].assign(**change), slides.iloc[1:]], ignore_index=True)
+        with pytest.raises(StoreError, match=told):
+            online.build(tmp_path / "store", corrected, append=True)
+    for table, grades in ((slides.iloc[1:2], ["", "3"]), (slides.iloc[:3], ["3", "3", "3"])):
+        grown = online.build(tmp_path / "store", table.assign(grade="3"), append=True)
+        assert grown.slides["grade"].tolist() == grades
+        assert grown.slides.dtypes.drop("grade").equals(first.slides.dtypes)
+        grown.verify()
+    assert grown.fetch(0, 3) == first.fetch(0, 3)
+
+
 def test_what_cannot_be_extended_is_told(online, slides, data, tmp_path) -> None:
     online.build(tmp_path / "store", slides.iloc[:1])
     for told, change in (

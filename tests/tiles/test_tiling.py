@@ -18,7 +18,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from hpcssl.core.errors import ConfigError, SlideError, StoreError
+from hpcssl.core.errors import ConfigError, StoreError
 from hpcssl.tiles import tiling
 from hpcssl.tiles.store import Store
 from hpcssl.tiles.synthetic_slides import draw_slide
@@ -28,7 +28,7 @@ from hpcssl.tiles.wsi.cutting import CutOptions
 from hpcssl.tiles.wsi.opening import open_slide
 from hpcssl.tiles.wsi.sampling import read_tile, sample
 from hpcssl.tiles.wsi.slide import Slide
-from hpcssl.tiles.wsi.source import mpp_of, slides_to_read
+from hpcssl.tiles.wsi.source import slides_to_read
 
 TILE_PX = 64
 CUT = CutOptions(mpp=0.5, tile_px=TILE_PX)
@@ -225,6 +225,23 @@ def assuming(mpp: float) -> TilingOptions:
     return replace(LOOSE, cut=replace(CUT, assume_mpp=mpp))
 
 
+def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, tmp_path: Path) -> None:
+    """Those under its former organ, and those of a slide that the table has no more; nothing else."""
+    slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
+    former = slides.assign(organ=["skin", "lung", "colon"])
+    new = slides.iloc[:1].assign(slide_id="gone")
+    tile_slides(pd.concat([former, new], ignore_index=True), out, LOOSE, share=(0, 1))
+    assert (out / "skin" / "gone").is_dir()
+    assert (out / "colon" / "c").is_dir()
+    (out / "skin" / "notes").mkdir()
+    tile_slides(slides, out, LOOSE)
+    assert (out / "skin" / "notes").is_dir()
+    assert files(out).keys() - {"qc/gone.jpg"} == files(tiled).keys()
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [".tiling", "index-000001", "lung", "qc", "skin"]
+    tile_slides(pd.concat([slides, new], ignore_index=True).assign(organ=["skin", "lung", "skin", "x"]), out, LOOSE)
+    Store.open(out).verify()
+
+
 def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides = slides_to_read(folder / "slides.csv")
     data = (folder / "a.tif").read_bytes()
@@ -318,6 +335,62 @@ def test_tiles_are_cut_and_added_on_a_disk_of_their_own(folder: Path, small_disk
     assert tile_slides(slides.iloc[:1], small_disk, LOOSE)[0].num_slides == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"organ": "lung"}, "slide a has organ skin in it, asked for is lung"),
+        ({"mpp": "0.5"}, "slide a has mpp 0.25 in it, asked for is 0.5"),
+        ({"path": "/elsewhere/a.tif"}, r"slide a has path \S+/a.tif in it, asked for is /elsewhere/a.tif"),
+    ],
+)
+def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
+    folder: Path, tiled: Path, tmp_path: Path, change: dict[str, str], told: str
+) -> None:
+    """At once, also where an array would be submitted; to leave the row out is no correction."""
+    slides, before = slides_to_read(folder / "slides.csv"), files(tiled)
+    new = slides.iloc[2:].assign(slide_id="new")
+    corrected = pd.concat([slides.iloc[:1].assign(**change), slides.iloc[1:], new], ignore_index=True)
+    begun: list[int] = []
+    with pytest.raises(StoreError, match=told):
+        tile_slides(corrected, tiled, LOOSE, on_total=begun.append)
+    with pytest.raises(StoreError, match=told):
+        tiling.slides_to_cut(corrected, tiled, LOOSE)
+    assert begun == []
+    assert tiling.slides_to_cut(corrected.iloc[1:], tiled, LOOSE) == ["new"]
+    assert files(tiled) == before
+
+
+def test_an_mpp_that_was_assumed_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
+    slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
+    store, _ = tile_slides(slides, tmp_path / "out", assuming(0.4))
+    assert store.slides["mpp_from"].tolist() == ["file", "assumed"]
+    with pytest.raises(StoreError, match=r"slide u has mpp 0.4 in it, asked for is 0.25"):
+        tile_slides(slides, tmp_path / "out", assuming(0.25))
+    assert tile_slides(slides, tmp_path / "out", LOOSE)[0].num_slides == 2
+    assert tile_slides(slides.iloc[:1], tmp_path / "out", assuming(0.25))[0].num_slides == 2
+
+
+@pytest.mark.parametrize("options", [LOOSE, PACKED], ids=["loose", "packed"])
+def test_other_columns_are_those_of_the_table(folder: Path, tmp_path: Path, options: TilingOptions) -> None:
+    """Of a slide that it does not list, those it had; its own slides.csv, with all that was measured, changes none."""
+    slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
+    before, _ = tile_slides(slides.iloc[:2], out, options)
+    after, _ = tile_slides(slides.iloc[1:2].assign(patient_id="q", grade="3"), out, options)
+    assert after.slides[["patient_id", "grade"]].to_numpy().tolist() == [["pa", ""], ["q", "3"]]
+    after.verify(deep=True)
+    assert (after.digest, after.slides["mpp"].tolist()) == (before.digest, before.slides["mpp"].tolist())
+    assert pd.read_csv(out / "slides.csv")["patient_id"].tolist() == ["pa", "q"]
+    whole = files(out)
+    tile_slides(slides_to_read(out / "slides.csv"), out, options)
+    assert files(out) == whole, "nothing is new"
+    grown, _ = tile_slides(slides.assign(grade="4"), out, options)
+    assert grown.slides["grade"].tolist() == ["4"] * 3
+    assert grown.slides["slide_id"].tolist() == ["a", "b", "c"]
+    grown.verify(deep=True)
+
+
 def test_shares_give_the_store_of_one_call(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
     for k in (1, 0):
@@ -345,86 +418,3 @@ def test_a_slide_coarser_than_the_tiles_is_refused(folder: Path, tmp_path: Path)
     slides = slides_to_read(folder / "slides.csv").iloc[1:2]
     _, failed = tile_slides(slides, tmp_path / "out", TilingOptions(cut=CutOptions(mpp=0.25, tile_px=64)))
     assert "0.499 microns per pixel, coarser than --mpp 0.25" in failed[0]["reason"]
-
-
-def test_the_table_says_where_slides_are_and_its_mpp_goes_first(tmp_path: Path, folder: Path) -> None:
-    table = tmp_path / "t.csv"
-    table.write_text("slide_id,organ,path,mpp\nx,skin,sub/x.svs,0.3\ny,skin,s3://b/y.svs,\n")
-    slides = slides_to_read(table)
-    assert slides["path"].tolist() == [str(tmp_path / "sub/x.svs"), "s3://b/y.svs"]
-    slide = open_slide(folder / "a.tif")
-    assert [mpp_of(slide, row, 0.7) for row in slides.to_dict("records")] == [0.3, 0.25]
-    found = slides_to_read(folder)
-    assert found["slide_id"].tolist() == ["a", "b", "c"]
-    assert set(found["organ"]) == {folder.name}
-    for text, match in (
-        ("slide_id,organ\nx,skin\n", "no column path"),
-        ("slide_id,organ,path\nx,skin,\n", "row 1 has no path"),
-        ("slide_id,organ,path,mpp\nx,skin,a.svs,20x\n", "slide x has mpp '20x'"),
-    ):
-        table.write_text(text)
-        with pytest.raises(SlideError, match=match):
-            slides_to_read(table)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SlideError, match="no slides in it"):
-        slides_to_read(tmp_path / "empty")
-
-
-def test_a_folder_of_slides_is_the_same_from_wherever_it_is_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So its table serves elsewhere, too, and no slide is cut twice because a job names the folder in full."""
-    absolute = slides_to_read(folder)
-    assert absolute["path"].tolist() == [str(folder / f"{name}.tif") for name in "abc"]
-    monkeypatch.chdir(folder.parent)
-    for named in (folder.name, f"{folder.name}/../{folder.name}"):
-        assert slides_to_read(Path(named)).equals(absolute)
-    monkeypatch.chdir(folder)
-    assert slides_to_read(Path()).equals(absolute)
-
-
-def test_links_in_a_folder_of_slides_count_for_what_they_are_called(folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "by-organ"
-    (root / "prostate").mkdir(parents=True)
-    (root / "prostate" / "p1.tif").symlink_to(folder / "a.tif")
-    (root / ".snapshot" / "old").mkdir(parents=True)
-    (root / ".snapshot" / "old" / "o.tif").touch()
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("k.tif", "L.SVS", "notes.txt", ".hidden.tif"):
-        (tmp_path / "elsewhere" / name).touch()
-    (root / "kidney").symlink_to(tmp_path / "elsewhere")
-    (root / "prostate" / "round").symlink_to(root)
-    found = slides_to_read(root)
-    assert found[["slide_id", "organ", "path"]].to_numpy().tolist() == [
-        ["L", "kidney", str(root / "kidney" / "L.SVS")],
-        ["k", "kidney", str(root / "kidney" / "k.tif")],
-        ["p1", "prostate", str(root / "prostate" / "p1.tif")],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("header", "column", "found"),
-    [
-        ("slide_id;organ;path;mpp", "slide_id", "'slide_id;organ;path;mpp'"),
-        ("slide_id\torgan\tpath", "slide_id", r"'slide_id\torgan\tpath'"),
-        ("organ,path,mpp", "slide_id", "'organ', 'path', 'mpp'"),
-        ("slide_id,path,mpp", "organ", "'slide_id', 'path', 'mpp'"),
-        ("slide_id, organ, path", "organ", "'slide_id', ' organ', ' path'"),
-        ("slide_id,organ,Path", "path", "'slide_id', 'organ', 'Path'"),
-    ],
-)
-def test_a_table_without_a_column_is_told_what_it_has(tmp_path: Path, header: str, column: str, found: str) -> None:
-    """And never of num_tiles, which nobody knows before."""
-    table = tmp_path / "t.csv"
-    table.write_text(f"{header}\n" + "x" + header.count(",") * ",x" + "\n")  # an MPP that cannot be used, too
-    with pytest.raises(SlideError) as caught:
-        slides_to_read(table)
-    expected = "expected slide_id, organ, path, separated by commas alone"
-    assert str(caught.value) == f"{table}: no column {column}; {expected}, found {found}"
-
-
-def test_a_row_without_an_id_is_told_before_its_mpp(tmp_path: Path) -> None:
-    table = tmp_path / "t.csv"
-    table.write_text("slide_id,organ,path,mpp\n,skin,x.tif,abc\n")
-    with pytest.raises(SlideError, match="row 1 has no slide_id"):
-        slides_to_read(table)

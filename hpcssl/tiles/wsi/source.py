@@ -18,7 +18,8 @@ from hpcssl.tiles.wsi.slide import Slide, plausible_mpp
 FAILED = "failed_slides.csv"
 _SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
 _FAILED_COLUMNS = ["slide_id", "organ", "path", "reason"]
-_MEASURED = ["num_tiles", "scanner", "reader", "tissue_mm2"]  # what reading tells; a table's own are not taken
+_MEASURED = ["num_tiles", "first_tile", "scanner", "reader", "tissue_mm2", "mpp_from", "bytes"]
+_MEASURED += ["mask_columns", "mask_cell"]  # what reading tells; a table's own are not taken
 
 
 def slides_to_read(source: Path) -> pd.DataFrame:
@@ -109,6 +110,11 @@ def mpp_of(slide: Slide, row: Mapping[str, Any], assumed: float | None = None) -
             f" {row['slide_id']} one in a column mpp of the slide table, or say --assume-mpp"
         )
     return mpp
+
+
+def mpp_from(slide: Slide, row: Mapping[str, Any]) -> str:
+    """Return where `mpp_of` has the MPP from: "table", "file" or "assumed"."""
+    return "table" if str(row["mpp"]).strip() else "file" if slide.mpp else "assumed"
 
 
 def write_failed(folder: Path, failed: Sequence[Mapping[str, str]]) -> None:

@@ -45,16 +45,17 @@ class Tiles:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-def slides_below(tiles: Path, table: Path | None, *, out: Path) -> tuple[pd.DataFrame, bool]:
+def slides_below(tiles: Path, table: Path | None, *, out: Path | None = None) -> tuple[pd.DataFrame, bool]:
     """Return the slides of the table, else of the folders; and whether `num_tiles` is the user's claim.
 
-    Without a table the store `out` must not lie among the folders: the next build would take it for slides.
+    Without a table, a store `out` that is to be made must not lie among the folders: the next build would take it for
+    slides.
     """
     if not tiles.is_dir():
         raise StoreError(f"{tiles}: no such folder of tiles")
     if table or (tiles / "slides.csv").exists():
         return read_slides(table or tiles / "slides.csv"), True
-    if out.resolve().is_relative_to(tiles.resolve()):
+    if out and out.resolve().is_relative_to(tiles.resolve()):
         raise StoreError(
             f"{out}: lies below {tiles}, all folders of which are taken for slides; choose an --out elsewhere,"
             " or name the slides with --slides"

@@ -274,6 +274,8 @@ class OnlineStore(Store):
                 if deep:
                     for tile in range(first, first + count):
                         self.fetch(tile, tile)
+            except UnreachableTileError:  # tells nothing of the slide
+                raise
             except (SlideError, StoreError) as error:
                 return count, str(error)
             return count, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,31 @@ def test_a_slide_that_may_not_be_read_is_told_so_at_once(remote, server, opened)
     with pytest.raises(UnreachableTileError, match=r"s0.tif: its server refuses to give it \(403 Forbidden\); check"):
         store.fetch(0, 0)
     assert server.requests <= 4, "a tile has at most four blocks"
+
+
+def test_what_a_file_system_forbids_is_told_alike(monkeypatch) -> None:
+    """As s3fs does."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def forbidden(*args: object, **options: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", forbidden)
+    with pytest.raises(PermissionError, match=r"its server refuses to give it \(Access Denied\)"):
+        Ranges.open("memory://a.tif")
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_verify_does_not_take_a_server_that_fails_for_changed_slides(remote, server, quick, deep) -> None:
+    seen = Counter()
+
+    def fault_of_file(name: str) -> str | None:
+        seen[name] += 1
+        return "refuse" if name == "s1.tif" and seen[name] > (8 if deep else 0) else None
+
+    server.fault_of_file = fault_of_file
+    with pytest.raises((OSError, UnreachableTileError), match="does not answer after 3 tries"):
+        Store.open(remote.path).verify(deep=deep)
 
 
 def test_a_server_that_gives_no_parts_of_files_is_told_so_and_not_asked_for_them(online, tmp_path) -> None:

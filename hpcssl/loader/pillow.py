@@ -21,9 +21,13 @@ _TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose
 def decode(jpeg: bytes, *, name: str) -> Image.Image:
     """Return an RGB image; BadTileError naming the tile where the bytes cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(jpeg))
+        image: Image.Image = Image.open(io.BytesIO(jpeg))
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow would cut it at 255
+            image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of {image.mode}, 32 bits, of which none is known to be white")
         return image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise BadTileError(
             f"{name}: cannot be decoded ({' '.join(str(error).split())}); replace it or rebuild the store"
         ) from None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from hpcssl.core.errors import StoreError
+from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.loader import cpu, pillow
 from hpcssl.loader.colour import change_colours, colours_of
 from hpcssl.plan.draw import Q16, Plan, draw_plan
@@ -203,6 +203,25 @@ def test_decoding_is_pillow_s_bit_for_bit(tiles: list[bytes], drawn: list[bytes]
     for jpeg in tiles + drawn:
         found = cpu.decode(jpeg, name="x")
         np.testing.assert_array_equal(found, np.asarray(pillow.decode(jpeg, name="x")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_a_pixel_become_eight(kind: str) -> None:
+    """Whatever the name of the file says: cut off at 255 instead, such a tile would be all white."""
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    stream = io.BytesIO()
+    Image.fromarray(ramp * 257).save(stream, kind)
+    for decode in (pillow.decode, cpu.decode):
+        assert np.array_equal(np.asarray(decode(stream.getvalue(), name="a.jpg")), ramp[..., None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_thirty_two_bits_a_pixel_are_a_bad_tile(dtype: type) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, dtype)).save(stream, "TIFF")
+    for decode in (pillow.decode, cpu.decode):
+        with pytest.raises(BadTileError, match=r"a\.jpg: cannot be decoded \(pixels of ., 32 bits"):
+            decode(stream.getvalue(), name="a.jpg")
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

@@ -104,8 +104,7 @@ class TrainConfig:
     max_skipped_steps : of the whole run, how many steps may be passed over because their loss or a gradient is not
         finite: the step counts on, the weights stay. fp16's overflows, which lower the loss scale, do not count
     watch_every_steps : how often features of the same few hundred tiles are looked at for collapse; 0 = never
-    hang_s : seconds that ranks wait for one that hangs before they end the run; before the first step, and in one that
-        compiles, ten minutes
+    hang_s : seconds that ranks wait for one that hangs before they end the run; in the first step, ten minutes
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -18,7 +18,7 @@ from hpcssl.runs.folder import BAD_TILES, Generation
 from hpcssl.schedule.file import Schedule
 from hpcssl.tiles.store import Store
 from hpcssl.train.config import PretrainConfig, Timeline
-from hpcssl.train.execution import describe_execution, resolve_execution
+from hpcssl.train.execution import describe_execution
 from hpcssl.train.failure import save_failed_step
 from hpcssl.train.objective import load_initial_weights
 from hpcssl.train.reduce import Collectives
@@ -106,11 +106,6 @@ class _Loop:
         state, writer = self.state, self.writer
         if writer and state.step == 0:
             writer.save(state)
-        compiled, hang_s = resolve_execution(self.recipe.train, self.device).compiled, self.recipe.train.hang_s
-        # here all have read and written what it takes to begin, some for longer than others
-        (patient,) = self._agreed(compiled)
-        if not patient:
-            self.collectives.limit_waiting(hang_s)
         begun, before, first = time.perf_counter(), _loader_times(stream), state.step
         for batch in stream:
             assert batch.step == state.step, (batch.step, state.step)
@@ -132,8 +127,8 @@ class _Loop:
                     writer.save(state)
             if stop and not is_last:
                 raise Stopped("asked to stop")
-            if patient and batch.step == first:  # which has compiled, on some nodes from a cache
-                self.collectives.limit_waiting(hang_s)
+            if batch.step == first:  # which may have compiled, and waited for a file system that wakes up
+                self.collectives.limit_waiting(self.recipe.train.hang_s)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """Train one step; where it may not be skipped, save it; where the GPU is too small, say what helps."""

@@ -140,7 +140,7 @@ class Build:
             self.shards = ShardWriter(out if self.in_place else self.partial, int(options.shard_gb * 1e9), first=old)
         about = {"format": FORMAT, "root": str(tiles.resolve()), "packed": self.packed, "check": options.check}
         about |= {"shard_gb": options.shard_gb, "base": base.digest if base else None}
-        self.bad_list = self.partial.with_name(f"{out.name}.bad_tiles.csv")
+        self.bad_list = out.with_name(f"{out.name}.bad_tiles.csv")
         self.writer = StoreWriter(self.partial, self.shards, about=about, root=tiles, bad_list=self.bad_list)
         self._worth_keeping = False
 

@@ -5,8 +5,8 @@
 features), bag (of every instance), y (of every bag) and, if there are, test_fold (repeats x bags). Features are
 standardised on each fold's training bags; one that does not vary there is left out. One recipe for all sets: gated
 attention of 64 over one hidden layer of 64 (Ilse et al., ICML 2018, have three for these sets, of 256, 128 and 64),
-dropout 0.25, 40 epochs; size and dropout were chosen on other folds than those that are reported. Prints one JSON object
-last: mean accuracy after the last epoch, and its standard deviation over the repeats.
+dropout 0.25, 40 epochs; size and dropout were chosen on other folds than those that are reported. Prints one JSON
+object last: mean accuracy after the last epoch, and its standard deviation over the repeats.
 """
 
 from __future__ import annotations

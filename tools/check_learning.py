@@ -26,7 +26,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hpcssl.cli.demo import demo_spec
+from hpcssl.cli.demo import SPEC
+from hpcssl.cli.demo_inputs import demo_spec
 from hpcssl.embed.encoder import Source
 from hpcssl.embed.run import embed_store
 from hpcssl.features.files import write_slide
@@ -116,7 +117,7 @@ def main() -> None:
         work = args.work or Path(temporary)
         store = build_store(args.tiles, work / "store")
         batch = load_recipe(args.recipe, args.set).global_batch
-        spec = demo_spec(store.slides, 0, batch)
+        spec = demo_spec(SPEC, store.slides, 0, batch)
         spec = dataclasses.replace(spec, num_pseudo_epochs=args.pseudo_epochs)
         build_schedule(spec, store.slides, work / "schedule")
         seconds = pretrain(args.recipe, work, args.minutes, args.set)

@@ -212,7 +212,7 @@ def test_streamed_bags_give_the_same_bits_and_leave_nothing_behind(tmp_path, way
 
 
 _LARGE = """
-import resource, sys
+import sys
 from pathlib import Path
 import numpy as np
 from hpcssl.mccv.bags import Bags
@@ -226,7 +226,8 @@ sizes = head_sizes(preset, 384, labels)
 before = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 table = fit(bags, labels, [Run(split=1, replica=1, train=np.arange(4), val=np.arange(4, 6))], preset)
 stated = 4 * (2 * 384 + sum(sizes.hidden) + 2 * sizes.attention) + 2 * sizes.dropout_units
-taken = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+(peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+taken = 1024 * int(peak.split()[1]) - before  # ru_maxrss would be that of the process that started this one, if larger
 print(bags.streamed, np.isfinite(table["value"]).all(), taken / 2**20, 200_000 * stated / 2**20)
 """
 
@@ -236,7 +237,7 @@ def test_a_bag_of_200_000_tiles_is_fitted_in_the_memory_that_is_stated(tmp_path)
     assert done.returncode == 0, done.stderr
     streamed, finite, taken, stated = done.stdout.split()
     assert (streamed, finite) == ("True", "True")
-    assert 300 < float(taken) < float(stated) + 128  # MiB
+    assert 300 < float(taken) < float(stated) + 64  # MiB
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=PRESET.epochs)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    preset = MccvPreset(**{**vars(PRESET), "epochs": args.epochs, "warmup_epochs": args.epochs // 10})
+    preset = MccvPreset(**{**vars(PRESET), "epochs": args.epochs, "warmup_epochs": args.epochs // 20})
     found = {}
     for name in args.names:
         found[name] = measure(args.data / f"{name}.npz", preset, args.threads)

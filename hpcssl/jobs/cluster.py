@@ -260,7 +260,8 @@ def _requeue_before_the_limit(profile: Profile) -> list[str]:
     after_s = 60 * profile.timeout_min - -(-profile.signal_lead_s // 3)
     ask = 'until scontrol requeue "$SLURM_JOB_ID"; do sleep 5; done'
     wait = f"trap 'kill $! 2>/dev/null; exit' TERM; sleep {after_s} & wait $!"  # nothing is left when it is killed
-    return [f'({wait}; echo "{OUT_OF_TIME}"; {ask}) >&2 &', "hpcssl_timer=$!"]
+    # SLURM ends a job by a signal to all processes: a sleep that ends by it has not come to the limit
+    return [f'({wait} && {{ echo "{OUT_OF_TIME}"; {ask}; }}) >&2 &', "hpcssl_timer=$!"]
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:

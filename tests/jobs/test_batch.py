@@ -60,6 +60,14 @@ def test_before_the_time_limit_it_asks_for_another_start_until_slurm_agrees(batc
     assert OUT_OF_TIME in (batch.folder / "log").read_text().splitlines()
 
 
+def test_a_timer_that_is_ended_by_slurms_signal_asks_for_nothing(batch):
+    """SLURM's signal goes to all processes of the job, and may reach the sleep before the shell that waits for it."""
+    batch = replace(batch, command=("/bin/sleep", "1"))
+    assert _run(batch, sleep="kill -TERM $$").returncode == 0
+    assert not (batch.folder / "asked").exists()
+    assert OUT_OF_TIME not in (batch.folder / "log").read_text()
+
+
 def test_the_timer_is_later_than_the_warning_and_earlier_than_the_limit():
     for lead_s in (1, 2, 3, 59):
         line = cluster._requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]

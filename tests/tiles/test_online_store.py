@@ -207,25 +207,21 @@ def counted(monkeypatch) -> Counter:
     return _Counted.opened
 
 
-def test_so_many_slides_stay_open_those_used_last(counted) -> None:
-    slides = OpenSlides(2, 1000)
+@pytest.mark.parametrize(("most", "most_bytes"), [(2, 1000), (10, 100)], ids=["number", "memory of their tables"])
+def test_so_many_slides_stay_open_those_used_last(counted, most, most_bytes) -> None:
+    slides = OpenSlides(most, most_bytes)
     for path in "abacab":
         slides.get(path)
     assert counted == {"a": 1, "b": 2, "c": 1}
     assert len(slides._slides) == 2
 
 
-def test_open_slides_are_bound_by_the_memory_of_their_tables_too(counted) -> None:
-    slides = OpenSlides(10, 100)
-    for path in "abacab":
-        slides.get(path)
-    assert counted == {"a": 1, "b": 2, "c": 1}
-    assert len(slides._slides) == 2
+def test_a_slide_larger_than_the_bound_stays_open_alone(counted) -> None:
     one = OpenSlides(10, 30)
     for path in "aabb":
         one.get(path)
     assert list(one._slides) == ["b"], "one that is larger stays until there is another"
-    assert counted == {"a": 2, "b": 3, "c": 1}
+    assert counted == {"a": 1, "b": 1}
 
 
 def test_threads_wait_for_one_opening_and_share_its_failure(small, monkeypatch) -> None:

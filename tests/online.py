@@ -69,7 +69,7 @@ def draw_slides(folder: Path, *, count: int = 4) -> pd.DataFrame:
 
 def build(out: Path, table: pd.DataFrame, *mpps: float, share: Any = None, append: bool = False, **options: Any) -> Any:
     """Build or extend an online store of 64 px tiles and return it opened, None for a share of it."""
-    from hpcssl.tiles.online_build import OnlineOptions, build_online
+    from hpcssl.stores.online_build import OnlineOptions, build_online
 
     options = {"mpps": mpps or (MPP, 2 * MPP), "tile_px": TILE_PX, "threads": 2, **options}
     return build_online(table, out, OnlineOptions(**options), share=share, append=append)

@@ -41,7 +41,7 @@ class Data:
     @property
     def store(self) -> Any:
         """The opened store."""
-        from hpcssl.tiles.store import Store
+        from hpcssl.stores.store import Store
 
         return Store.open(self.store_path)
 
@@ -89,7 +89,7 @@ def make_data(folder: Path, *, pseudo_epochs: int = PSEUDO_EPOCHS, positions: in
     """Write tiles, and build their store and schedule."""
     from hpcssl.schedule.build import build_schedule
     from hpcssl.schedule.spec import ScheduleSpec
-    from hpcssl.tiles.scan import build_store
+    from hpcssl.stores.scan import build_store
 
     data = Data(make_tiles(folder / "tiles"), folder / "store", folder / "schedule")
     store = build_store(data.tiles, data.store_path)
@@ -105,7 +105,7 @@ def dino_recipe(**changes: Any) -> Any:
     from hpcssl.models.encoder import EncoderConfig
     from hpcssl.models.heads import DinoHeadConfig
     from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
-    from hpcssl.train.config import DinoConfig, OptimConfig, PretrainConfig, TrainConfig
+    from hpcssl.train.pretrain_config import DinoConfig, OptimConfig, PretrainConfig, TrainConfig
 
     colour = {"jitter": 0.8, "grey": 0.2}
     recipe = PretrainConfig(
@@ -129,9 +129,9 @@ def dino_recipe(**changes: Any) -> Any:
 
 def mae_recipe(**changes: Any) -> Any:
     """Return an MAE recipe of two blocks and one decoder block on 32 px."""
-    from hpcssl.models.mae import MaeDecoderConfig
+    from hpcssl.models.decoder import MaeDecoderConfig
     from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
-    from hpcssl.train.config import OptimConfig
+    from hpcssl.train.pretrain_config import OptimConfig
 
     dino = dino_recipe()
     recipe = replace(
@@ -150,8 +150,8 @@ RECIPES: dict[str, Callable[..., Any]] = {"dino": dino_recipe, "mae": mae_recipe
 
 def make_run(run: Path, data: Data, recipe: Any) -> Path:
     """Prepare a run folder as `hpcssl pretrain` does."""
-    from hpcssl.runs.folder import prepare_run
-    from hpcssl.train.config import Timeline
+    from hpcssl.runs.run_folder import prepare_run
+    from hpcssl.train.pretrain_config import Timeline
 
     prepare_run(run, recipe, data=data.identity, derived=Timeline(recipe, data.schedule).derived())
     return run
@@ -243,7 +243,7 @@ def assert_same_run(run: Path, reference: Path, step: int) -> None:
     import torch
 
     from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
-    from hpcssl.runs.metrics import read_metrics
+    from hpcssl.runs.trace import read_metrics
 
     one, other = (load_checkpoint(checkpoint_path(folder, step))[0] for folder in (run, reference))
     assert one.keys() == other.keys()

@@ -25,9 +25,9 @@ from hpcssl.loader.stream import Batch, TileStream
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.scan import BuildOptions, build_store
-from hpcssl.tiles.store import Store
-from hpcssl.train.config import PretrainConfig, Timeline, load_recipe
+from hpcssl.stores.scan import BuildOptions, build_store
+from hpcssl.stores.store import Store
+from hpcssl.train.pretrain_config import PretrainConfig, Timeline, load_recipe
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

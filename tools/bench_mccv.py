@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcssl.mccv.bags import Bags
-from hpcssl.mccv.fit import Run, fit, head_sizes
-from hpcssl.mccv.metrics import auc
-from hpcssl.mccv.presets import PRESETS, MccvPreset
-from hpcssl.models.attention import HeadSizes, dropout_mask, initial_weights, unpack
+from hpcssl.evaluate.metrics import auc
+from hpcssl.evaluate.mil.bags import Bags
+from hpcssl.evaluate.mil.batched_heads import HeadSizes, dropout_mask, initial_weights, unpack
+from hpcssl.evaluate.mil.fits import Run, fit, head_sizes
+from hpcssl.evaluate.mil.presets import PRESETS, MccvPreset
 from hpcssl.optim.values import cosine
 
 DIM = 384

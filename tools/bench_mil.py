@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcssl.mccv.bags import Bags
-from hpcssl.mccv.fit import Run, fit
-from hpcssl.mccv.presets import MccvPreset
+from hpcssl.evaluate.mil.bags import Bags
+from hpcssl.evaluate.mil.fits import Run, fit
+from hpcssl.evaluate.mil.presets import MccvPreset
 
 NAMES = ("musk1", "musk2", "fox", "tiger", "elephant")
 REPEATS, FOLDS = 5, 10

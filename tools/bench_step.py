@@ -34,13 +34,13 @@ from plain_step import PlainDino, PlainMae
 from hpcssl.core.config import build, to_mapping, with_overrides
 from hpcssl.core.errors import ConfigError
 from hpcssl.loader.stream import Batch
+from hpcssl.models.decoder import MaeDecoderConfig, sincos_position
 from hpcssl.models.encoder import Encoder, EncoderConfig, normalised
 from hpcssl.models.heads import DinoHeadConfig
-from hpcssl.models.mae import MaeDecoderConfig, sincos_position
 from hpcssl.plan.draw import draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
-from hpcssl.train.config import DinoConfig, OptimConfig, PretrainConfig, StepValues, Timeline, TrainConfig
 from hpcssl.train.execution import resolve_precision
+from hpcssl.train.pretrain_config import DinoConfig, OptimConfig, PretrainConfig, StepValues, Timeline, TrainConfig
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hpcssl.tiles.listing import Tiles
-from hpcssl.tiles.scan import THREADS, BuildOptions, build_store
-from hpcssl.tiles.store import FORMAT, Store, identity
-from hpcssl.tiles.writer import StoreWriter
+from hpcssl.stores.index_writer import StoreWriter
+from hpcssl.stores.scan import THREADS, BuildOptions, build_store
+from hpcssl.stores.store import FORMAT, Store, identity
+from hpcssl.stores.tile_files import Tiles
 
 
 def write_tiles(folder: Path, slides: int, tiles: int, tile_bytes: int) -> None:

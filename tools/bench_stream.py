@@ -36,8 +36,8 @@ from hpcssl.plan.recipe import dino_augment
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.scan import BuildOptions, build_store
-from hpcssl.tiles.store import Store, identity, index_files
+from hpcssl.stores.scan import BuildOptions, build_store
+from hpcssl.stores.store import Store, identity, index_files
 
 GLOBAL_BATCH, RANKS, STEPS = 1080, 12, 9
 PER_SLIDE, ORGANS = 10_000, 10

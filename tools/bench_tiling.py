@@ -44,11 +44,11 @@ from PIL import Image
 from hpcssl.loader import cpu
 from hpcssl.plan.draw import draw_plan
 from hpcssl.plan.recipe import dino_augment
-from hpcssl.tiles.online_build import OnlineOptions, build_online
-from hpcssl.tiles.store import Store
-from hpcssl.tiles.synthetic_slides import draw_slide
-from hpcssl.tiles.tiling import TilingOptions, tile_slides
-from hpcssl.tiles.wsi.cutting import CutOptions
+from hpcssl.slides.cutting import CutOptions
+from hpcssl.stores.online_build import OnlineOptions, build_online
+from hpcssl.stores.store import Store
+from hpcssl.stores.tiling import TilingOptions, tile_slides
+from hpcssl.synthetic.drawn_slides import draw_slide
 
 try:
     import tiffslide

@@ -26,21 +26,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hpcssl.cli.demo import SPEC
+from hpcssl.cli.demo_command import SPEC
 from hpcssl.cli.demo_inputs import demo_spec
-from hpcssl.embed.encoder import Source
-from hpcssl.embed.run import embed_store
-from hpcssl.features.files import write_slide
-from hpcssl.features.folder import write_index
+from hpcssl.embed.embedding import embed_store
+from hpcssl.embed.sources import Source
+from hpcssl.evaluate.knn import knn_parts
+from hpcssl.evaluate.mil.benchmark import plan_parts
+from hpcssl.evaluate.mil.presets import PRESETS
+from hpcssl.evaluate.splits import make_splits
+from hpcssl.features.feature_files import write_slide
+from hpcssl.features.feature_folder import write_index
 from hpcssl.loader.pillow import decode
-from hpcssl.mccv.knn import knn_parts
-from hpcssl.mccv.presets import PRESETS
-from hpcssl.mccv.run import plan_parts
-from hpcssl.mccv.splits import make_splits
 from hpcssl.schedule.build import build_schedule
-from hpcssl.tiles.scan import build_store
-from hpcssl.tiles.store import Store
-from hpcssl.train.config import load_recipe
+from hpcssl.stores.scan import build_store
+from hpcssl.stores.store import Store
+from hpcssl.train.pretrain_config import load_recipe
 
 METRICS = ("tile_auc", "tile_accuracy", "auc", "accuracy")
 

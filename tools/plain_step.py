@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcssl.models.encoder import Encoder, drop_path_rates
-from hpcssl.objectives.mae import patchify
+from hpcssl.objectives.mae_loss import patchify
 from hpcssl.optim.parameters import parameter_groups
-from hpcssl.train.config import PretrainConfig, StepValues
+from hpcssl.train.pretrain_config import PretrainConfig, StepValues
 
 
 class Attention(nn.Module):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def check_label(label: str | None, slides: Path | None, tiles: Path | None) -> None:
     """Refuse a label that is no column, before anything is done; `label` is one of the tiles that are drawn."""
     from hpcssl.core.errors import SlideError
-    from hpcssl.tiles.listing import slides_below
-    from hpcssl.tiles.wsi.source import slides_to_read
+    from hpcssl.slides.slide_list import slides_to_read
+    from hpcssl.stores.tile_files import slides_below
 
     if label is None:
         return
@@ -39,10 +39,10 @@ def cut_tiles(table: Path, out: Path, assume_mpp: float | None, *, threads: int,
     """
     from hpcssl.cli.progress import progress
     from hpcssl.core.errors import SlideError
-    from hpcssl.tiles.slides import read_table
-    from hpcssl.tiles.tiling import TilingOptions, tile_slides
-    from hpcssl.tiles.wsi.cutting import CutOptions
-    from hpcssl.tiles.wsi.source import FAILED, slides_to_read
+    from hpcssl.slides.cutting import CutOptions
+    from hpcssl.slides.slide_list import FAILED, slides_to_read
+    from hpcssl.slides.slide_table import read_table
+    from hpcssl.stores.tiling import TilingOptions, tile_slides
 
     slides = slides_to_read(table)
     if not fixed:

@@ -14,22 +14,22 @@ from typing import NoReturn
 import hpcssl
 from hpcssl.core.errors import UserError, describe_os_error
 
-COMMANDS = (
-    "demo",
-    "doctor",
-    "tile",
-    "store",
-    "schedule",
-    "plan",
-    "pretrain",
-    "jobs",
-    "export",
-    "embed",
-    "splits",
-    "mccv",
-    "knn",
-    "report",
-)
+COMMANDS = {
+    "demo": "hpcssl.cli.demo_command",
+    "doctor": "hpcssl.cli.doctor_command",
+    "tile": "hpcssl.cli.tile_command",
+    "store": "hpcssl.cli.store_command",
+    "schedule": "hpcssl.cli.schedule_command",
+    "plan": "hpcssl.cli.plan_command",
+    "pretrain": "hpcssl.cli.pretrain_command",
+    "jobs": "hpcssl.cli.jobs_command",
+    "export": "hpcssl.cli.export_command",
+    "embed": "hpcssl.cli.embed_command",
+    "splits": "hpcssl.cli.splits_command",
+    "mccv": "hpcssl.cli.mccv_command",
+    "knn": "hpcssl.cli.knn_command",
+    "report": "hpcssl.cli.report_command",
+}
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -83,7 +83,7 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hpcssl {hpcssl.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name in [wanted] if wanted else COMMANDS:
-        module = importlib.import_module(f"hpcssl.cli.{name}")
+        module = importlib.import_module(COMMANDS[name])
         _add_command(subparsers, name, module)
     return parser
 

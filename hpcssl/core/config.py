@@ -1,27 +1,92 @@
 """Strict configuration: YAML and `--set key=value` into frozen dataclasses.
 
-An unknown key is an error that names the nearest known one; a wrong type is an error that says what was expected. A
-number is finite, and no `true` or `false`.
+An unknown key is an error that names the nearest known one; a wrong type and a value out of its range are errors that
+say what was expected. A number is finite, and no `true` or `false`.
+
+`settings` makes such a dataclass. The range of a setting stands in its type (`AtLeast1`, `Share`, …), and whether it
+may change on a run that has begun is said where it is declared, by `free` or `fixed`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import ErrorDetails
+from typing_extensions import dataclass_transform
 
 from hpcssl.core.errors import ConfigError
 
 T = TypeVar("T")
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 _SHOWN = 20
+_RANGES = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+    "finite_number": "a finite number",
+}
+_FREE = "free"
+
+
+def free(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+    """Declare a setting that may change on a run that has begun: where it stops, and how (not what) it computes."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: True})
+
+
+def fixed(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+    """Declare a setting that is the same for a whole run."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: False})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, free, fixed))
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass whose values are checked whenever one is made.
+
+    ConfigError where one is made with a value that cannot be.
+
+    >>> @settings
+    ... class Loader:
+    ...     threads: AtLeast1 = free(1)
+    >>> Loader(threads=0)
+    Traceback (most recent call last):
+    hpcssl.core.errors.ConfigError: threads = 0; expected at least 1
+    """
+    made: Any = checked_dataclass(
+        cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False)
+    )
+    check: Callable[..., None] = made.__init__
+
+    def init(self: Any, **values: Any) -> None:
+        try:
+            check(self, **values)
+        except ValidationError as error:
+            raise ConfigError(_describe(made, error.errors()[0])) from None
+
+    made.__init__ = init
+    return typing.cast("type[T]", made)
+
+
+def is_free(field: dataclasses.Field[Any]) -> bool | None:
+    """Return whether a setting may change on a run that has begun; None where its declaration does not say."""
+    return field.metadata.get(_FREE)
+
+
+def groups_in(field_type: Any) -> list[type]:
+    """Return the dataclasses of a field's type: itself, or those within an optional or a union."""
+    return [t for t in _types_in(field_type) if isinstance(t, type) and dataclasses.is_dataclass(t)]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -83,17 +148,12 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     ConfigError
         For an unknown key (naming the nearest), a missing one, or a value of the wrong type; it starts with `where`.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    _refuse_unknown(cls, values, where, prefix="")
+    for key, value in _truth_values(cls, values):
+        raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return TypeAdapter(cls).validate_python({str(key): value for key, value in values.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"].startswith("missing"):
-            raise ConfigError(f"{where}: {key} is missing") from None
-        raise ConfigError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
+        raise ConfigError(f"{where}: {_describe(cls, error.errors()[0])}") from None
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -141,32 +201,52 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _refuse_unknown(cls: Any, values: Mapping[str, Any], where: str, prefix: str) -> None:
+def _describe(cls: type, error: ErrorDetails) -> str:
+    """Say in one line what is wrong with which setting of a dataclass, and what was expected."""
+    key, siblings = _path_in(cls, error["loc"])
+    kind, value = error["type"], error["input"]
+    if kind == "unexpected_keyword_argument":
+        return f"unknown setting {key}; {nearest(key.rpartition('.')[2], siblings)}"
+    if kind.startswith("missing"):
+        return f"{key} is missing"
+    if kind in _RANGES:
+        return f"{key} = {value}; expected {_RANGES[kind].format(**error.get('ctx', {}))}"
+    return f"{key} = {value!r}: {error['msg'].lower()}"
+
+
+def _path_in(cls: type, location: Sequence[int | str]) -> tuple[str, list[str]]:
+    """Return the dotted key of an error's location, without tags of unions, and the settings of its last group."""
+    words, groups, siblings = [], [cls], [f.name for f in dataclasses.fields(cls)]
+    for word in location:
+        tagged = [group for group in groups if len(groups) > 1 and word in (tag_of(group), group.__name__)]
+        if tagged:
+            groups, siblings = tagged, [f.name for f in dataclasses.fields(tagged[0])]
+            continue
+        words.append(str(word))
+        hints = typing.get_type_hints(groups[0]) if len(groups) == 1 else {}
+        groups = groups_in(hints[word]) if word in hints else []
+        if len(groups) == 1:
+            siblings = [f.name for f in dataclasses.fields(groups[0])]
+    return ".".join(words), siblings
+
+
+def tag_of(group: type) -> Any:
+    """Return what `kind` says of a dataclass in a tagged union; None where it has none."""
+    return next((f.default for f in dataclasses.fields(group) if f.name == "kind"), None)
+
+
+def _truth_values(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield the settings for numbers that are given `true` or `false`, which pydantic would take for 1 and 0."""
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
-        if key not in names:
-            raise ConfigError(f"{where}: unknown setting {prefix}{key}; {nearest(str(key), names)}")
-        inner = _dataclass_in(hints[key])
-        if inner and isinstance(value, Mapping):
-            _refuse_unknown(inner, value, where, prefix=f"{prefix}{key}.")
-        for leaf in _no_numbers(hints[key], value):
-            raise ConfigError(f"{where}: {prefix}{key} = {leaf}; expected a finite number")
-
-
-def _no_numbers(hint: Any, value: Any) -> Iterator[Any]:
-    """Yield what pydantic would take for a number in a value of a type of numbers: truth values, infinity, NaN."""
-    types_in = set(_types_in(hint))
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _no_numbers(hint, item)
-    elif isinstance(value, bool):
-        if {int, float} & types_in and not {bool, str} & types_in:
-            yield value
-    elif isinstance(value, (float, str)) and {int, float} & types_in and str not in types_in:
-        with suppress(ValueError):  # text that is no number at all is for pydantic to tell
-            if not math.isfinite(float(value)):
-                yield value
+        groups = groups_in(hints.get(key))
+        if isinstance(value, Mapping) and groups:
+            group = next((g for g in groups if tag_of(g) == value.get("kind")), groups[0])
+            yield from _truth_values(group, value, f"{prefix}{key}.")
+        within = set(_types_in(hints.get(key)))
+        if {int, float} & within and not {bool, str} & within:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            yield from ((f"{prefix}{key}", item) for item in items if isinstance(item, bool))
 
 
 def _types_in(hint: Any) -> Iterator[Any]:
@@ -174,9 +254,3 @@ def _types_in(hint: Any) -> Iterator[Any]:
     yield hint
     for inner in typing.get_args(hint):
         yield from _types_in(inner)
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """Return the dataclass of a field's type, also inside an optional."""
-    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)

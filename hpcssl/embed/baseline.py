@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpcssl.core.atomic import digest_file
 from hpcssl.core.config import nearest
 from hpcssl.core.errors import ConfigError
-from hpcssl.embed.encoder import Embedder
+from hpcssl.embed.sources import Embedder
 
 PREFIX = "timm:"
 _WRAPPERS = ("state_dict", "model", "model_ema", "teacher")  # keys below which published files keep the weights

@@ -20,6 +20,7 @@ from typing import Any
 
 import submitit
 
+from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.core.world import World
 from hpcssl.jobs.profile import Profile
@@ -31,7 +32,7 @@ _MISREAD = {"slurm": r"[%\\\n]", "local": "%[jtAa]"}  # in the names of logs: `%
 _FAR_MIN = 60 * 24 * 365  # submitit's local executor has a limit of two minutes if none is said
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Resources:
     """What a start asks for.
 

@@ -19,17 +19,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hpcssl.core import config
 from hpcssl.core.atomic import digest_file, read_json, write_atomic
+from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs.array import Call, Submitted, jobs_under_way, submit_calls
 from hpcssl.jobs.profile import load_profile
 from hpcssl.jobs.stages import submit_embedding
-from hpcssl.runs.folder import read_config
+from hpcssl.runs.run_folder import read_config
 
 _FIXED = ("store", "preset", "replicas", "seed", "tile_px")  # other values would mix in one table of results
 _POLL_S = 20.0
@@ -39,7 +39,7 @@ _SUBMIT = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Bench:
     """What is measured of a run's checkpoints.
 
@@ -101,14 +101,14 @@ def load_bench(path: Path) -> Bench:
         where=f"bench {path}",
     )
     load_profile(bench.profile)
-    presets = importlib.import_module("hpcssl.mccv.presets")
+    presets = importlib.import_module("hpcssl.evaluate.mil.presets")
     presets.preset_named(bench.preset)
     for head in bench.head:
         if head not in presets.HEADS:
             raise ConfigError(f"bench {path}: head {head}; {config.nearest(head, list(presets.HEADS))}")
-    store = importlib.import_module("hpcssl.tiles.store").Store.open(Path(bench.store))
+    store = importlib.import_module("hpcssl.stores.store").Store.open(Path(bench.store))
     # both for what they refuse: a slide that the store lacks, a machine without SLURM
-    importlib.import_module("hpcssl.embed.run").missing_slides(store, path.parent, _slides_of(bench))
+    importlib.import_module("hpcssl.embed.embedding").missing_slides(store, path.parent, _slides_of(bench))
     jobs_under_way("hpcssl-bench")
     return bench
 
@@ -150,8 +150,8 @@ def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitte
     """
     bench = _bench_of(run)
     profile, slides = load_profile(bench.profile), _slides_of(bench)
-    embedding = importlib.import_module("hpcssl.embed.run")
-    store = importlib.import_module("hpcssl.tiles.store").Store.open(Path(bench.store))
+    embedding = importlib.import_module("hpcssl.embed.embedding")
+    store = importlib.import_module("hpcssl.stores.store").Store.open(Path(bench.store))
     results, done = _folder(run) / "results", _done(_folder(run) / "results")
     submitted = []
     steps, tried = measured_steps(run, every=bench.every), _tried(run)
@@ -207,8 +207,8 @@ def measure(
     device: str,
 ) -> None:
     """Fit the heads of one task on one checkpoint's features: one task of a job array."""
-    mccv: Any = importlib.import_module("hpcssl.mccv.run")
-    chosen = importlib.import_module("hpcssl.mccv.presets").preset_named(preset)
+    mccv: Any = importlib.import_module("hpcssl.evaluate.mil.benchmark")
+    chosen = importlib.import_module("hpcssl.evaluate.mil.presets").preset_named(preset)
     parts = mccv.plan_parts([features], [splits], chosen, heads=heads, replicas=replicas, seed=seed)
     mccv.run_parts(parts, chosen, results, seed=seed, threads=threads, device=device)
 
@@ -259,7 +259,7 @@ def _fits(
     bench: Bench, features: Path, results: Path, step: int, done: set[tuple[str, str, str]], *, threads: int
 ) -> list[Call]:
     """Return a call for every task of which a head is missing."""
-    task_name = importlib.import_module("hpcssl.mccv.run").task_name
+    task_name = importlib.import_module("hpcssl.evaluate.mil.benchmark").task_name
     shared: dict[str, Any] = {
         "features": features.resolve(),
         "results": results.resolve(),
@@ -301,7 +301,7 @@ def _note_tried(run: Path, step: int) -> None:
 
 def _slides_of(bench: Bench) -> list[str]:
     """Return the ids of all slides that the splits name."""
-    read_splits = importlib.import_module("hpcssl.mccv.splits").read_splits
+    read_splits = importlib.import_module("hpcssl.evaluate.splits").read_splits
     return sorted({slide for splits in bench.splits for slide in read_splits(Path(splits))["slide"]})
 
 

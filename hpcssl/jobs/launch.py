@@ -35,7 +35,7 @@ from hpcssl.jobs.slurm import queued
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
 from hpcssl.jobs.worker import WORDS, PretrainJob
 from hpcssl.runs.history import record_end
-from hpcssl.runs.metrics import last_record
+from hpcssl.runs.trace import last_record
 
 _POLL_S = 0.2
 _FULL_BYTES = 1 << 20

@@ -17,8 +17,8 @@ from hpcssl.jobs.causes import why_died, why_ended, why_warned
 from hpcssl.jobs.cluster import Place, restart_count, start_name
 from hpcssl.jobs.slurm import is_still, requeue
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.folder import Generation
 from hpcssl.runs.history import End, fail_end, read_end, read_starts, record_end
+from hpcssl.runs.run_folder import Generation
 
 MOST_FAILURES = 3
 _STOP_RETRY_S = 60.0  # for a controller that is away; SLURM, which has warned, will not wait much longer

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from hpcssl.core import config, resources
+from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError
 
 _INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Profile:
     """A kind of node of a SLURM cluster.
 

@@ -40,8 +40,8 @@ def submit_embedding(
     UserError
         For anything that a task could not do, as `hpcssl embed` does, and where SLURM refuses the job.
     """
-    embedding = importlib.import_module("hpcssl.embed.run")
-    opened = importlib.import_module("hpcssl.tiles.store").Store.open(store)
+    embedding = importlib.import_module("hpcssl.embed.embedding")
+    opened = importlib.import_module("hpcssl.stores.store").Store.open(store)
     source = embedding.source_of(encoder, weights)
     embedding.prepare(opened, source, out, tile_px)
     missing = embedding.missing_slides(opened, out, wanted)
@@ -57,7 +57,7 @@ def submit_embedding(
     }
     tiles = opened.slides["num_tiles"].to_numpy()[missing].tolist()
     calls = [
-        Call("hpcssl.embed.run:embed_share", shared | {"slides": [missing[i] for i in share]})
+        Call("hpcssl.embed.embedding:embed_share", shared | {"slides": [missing[i] for i in share]})
         for share in shares(tiles, num_tasks)
     ]
     return submit_calls(calls, out, profile, kind="embed", gpus=min(1, profile.gpus_per_node))
@@ -70,7 +70,7 @@ def submit_store_build(
 
     Parameters
     ----------
-    tiles, out, table, options : as for `hpcssl.tiles.scan.build_store`
+    tiles, out, table, options : as for `hpcssl.stores.scan.build_store`
     num_tasks : parts, at most
 
     Returns
@@ -83,7 +83,7 @@ def submit_store_build(
     UserError
         If the store exists, its parts were begun with other settings, or SLURM refuses the job.
     """
-    parts = importlib.import_module("hpcssl.tiles.parts")
+    parts = importlib.import_module("hpcssl.stores.parts")
     folder = parts.parts_folder(out)
     joining = jobs_under_way(job_name(_JOIN, folder))
     if joining:
@@ -92,10 +92,10 @@ def submit_store_build(
     whole = {"out": out.resolve()}
     array = None
     if missing:
-        calls = [Call("hpcssl.tiles.parts:build_part", whole | {"number": number}) for number in missing]
+        calls = [Call("hpcssl.stores.parts:build_part", whole | {"number": number}) for number in missing]
         array = submit_calls(calls, folder, profile, kind="store-parts")
         if not array.tasks:
             return array, None
     after = [array.job] if array else []
-    join = [Call("hpcssl.tiles.parts:join_parts", whole)]
+    join = [Call("hpcssl.stores.parts:join_parts", whole)]
     return array, submit_calls(join, folder, profile, kind=_JOIN, after=after)

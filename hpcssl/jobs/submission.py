@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 
 from hpcssl.core.atomic import read_json, write_atomic
-from hpcssl.core.config import build, to_mapping
+from hpcssl.core.config import build, settings, to_mapping
 from hpcssl.core.errors import RunError
 from hpcssl.jobs.cluster import Resources
 
 FILE = "submission.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Submission:
     """A command that started a run.
 

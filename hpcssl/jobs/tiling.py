@@ -20,7 +20,7 @@ def submit_tiling(
 
     Parameters
     ----------
-    source, out, options : as for `hpcssl.tiles.tiling.tile_source`; threads are the profile's
+    source, out, options : as for `hpcssl.stores.tiling.tile_source`; threads are the profile's
     num_tasks : of the array, at most
 
     Returns
@@ -33,8 +33,8 @@ def submit_tiling(
     UserError
         For a table or folder that cannot be used, and where SLURM refuses the job.
     """
-    tiling = importlib.import_module("hpcssl.tiles.tiling")
-    slides = importlib.import_module("hpcssl.tiles.wsi.source").slides_to_read(source)
+    tiling = importlib.import_module("hpcssl.stores.tiling")
+    slides = importlib.import_module("hpcssl.slides.slide_list").slides_to_read(source)
     writing = jobs_under_way(job_name(_STORE, out))
     if writing:
         return None, Submitted(job=writing[0], tasks=0)
@@ -46,10 +46,10 @@ def submit_tiling(
     missing = tiling.slides_to_cut(slides, out, options)
     num_tasks = min(num_tasks, len(missing))
     calls = [
-        Call("hpcssl.tiles.tiling:cut_slides", shared | {"slide_ids": missing[k::num_tasks]}) for k in range(num_tasks)
+        Call("hpcssl.stores.tiling:cut_slides", shared | {"slide_ids": missing[k::num_tasks]}) for k in range(num_tasks)
     ]
     array = submit_calls(calls, out, profile, kind=_CUT) if calls else None
     if array and not array.tasks:
         return array, None
-    last = [Call("hpcssl.tiles.tiling:tile_source", shared)]
+    last = [Call("hpcssl.stores.tiling:tile_source", shared)]
     return array, submit_calls(last, out, profile, kind=_STORE, after=[array.job] if array else [])

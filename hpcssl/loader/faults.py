@@ -16,7 +16,7 @@ from typing import BinaryIO
 from hpcssl.core.errors import StoreError
 from hpcssl.core.rng import below, uniforms
 from hpcssl.schedule.file import Schedule
-from hpcssl.tiles.store import Store
+from hpcssl.stores.store import Store
 
 COLUMNS = ("tile", "position", "file", "reason")
 _PAUSES_S = (0.1, 0.5, 2.0)

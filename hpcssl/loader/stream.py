@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpcssl.core.config import settings
 from hpcssl.core.errors import BadTileError, ConfigError, StoreError, UnreachableTileError
 from hpcssl.core.world import World
 from hpcssl.loader.execute import Decode, Finish, open_executor
@@ -26,13 +27,13 @@ from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
 from hpcssl.plan.draw import Plan, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
-from hpcssl.tiles.store import Store
+from hpcssl.stores.store import Store
 
 _MOST_UNREACHABLE = 3  # tiles tried at a position; each may take a minute, and then no server answers
 BACKENDS = {"auto": "cpu", "cpu": "cpu", "pillow": "pillow", "dali": "dali"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LoaderConfig:
     """How tiles are read; none of it changes what is read.
 

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H × W pixels, N tokens (the class token first), D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from hpcssl.core.config import nearest
+from hpcssl.core.config import nearest, settings
 from hpcssl.core.errors import ConfigError
 from hpcssl.models.blocks import Execution, choose_attention, run_blocks
 
@@ -24,7 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the 
 _PLAIN = Execution()
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class EncoderConfig:
     """A vision transformer: a name of timm's and what differs from it.
 

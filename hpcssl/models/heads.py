@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DinoHeadConfig:
     """Sizes of the head; the defaults are the paper's.
 

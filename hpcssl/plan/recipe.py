@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError
 
 _MOST_SIGMA = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ViewRecipe:
     """Distribution of one kind of view; probabilities in [0, 1].
 
@@ -54,7 +53,7 @@ class ViewRecipe:
                 raise ConfigError(f"views: probability {p}; expected 0 to 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class AugmentRecipe:
     """Views of a planned tile and what they share; defaults are DINO's (Caron et al. 2021), which the paper kept.
 

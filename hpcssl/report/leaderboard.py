@@ -1,7 +1,7 @@
 """Encoders against each other: a table of encoders and tasks, paired differences with a verdict, and early saturation.
 
 An encoder is represented by its last checkpoint. All encoders share the splits of a task, so differences are taken
-split by split (see `hpcssl.report.compare`); p-values are those of single comparisons.
+split by split (see `hpcssl.report.paired`); p-values are those of single comparisons.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from hpcssl.report.compare import VAL_PER_TRAIN, corrected
+from hpcssl.report.paired import VAL_PER_TRAIN, corrected
 from hpcssl.report.results import UNTRAINED, Arm, arm_order, score_matrices, short_step
 from hpcssl.report.summary import interval_text
 

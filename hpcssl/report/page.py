@@ -13,7 +13,7 @@ from hpcssl.report.formats import csv_text, table_files
 from hpcssl.report.results import UNTRAINED, ReportError, read_results, short_step
 from hpcssl.report.style import Part
 from hpcssl.report.summary import METRICS, difference_text, interval_text, summarise, verdict, verdict_text
-from hpcssl.report.tables import TablePart, comparison_tables
+from hpcssl.report.table_files import TablePart, comparison_tables
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -117,7 +117,7 @@ def _sections(
 
         sections.append(("Benchmark", [checkpoints_part(table, summary), *curve_parts(table)]))
     if results is not None:
-        from hpcssl.report.attention import attention_parts
+        from hpcssl.report.attention_maps import attention_parts
 
         maps = attention_parts(results)
         sections += [("Attention", maps)] if maps else []

@@ -2,7 +2,7 @@
 
 The score of a run is the AUC of its last epoch (R² where values are predicted), never the best one; replicas of a
 split are averaged first. A difference to the untrained weights is taken split by split, because all encoders share the
-splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.compare`).
+splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.paired`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from hpcssl.report.bootstrap import mean_interval
-from hpcssl.report.compare import VAL_PER_TRAIN, Difference, corrected
+from hpcssl.report.paired import VAL_PER_TRAIN, Difference, corrected
 from hpcssl.report.results import (
     UNTRAINED,
     Arm,

@@ -30,7 +30,7 @@ _PANEL, _ABOVE, _BELOW, _AXIS = 2.2, 0.35, 1.45, 0.5
 
 def training_parts(runs: Sequence[Path]) -> list[Part]:
     """Return the figures of the loss and, where runs recorded them, of times, restarts and the optimiser's values."""
-    from hpcssl.runs.metrics import read_metrics
+    from hpcssl.runs.trace import read_metrics
 
     recorded = {name: (run, read_metrics(run)) for name, run in zip(_names(runs), runs)}
     traces = {name: _trace(run, frame) for name, (run, frame) in recorded.items()}

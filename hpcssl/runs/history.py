@@ -1,8 +1,8 @@
 """The restart history of a run: its starts, and how the newest of them ended.
 
-`restarts.jsonl` has one line a start, written as it begins (`hpcssl.runs.folder.record_start`). Why a start ended is
-known only afterwards, often to another process: whoever knows it first writes `end.json`, and the next start takes the
-reason over into its own line.
+`restarts.jsonl` has one line a start, written as it begins (`hpcssl.runs.run_folder.record_start`). Why a start ended
+is known only afterwards, often to another process: whoever knows it first writes `end.json`, and the next start takes
+the reason over into its own line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.atomic import write_atomic
-from hpcssl.runs.folder import newest_generation, read_claims
+from hpcssl.runs.run_folder import newest_generation, read_claims
 
 RESTARTS = "restarts.jsonl"
 END = "end.json"

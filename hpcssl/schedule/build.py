@@ -24,7 +24,7 @@ from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut, filter_columns
 from hpcssl.schedule.file import FORMAT, HEADER, HOLD_OUT, SLIDES, UNFINISHED, Schedule, header_text, pseudo_epoch_file
 from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.slides import digest_slides
+from hpcssl.slides.slide_table import digest_slides
 
 
 class _Stopped(Exception):

@@ -130,7 +130,7 @@ class Builder:
         A piece is overwritten by the next one. The first ones, while all draws are computed, are empty: whoever takes
         them can stop there, too. Holds one pseudo-epoch's tile numbers in memory.
         """
-        from hpcssl.schedule import kernels
+        from hpcssl.schedule import order_kernels as kernels
 
         tiles = np.empty(self.spec.positions_per_pseudo_epoch, self.dtype)
         room = np.empty(min(_CHUNK, len(tiles)), self.dtype)
@@ -145,7 +145,7 @@ class Builder:
 
     def _fill(self, tiles: NDArray[np.unsignedinteger], number: int) -> Iterator[None]:
         """Fill `tiles` with a pseudo-epoch's draws, yielding after every piece of about 2^20."""
-        from hpcssl.schedule import kernels
+        from hpcssl.schedule import order_kernels as kernels
 
         quotas = self.quotas[number]
         who, ends = quotas.slides.astype(np.int64), np.cumsum(quotas.draws, dtype=np.int64)

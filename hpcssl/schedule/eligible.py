@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hpcssl.core.config import nearest
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.slides import read_csv
+from hpcssl.slides.slide_table import read_csv
 
 RESERVED = ("first_tile", "eligible")  # columns that a schedule adds to its copy of the slide table
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal
 
 from hpcssl.core import config, resources
+from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ScheduleSpec:
     """Parameters of a schedule; the paper's value stands beside each default (Campanella et al. 2023).
 

@@ -22,7 +22,7 @@ from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut
 from hpcssl.schedule.file import HEADER, HOLD_OUT, SLIDES, Schedule, anew
 from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.slides import slide_of
+from hpcssl.slides.slide_table import slide_of
 
 _PIECE = 1 << 22
 

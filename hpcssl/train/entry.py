@@ -17,12 +17,12 @@ from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World, check_divides
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.folder import Generation, read_config, record_start
+from hpcssl.runs.run_folder import Generation, read_config, record_start
 from hpcssl.schedule.file import Schedule
-from hpcssl.tiles.store import Store
-from hpcssl.train.config import PretrainConfig
+from hpcssl.stores.store import Store
 from hpcssl.train.execution import dtype_name, resolve_precision
 from hpcssl.train.loop import train
+from hpcssl.train.pretrain_config import PretrainConfig
 from hpcssl.train.reduce import Collectives
 
 

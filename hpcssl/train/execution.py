@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from hpcssl.models.blocks import Execution
-from hpcssl.train.config import TrainConfig
+from hpcssl.train.pretrain_config import TrainConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -23,9 +23,9 @@ from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch
 from hpcssl.plan.draw import draw_plan
 from hpcssl.runs.checkpoint import load_checkpoint, write_state
-from hpcssl.runs.folder import NOT_SETTINGS, read_config
+from hpcssl.runs.run_folder import NOT_SETTINGS, read_config
 from hpcssl.schedule.file import Schedule
-from hpcssl.train.config import PretrainConfig, Timeline
+from hpcssl.train.pretrain_config import PretrainConfig, Timeline
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import NotFiniteError, train_step

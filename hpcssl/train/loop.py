@@ -14,18 +14,18 @@ from torch import Tensor
 from hpcssl.core.errors import RunError
 from hpcssl.loader.stream import Batch, TileStream
 from hpcssl.runs.checkpoint import load_latest
-from hpcssl.runs.folder import BAD_TILES, Generation
+from hpcssl.runs.run_folder import BAD_TILES, Generation
 from hpcssl.schedule.file import Schedule
-from hpcssl.tiles.store import Store
-from hpcssl.train.config import PretrainConfig, Timeline
+from hpcssl.stores.store import Store
 from hpcssl.train.execution import describe_execution
 from hpcssl.train.failure import save_failed_step
 from hpcssl.train.objective import load_initial_weights
+from hpcssl.train.pretrain_config import PretrainConfig, Timeline
 from hpcssl.train.reduce import Collectives
+from hpcssl.train.run_writer import RunWriter
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import NotFiniteError, train_step
 from hpcssl.train.watch import CollapseWatch
-from hpcssl.train.writer import RunWriter
 
 
 class Stopped(Exception):

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from hpcssl.core.errors import ConfigError
 from hpcssl.core.rng import key_of
+from hpcssl.models.decoder import MaskedAutoencoder
 from hpcssl.models.encoder import Encoder, build_encoder, drop_path_rates, normalised, residual_scale
 from hpcssl.models.heads import DinoHead
-from hpcssl.models.mae import MaskedAutoencoder
 from hpcssl.models.weights import read_initial_weights
-from hpcssl.objectives.dino import dino_loss, teacher_entropy, update_center
-from hpcssl.objectives.mae import mae_loss
+from hpcssl.objectives.dino_loss import dino_loss, teacher_entropy, update_center
+from hpcssl.objectives.mae_loss import mae_loss
 from hpcssl.optim.parameters import update_average
 from hpcssl.plan.draw import draw_drop_path
-from hpcssl.train.config import PretrainConfig, StepValues
 from hpcssl.train.execution import resolve_execution
+from hpcssl.train.pretrain_config import PretrainConfig, StepValues
 from hpcssl.train.reduce import Collectives
 
 

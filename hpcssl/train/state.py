@@ -11,9 +11,9 @@ from torch import Tensor
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import RunError
 from hpcssl.optim.parameters import parameter_groups
-from hpcssl.train.config import PretrainConfig, StepValues
 from hpcssl.train.execution import resolve_precision
 from hpcssl.train.objective import Objective, build_objective
+from hpcssl.train.pretrain_config import PretrainConfig, StepValues
 from hpcssl.train.reduce import GradientBuffer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

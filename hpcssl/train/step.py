@@ -10,8 +10,8 @@ import torch
 from hpcssl.core.errors import RunError
 from hpcssl.loader.stream import Batch
 from hpcssl.optim.parameters import clip_each
-from hpcssl.train.config import PretrainConfig, Timeline
 from hpcssl.train.execution import resolve_precision
+from hpcssl.train.pretrain_config import PretrainConfig, Timeline
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 

@@ -21,8 +21,8 @@ from hpcssl.loader.stream import TileStream
 from hpcssl.models.encoder import normalised
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 from hpcssl.schedule.file import Schedule
-from hpcssl.tiles.store import Store
-from hpcssl.train.config import PretrainConfig
+from hpcssl.stores.store import Store
+from hpcssl.train.pretrain_config import PretrainConfig
 from hpcssl.train.state import TrainState
 
 MOST_TILES = 256

@@ -95,7 +95,7 @@ def test_every_example_is_understood():
     """Its options exist: the example parses."""
     for command in COMMANDS:
         parser = main_module._parser(command)
-        example = sys.modules[f"hpcssl.cli.{command}"].EXAMPLE
+        example = sys.modules[f"hpcssl.cli.{command}_command"].EXAMPLE
         for line in example.splitlines():
             name, *arguments = line.split()
             assert name == "hpcssl"
@@ -413,7 +413,7 @@ def test_a_recipe_that_cannot_train_is_refused_before_it_is_launched(
     ],
 )
 def test_how_a_command_ends(monkeypatch, capsys, error, code, told):
-    import hpcssl.cli.store as command
+    import hpcssl.cli.store_command as command
 
     def ends(args):
         raise error
@@ -424,7 +424,7 @@ def test_how_a_command_ends(monkeypatch, capsys, error, code, told):
 
 
 def test_an_error_of_ours_shows_its_traceback(monkeypatch):
-    import hpcssl.cli.store as command
+    import hpcssl.cli.store_command as command
 
     def ends(args):
         raise ValueError("ours")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hpcssl.cli.demo import Demo
+from hpcssl.cli.demo_command import Demo
 from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError, SlideError
-from hpcssl.tiles.store import Store
-from hpcssl.tiles.synthetic_slides import draw_slide
+from hpcssl.stores.store import Store
+from hpcssl.synthetic.drawn_slides import draw_slide
 
 
 @pytest.fixture(scope="module")

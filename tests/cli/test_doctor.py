@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcssl.cli import checks, doctor
-from hpcssl.cli.checks import FAIL, PASS, WARN, Check
+from hpcssl.cli import doctor_command as doctor
+from hpcssl.doctor import machine_checks as checks
+from hpcssl.doctor.machine_checks import FAIL, PASS, WARN, Check
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]

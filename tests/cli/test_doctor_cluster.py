@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hpcssl.cli import cluster_checks as checks
-from hpcssl.cli import cluster_facts
-from hpcssl.cli.checks import FAIL, PASS, WARN, Check
 from hpcssl.cli.main import main
+from hpcssl.doctor import cluster_checks as checks
+from hpcssl.doctor import cluster_facts
+from hpcssl.doctor.machine_checks import FAIL, PASS, WARN, Check
 from hpcssl.jobs.profile import Profile
 
 SCONTROL = """\

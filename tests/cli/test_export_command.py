@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import digest_file
-from hpcssl.embed.encoder import Source, load_encoder
+from hpcssl.embed.sources import Source, load_encoder
 from hpcssl.models.encoder import MEAN
 from hpcssl.runs.checkpoint import save_checkpoint
 from hpcssl.train.state import TrainState

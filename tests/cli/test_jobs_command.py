@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from hpcssl.cli.main import main
-from hpcssl.jobs import causes, listing
+from hpcssl.jobs import causes
+from hpcssl.jobs import run_states as listing
 from hpcssl.jobs.causes import log_file
 from hpcssl.jobs.cluster import Resources
 from hpcssl.jobs.launch import launch
-from hpcssl.jobs.listing import find_runs, list_runs
+from hpcssl.jobs.run_states import find_runs, list_runs
 from hpcssl.jobs.submission import FILE, Submission, read_submission, write_submission
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.folder import Generation, record_start
 from hpcssl.runs.history import read_end, record_end
-from hpcssl.runs.metrics import last_record
+from hpcssl.runs.run_folder import Generation, record_start
+from hpcssl.runs.trace import last_record
 
 pytestmark = pytest.mark.timeout(300)
 

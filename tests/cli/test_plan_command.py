@@ -15,7 +15,7 @@ from hpcssl.loader import pillow
 from hpcssl.loader.sheet import contact_sheet
 from hpcssl.plan.draw import Q16, draw_plan
 from hpcssl.plan.recipe import dino_augment
-from hpcssl.train.config import load_recipe
+from hpcssl.train.pretrain_config import load_recipe
 
 pytestmark = pytest.mark.timeout(120)
 

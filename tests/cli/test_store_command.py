@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from hpcssl.cli.main import main
-from hpcssl.tiles.store import Store
+from hpcssl.stores.store import Store
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_ctrl_c_and_the_same_command_goes_on(small: ModuleType, tmp_path: Path) 
         (tiles / "o" / f"s{slide}").mkdir(parents=True)
         (tiles / "o" / f"s{slide}" / "a.jpg").write_bytes(small.jpeg(0))
     slow = (
-        "import sys, time; from hpcssl.tiles import scan; from hpcssl.cli.main import main; real = scan.check_tiles\n"
+        "import sys, time; from hpcssl.stores import scan; from hpcssl.cli.main import main; real = scan.check_tiles\n"
         "scan.check_tiles = lambda *a: (time.sleep(0.05), real(*a))[1]\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from hpcssl.cli.main import main
-from hpcssl.tiles.store import Store
-from hpcssl.tiles.synthetic_slides import draw_slide
+from hpcssl.stores.store import Store
+from hpcssl.synthetic.drawn_slides import draw_slide
 
 SMALL = ("--tile-px", "64", "--threads", "2")
 

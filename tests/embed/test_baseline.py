@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError
 from hpcssl.embed.baseline import Baseline
-from hpcssl.embed.run import embed_store
-from hpcssl.features.folder import FeatureSet
+from hpcssl.embed.embedding import embed_store
+from hpcssl.features.feature_folder import FeatureSet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from hpcssl.core.errors import ConfigError, FeatureError, RunError, StoreError
-from hpcssl.embed import run as embed_module
-from hpcssl.embed.encoder import Source, load_encoder
-from hpcssl.embed.run import embed_store
-from hpcssl.features.files import read_coords, read_slide
-from hpcssl.features.folder import FeatureSet
+from hpcssl.embed import embedding as embed_module
+from hpcssl.embed.embedding import embed_store
+from hpcssl.embed.sources import Source, load_encoder
+from hpcssl.features.feature_files import read_coords, read_slide
+from hpcssl.features.feature_folder import FeatureSet
 from hpcssl.runs.checkpoint import save_checkpoint
-from hpcssl.tiles.scan import build_store
+from hpcssl.stores.scan import build_store
 from hpcssl.train.objective import normalised
 from hpcssl.train.state import TrainState
 
@@ -97,8 +97,8 @@ def _encoder_of(run: Path) -> torch.nn.Module:
     """Return the encoder that training would go on with (of DINO the teacher's), not through the embed room."""
     from hpcssl.core.config import build
     from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
-    from hpcssl.runs.folder import read_config
-    from hpcssl.train.config import PretrainConfig
+    from hpcssl.runs.run_folder import read_config
+    from hpcssl.train.pretrain_config import PretrainConfig
 
     settings = {k: v for k, v in read_config(run).items() if k not in ("data", "derived")}
     state = TrainState(build(PretrainConfig, settings, where="run"), torch.device("cpu"))

@@ -10,9 +10,9 @@ import torch
 
 from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
 from hpcssl.embed.baseline import Baseline
-from hpcssl.embed.encoder import Source
-from hpcssl.embed.run import embed_share, embed_store, missing_slides, prepare, source_of, text_of
-from hpcssl.features.files import read_slide
+from hpcssl.embed.embedding import embed_share, embed_store, missing_slides, prepare, source_of, text_of
+from hpcssl.embed.sources import Source
+from hpcssl.features.feature_files import read_slide
 from hpcssl.runs.checkpoint import save_checkpoint
 from hpcssl.train.state import TrainState
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpcssl.core.errors import FeatureError
-from hpcssl.features.files import read_coords, read_slide, write_slide
+from hpcssl.features.feature_files import read_coords, read_slide, write_slide
 
 COORDS = np.array([[0, 0], [224, 0], [448, 0]])
 

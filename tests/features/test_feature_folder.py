@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hpcssl.core.errors import FeatureError
-from hpcssl.features.files import write_slide
-from hpcssl.features.folder import FeatureSet, write_index
+from hpcssl.features.feature_files import write_slide
+from hpcssl.features.feature_folder import FeatureSet, write_index
 
 
 def fill(folder, slides=("b", "a.1"), dim=4):

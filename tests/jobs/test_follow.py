@@ -16,13 +16,13 @@ import yaml
 
 from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError, FeatureError, RunError, SplitError
+from hpcssl.evaluate.mil import benchmark as mccv
+from hpcssl.evaluate.splits import make_splits
 from hpcssl.jobs import array, follow
 from hpcssl.jobs.array import Call
 from hpcssl.jobs.follow import attach, following, load_bench, measured_steps, submit_missing
-from hpcssl.mccv import run as mccv
-from hpcssl.mccv.splits import make_splits
 from hpcssl.runs.checkpoint import checkpoint_path, save_checkpoint
-from hpcssl.train.config import Timeline
+from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from hpcssl.core.errors import RunError
 from hpcssl.jobs.launch import Resources, launch
 from hpcssl.jobs.worker import PretrainJob
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps
-from hpcssl.runs.metrics import last_record, read_metrics
+from hpcssl.runs.trace import last_record, read_metrics
 
 PSEUDO_EPOCHS = 30
 STEPS = PSEUDO_EPOCHS * 40 // 12

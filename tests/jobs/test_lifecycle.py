@@ -16,8 +16,8 @@ from hpcssl.jobs.profile import Profile
 from hpcssl.jobs.submission import write_submission
 from hpcssl.jobs.worker import PretrainJob
 from hpcssl.runs.checkpoint import checkpoint_path
-from hpcssl.runs.folder import Generation, record_start
 from hpcssl.runs.history import read_end, read_starts
+from hpcssl.runs.run_folder import Generation, record_start
 
 JOB = "7"
 PLACE = Place(world=World(), nodes=("node1",), slurm_job=JOB)

@@ -12,8 +12,8 @@ import pytest
 from hpcssl.jobs import stages
 from hpcssl.jobs.array import Call, Submitted
 from hpcssl.jobs.profile import Profile
-from hpcssl.tiles.scan import BuildOptions
-from hpcssl.tiles.store import Store
+from hpcssl.stores.scan import BuildOptions
+from hpcssl.stores.store import Store
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from hpcssl.core.errors import SlideError
 from hpcssl.jobs import tiling
 from hpcssl.jobs.array import Call, Submitted
 from hpcssl.jobs.profile import Profile
-from hpcssl.tiles.store import Store
-from hpcssl.tiles.synthetic_slides import draw_slide
-from hpcssl.tiles.tiling import TilingOptions, slides_to_cut, tile_source
-from hpcssl.tiles.wsi.cutting import CutOptions
-from hpcssl.tiles.wsi.source import slides_to_read
+from hpcssl.slides.cutting import CutOptions
+from hpcssl.slides.slide_list import slides_to_read
+from hpcssl.stores.store import Store
+from hpcssl.stores.tiling import TilingOptions, slides_to_cut, tile_source
+from hpcssl.synthetic.drawn_slides import draw_slide
 
 OPTIONS = TilingOptions(cut=CutOptions(tile_px=64), threads=2)
 

@@ -18,9 +18,9 @@ from hpcssl.loader import stream as stream_module
 from hpcssl.loader.faults import BadTiles
 from hpcssl.loader.stream import TileStream
 from hpcssl.schedule.file import check_matches
-from hpcssl.tiles.online import OnlineStore
-from hpcssl.tiles.scan import build_store
-from hpcssl.tiles.store import Store
+from hpcssl.stores.online import OnlineStore
+from hpcssl.stores.scan import build_store
+from hpcssl.stores.store import Store
 
 SEED = 11
 
@@ -77,7 +77,7 @@ def test_places_do_not_depend_on_the_start_or_on_threads(stream, store) -> None:
 def test_the_check_catches_places_drawn_in_order(stream, store, monkeypatch) -> None:
     """Had places come from a generator that every reader moves on, a resumed run would read others."""
     random = np.random.default_rng(0)
-    monkeypatch.setattr("hpcssl.tiles.online.uniforms", lambda *identity, **more: random.integers(0, 2**32, 4))
+    monkeypatch.setattr("hpcssl.stores.online.uniforms", lambda *identity, **more: random.integers(0, 2**32, 4))
     whole = views(stream(store, reads_in_flight=1))
     assert not same([v[:, 12:] for v in whole], views(stream(store, start=1, reads_in_flight=1)))
 
@@ -160,7 +160,7 @@ def test_two_runs_from_tiles_and_from_slides_have_the_same_loss(small, both, obj
 
 def loss_trace(small: Any, store: Any, schedule: Any, objective: str) -> list[float]:
     """Train eight steps in this process."""
-    from hpcssl.train.config import Timeline
+    from hpcssl.train.pretrain_config import Timeline
     from hpcssl.train.reduce import Collectives
     from hpcssl.train.state import TrainState
     from hpcssl.train.step import train_step

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from hpcssl.models import blocks
 from hpcssl.models.blocks import Execution
+from hpcssl.models.decoder import MaeDecoderConfig, MaskedAutoencoder
 from hpcssl.models.encoder import EncoderConfig, build_encoder, drop_path_rates, residual_scale
-from hpcssl.models.mae import MaeDecoderConfig, MaskedAutoencoder
 
 TINY = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=3, num_heads=2, drop_path=0.3)
 HAS_COMPILER = shutil.which("g++") or shutil.which("clang++")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hpcssl.core.errors import ConfigError
+from hpcssl.models.decoder import MaeDecoderConfig, MaskedAutoencoder, sincos_position
 from hpcssl.models.encoder import EncoderConfig, build_encoder
-from hpcssl.models.mae import MaeDecoderConfig, MaskedAutoencoder, sincos_position
 
 TINY = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2, drop_path=0.0)
 DECODER = MaeDecoderConfig(embed_dim=16, depth=2, num_heads=2)

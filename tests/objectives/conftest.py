@@ -37,7 +37,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 @pytest.fixture
 def timeline_of() -> Callable[[Any, int, int], Any]:
     """Return the values of a recipe for so many pseudo-epochs of so many steps."""
-    from hpcssl.train.config import Timeline
+    from hpcssl.train.pretrain_config import Timeline
 
     def build(recipe: Any, pseudo_epochs: int, steps: int) -> Any:
         tiles = recipe.global_batch * steps

@@ -15,8 +15,8 @@ from hpcssl.loader.stream import Batch
 from hpcssl.models.encoder import EncoderConfig, build_encoder, normalised, resample_position
 from hpcssl.models.heads import DinoHead, DinoHeadConfig
 from hpcssl.optim.parameters import clip_each, parameter_groups
-from hpcssl.train.config import StepValues
 from hpcssl.train.objective import Dino
+from hpcssl.train.pretrain_config import StepValues
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

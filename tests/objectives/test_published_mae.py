@@ -16,13 +16,13 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from hpcssl.loader.stream import Batch
+from hpcssl.models.decoder import MaeDecoderConfig, MaskedAutoencoder, sincos_position
 from hpcssl.models.encoder import EncoderConfig, build_encoder, normalised
-from hpcssl.models.mae import MaeDecoderConfig, MaskedAutoencoder, sincos_position
-from hpcssl.objectives.mae import patchify
+from hpcssl.objectives.mae_loss import patchify
 from hpcssl.optim.parameters import parameter_groups
 from hpcssl.plan.draw import draw_mask
-from hpcssl.train.config import StepValues
 from hpcssl.train.objective import Mae
+from hpcssl.train.pretrain_config import StepValues
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.report.attention import attention_parts
+from hpcssl.report.attention_maps import attention_parts
 from hpcssl.report.page import write_report
 from hpcssl.report.results import ReportError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from hpcssl.cli.main import main
-from hpcssl.cli.report import format_table
+from hpcssl.cli.report_command import format_table
 from hpcssl.report.inputs import sorted_inputs
 from hpcssl.report.summary import summarise
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hpcssl.mccv.metrics import auc
-from hpcssl.report.compare import corrected
+from hpcssl.evaluate.metrics import auc
+from hpcssl.report.paired import corrected
 
 NUM_TABLES, SPLITS, SLIDES, TRAIN = 500, 20, 60, 48
 

@@ -56,7 +56,7 @@ def test_the_three_axes_of_the_training_curve_agree(figures, make_run) -> None:
 
 
 def test_a_long_run_is_thinned_and_keeps_its_last_step(monkeypatch, tmp_path) -> None:
-    import hpcssl.runs.metrics as metrics
+    import hpcssl.runs.trace as metrics
 
     steps = np.arange(1, 100_001)
     frame = pd.DataFrame(

@@ -121,7 +121,7 @@ def test_no_torch() -> None:
     modules = "page, inputs, checkpoints, curves, shares, training"
     lines = [
         f"from hpcssl.report import {modules}",
-        "import hpcssl.runs.metrics, hpcssl.schedule.inspect, sys",
+        "import hpcssl.runs.trace, hpcssl.schedule.inspect, sys",
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules",
     ]
     subprocess.run([sys.executable, "-c", "; ".join(lines)], check=True)

@@ -10,7 +10,7 @@ import pytest
 from hpcssl.cli.main import main
 from hpcssl.report.times import step_times, times_part, wait_share, wait_text
 from hpcssl.report.training import training_parts
-from hpcssl.runs.metrics import read_metrics
+from hpcssl.runs.trace import read_metrics
 
 
 @pytest.fixture

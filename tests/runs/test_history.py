@@ -7,8 +7,8 @@ from datetime import datetime
 
 import pytest
 
-from hpcssl.runs.folder import Generation, record_start
 from hpcssl.runs.history import END, RESTARTS, read_end, read_starts, record_end
+from hpcssl.runs.run_folder import Generation, record_start
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hpcssl.core.errors import RunError
-from hpcssl.runs import metrics
-from hpcssl.runs.metrics import MetricsWriter, last_record, read_metrics
+from hpcssl.runs import trace as metrics
+from hpcssl.runs.trace import MetricsWriter, last_record, read_metrics
 
 
 def _write(run, steps, loss=1.0) -> None:

@@ -2,42 +2,42 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpcssl.core.config import build, read_yaml, to_mapping
+from hpcssl.core.config import build, read_yaml, settings, to_mapping
 from hpcssl.core.errors import ConfigError, RunError
-from hpcssl.runs import folder
-from hpcssl.runs.folder import Generation, prepare_run, read_config, record_start
+from hpcssl.runs import run_folder as folder
+from hpcssl.runs.run_folder import Generation, prepare_run, read_config, record_start
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Optim:
     lr_per_256: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Loader:
     threads: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Train:
     precision: str = "auto"
     micro_batch: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Checkpoint:
     keep_last: int = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     objective: str = "dino"
     seed: int = 0
@@ -49,12 +49,12 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class YoungerOptim(Optim):
     momentum: float = 0.9
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class YoungerConfig(Config):
     """Of a later version that has two more settings."""
 
@@ -257,7 +257,7 @@ def test_the_restart_history_grows(run):
 def test_a_resolved_recipe_comes_back_from_the_run_folder(small, data, tmp_path, objective):
     """YAML keeps every number and every None; the ranks read nothing else."""
     from hpcssl.core.config import build
-    from hpcssl.train.config import PretrainConfig
+    from hpcssl.train.pretrain_config import PretrainConfig
 
     recipe = small.RECIPES[objective](stop_after=2.5)
     settings = read_config(small.make_run(tmp_path / "run", data, recipe))

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.schedule import export as export_module
+from hpcssl.schedule import csv_export as export_module
 from hpcssl.schedule.build import build_schedule
-from hpcssl.schedule.export import export_csv
+from hpcssl.schedule.csv_export import export_csv
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
 

@@ -19,7 +19,7 @@ from hpcssl.schedule.eligible import HoldOut
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec, load_spec
 from hpcssl.schedule.verify import verify_schedule
-from hpcssl.tiles.slides import read_slides
+from hpcssl.slides.slide_table import read_slides
 
 SMALL = ScheduleSpec(num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epoch=120, max_repeats=60)
 

@@ -14,9 +14,9 @@ import pytest
 
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.build import build_schedule
-from hpcssl.schedule.compare import compare_schedules
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.inspect import Inspection, inspect_schedule, organ_shares
+from hpcssl.schedule.schedule_diff import compare_schedules
 from hpcssl.schedule.spec import ScheduleSpec
 
 

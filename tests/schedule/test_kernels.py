@@ -12,7 +12,7 @@ from scipy import stats
 
 from hpcssl.core.rng import key_of, permute, sides
 from hpcssl.schedule import builder as builder_module
-from hpcssl.schedule import kernels
+from hpcssl.schedule import order_kernels as kernels
 from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.spec import ScheduleSpec
 

@@ -172,7 +172,7 @@ def test_two_builds_and_another_process_give_the_same_bytes(
     slides.to_csv(tmp_path / "slides.csv", index=False)
     script = (
         "import json, sys; from pathlib import Path; from hpcssl.schedule.build import *;"
-        " from hpcssl.tiles.slides import read_slides;"
+        " from hpcssl.slides.slide_table import read_slides;"
         " build_schedule(ScheduleSpec(**json.loads(sys.argv[1])), read_slides(Path('slides.csv')), Path('other'))"
     )
     env = os.environ | {"PYTHONPATH": str(Path(hpcssl.__file__).parents[1]), "PYTHONHASHSEED": "77", "LC_ALL": "C"}

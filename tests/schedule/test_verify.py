@@ -20,7 +20,7 @@ from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.file import header_text
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.schedule.verify import verify_schedule
-from hpcssl.tiles.slides import digest_slides
+from hpcssl.slides.slide_table import digest_slides
 
 FILES = [f"pseudo_epoch_000{n}.npy" for n in range(4)]
 SMALL = ScheduleSpec(num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epoch=60, max_repeats=30)

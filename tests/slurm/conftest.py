@@ -25,7 +25,7 @@ import pytest
 from hpcssl.cli.main import main
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.history import read_starts
-from hpcssl.runs.metrics import last_record
+from hpcssl.runs.trace import last_record
 
 SCRIPT = Path(__file__).with_name("start_slurm.sh")
 NODES, CPUS = 2, 2

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpcssl.runs.metrics import read_metrics
+from hpcssl.runs.trace import read_metrics
 from hpcssl.schedule.file import Schedule
-from hpcssl.tiles.store import Store
+from hpcssl.stores.store import Store
 
 PAIR = ("--nodes", 2, "--gpus-per-node", 1)
 OFTEN = ("--set", "checkpoint.every_min=1e-5")  # after every step

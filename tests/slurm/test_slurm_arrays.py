@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpcssl.embed.encoder import Source
-from hpcssl.embed.run import embed_store
-from hpcssl.features.files import read_slide
+from hpcssl.embed.embedding import embed_store
+from hpcssl.embed.sources import Source
+from hpcssl.evaluate.mil.benchmark import read_results
+from hpcssl.evaluate.splits import make_splits
+from hpcssl.features.feature_files import read_slide
 from hpcssl.jobs.array import shares
-from hpcssl.mccv.run import read_results
-from hpcssl.mccv.splits import make_splits
-from hpcssl.tiles.scan import build_store
-from hpcssl.tiles.store import Store
+from hpcssl.stores.scan import build_store
+from hpcssl.stores.store import Store
 
 SLIDES, TASKS = 397, 3
 PROFILE = "gpus_per_node: 0\ncpus_per_gpu: 1\ntimeout_min: 60\nenvironment: {OMP_NUM_THREADS: '1'}\n"

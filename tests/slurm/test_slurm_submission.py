@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from hpcssl.runs.metrics import read_metrics
+from hpcssl.runs.trace import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpcssl.tiles.store import Store
-from hpcssl.tiles.synthetic_slides import draw_slide
-from hpcssl.tiles.tiling import TilingOptions, tile_slides
-from hpcssl.tiles.wsi.cutting import CutOptions
-from hpcssl.tiles.wsi.source import slides_to_read
+from hpcssl.slides.cutting import CutOptions
+from hpcssl.slides.slide_list import slides_to_read
+from hpcssl.stores.store import Store
+from hpcssl.stores.tiling import TilingOptions, tile_slides
+from hpcssl.synthetic.drawn_slides import draw_slide
 
 PROFILE = "gpus_per_node: 0\ncpus_per_gpu: 1\ntimeout_min: 60\nenvironment: {OMP_NUM_THREADS: '1'}\n"
 JOBS_S = 200  # for the array and the job after it, on a busy machine

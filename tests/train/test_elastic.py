@@ -11,9 +11,9 @@ import torch
 from hpcssl.core.errors import ConfigError
 from hpcssl.core.world import World, check_divides
 from hpcssl.loader import stream as stream_module
-from hpcssl.train.config import Timeline
 from hpcssl.train.loop import _stream
 from hpcssl.train.objective import Dino
+from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

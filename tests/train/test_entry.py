@@ -14,11 +14,11 @@ import torch
 from hpcssl.core.errors import RunError, ScheduleError
 from hpcssl.core.world import World
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.folder import Generation
-from hpcssl.runs.metrics import read_metrics
+from hpcssl.runs.run_folder import Generation
+from hpcssl.runs.trace import read_metrics
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.spec import ScheduleSpec
-from hpcssl.tiles.scan import build_store
+from hpcssl.stores.scan import build_store
 from hpcssl.train.entry import _Patience, pretrain
 from hpcssl.train.loop import Stopped
 
@@ -97,8 +97,8 @@ def test_swapped_initial_weights_are_refused_before_the_first_step_only(small, d
 
     from hpcssl.core.atomic import digest_file
     from hpcssl.models.encoder import build_encoder
-    from hpcssl.runs.folder import prepare_run
-    from hpcssl.train.config import Timeline
+    from hpcssl.runs.run_folder import prepare_run
+    from hpcssl.train.pretrain_config import Timeline
 
     recipe, file = small.dino_recipe(initial_weights=str(tmp_path / "w.safetensors")), tmp_path / "w.safetensors"
     weights = build_encoder(recipe.encoder).vit.state_dict()

@@ -10,8 +10,8 @@ from hpcssl.core.config import build
 from hpcssl.core.errors import ConfigError
 from hpcssl.loader.stream import Batch
 from hpcssl.train import execution
-from hpcssl.train.config import Timeline, TrainConfig
 from hpcssl.train.execution import can_compile, describe_execution, resolve_execution, resolve_precision
+from hpcssl.train.pretrain_config import Timeline, TrainConfig
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpcssl.runs.checkpoint import checkpoint_steps, load_checkpoint
-from hpcssl.runs.folder import Generation
+from hpcssl.runs.run_folder import Generation
 
 HANG_S = 3.0
 

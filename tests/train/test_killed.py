@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
-from hpcssl.runs.metrics import last_record, read_metrics
+from hpcssl.runs.trace import last_record, read_metrics
 
 PSEUDO_EPOCHS = 90
 STEPS = PSEUDO_EPOCHS * 40 // 12

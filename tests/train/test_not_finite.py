@@ -14,7 +14,7 @@ from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
 from hpcssl.plan.draw import draw_plan
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
-from hpcssl.runs.metrics import read_metrics
+from hpcssl.runs.trace import read_metrics
 from hpcssl.train.failure import failed_step_folder, load_batch, repeat_failed_step
 from hpcssl.train.objective import Dino, Mae
 from hpcssl.train.reduce import Collectives

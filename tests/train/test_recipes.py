@@ -8,14 +8,14 @@ import pytest
 import timm
 import torch
 
-from hpcssl.cli.export import timm_arguments
+from hpcssl.cli.export_command import timm_arguments
 from hpcssl.core import resources
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import ConfigError
+from hpcssl.models.decoder import MaskedAutoencoder
 from hpcssl.models.encoder import build_encoder
-from hpcssl.models.mae import MaskedAutoencoder
-from hpcssl.train.config import load_recipe
 from hpcssl.train.objective import check_recipe
+from hpcssl.train.pretrain_config import load_recipe
 
 
 @pytest.mark.parametrize("name", resources.names("recipe"))

@@ -10,9 +10,9 @@ import torch
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
-from hpcssl.runs.metrics import read_metrics
-from hpcssl.train.config import Timeline
+from hpcssl.runs.trace import read_metrics
 from hpcssl.train.loop import Stopped, _stream
+from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.reduce import Collectives, GradientBuffer
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

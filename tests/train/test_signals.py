@@ -13,7 +13,7 @@ import hpcssl.jobs.launch
 import hpcssl.train.loop
 from hpcssl.jobs.launch import Resources, launch
 from hpcssl.runs.checkpoint import checkpoint_steps, load_latest
-from hpcssl.runs.metrics import last_record, read_metrics
+from hpcssl.runs.trace import last_record, read_metrics
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "own_process"), pytest.mark.timeout(120)]
 

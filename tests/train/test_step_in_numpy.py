@@ -17,9 +17,9 @@ from scipy.special import erf
 
 from hpcssl.loader.stream import Batch
 from hpcssl.models.encoder import resample_position
-from hpcssl.objectives.mae import patchify
+from hpcssl.objectives.mae_loss import patchify
 from hpcssl.plan.draw import draw_drop_path
-from hpcssl.train.config import Timeline
+from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

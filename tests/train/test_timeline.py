@@ -10,7 +10,7 @@ import pytest
 
 from hpcssl.core import resources
 from hpcssl.core.errors import ConfigError
-from hpcssl.train.config import Timeline, load_recipe
+from hpcssl.train.pretrain_config import Timeline, load_recipe
 
 DINO_DEFAULTS = {
     "objective": "dino",

@@ -11,8 +11,8 @@ import torch
 from hpcssl.core.world import World
 from hpcssl.loader import stream as stream_module
 from hpcssl.loader.stream import TileStream
-from hpcssl.train.config import Timeline
 from hpcssl.train.objective import Dino
+from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step

@@ -11,8 +11,8 @@ import torch
 
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
-from hpcssl.runs.metrics import read_metrics
-from hpcssl.train.config import Timeline
+from hpcssl.runs.trace import read_metrics
+from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.state import TrainState
 from hpcssl.train.watch import MOST_TILES, CollapseWatch, complaints, feature_deviation, rank_me
 

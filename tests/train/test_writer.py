@@ -14,8 +14,8 @@ import torch
 
 from hpcssl.cli.main import main
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
-from hpcssl.runs.metrics import MetricsWriter, last_record
-from hpcssl.train import writer as writer_module
+from hpcssl.runs.trace import MetricsWriter, last_record
+from hpcssl.train import run_writer as writer_module
 from hpcssl.train.loop import Stopped
 
 CPU = torch.device("cpu")

@@ -1,0 +1,84 @@
+"""`hpcssl embed`: a feature file per slide."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_job
+
+if TYPE_CHECKING:
+    from hpcssl.jobs.profile import Profile
+
+SUMMARY = "embed every slide of a store with an encoder; done slides are not computed again"
+EXAMPLE = (
+    "hpcssl embed --store STORE --encoder runs/a@150000 --out features/a-150000\n"
+    "  hpcssl embed --store STORE --encoder timm:resnet50:stage3 --weights r50.safetensors --out features/r50\n"
+    "  hpcssl embed --store STORE --encoder runs/a --out features/a --cluster slurm --array 32 --profile a100"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--store", type=Path, required=True, help="tile store")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        metavar="RUN[@STEP]|timm:NAME[:stage3][:random]",
+        help="a run's newest checkpoint, or that of a step (0 is untrained); or a model of timm, a ResNet up to"
+        " a stage, random weights",
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="of a timm model; else they are looked for where timm keeps them"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FEATURES", help="folder of feature files, new or to be completed"
+    )
+    parser.add_argument(
+        "--tile-px", type=int, default=None, help="side that tiles are resized to (default: the encoder's)"
+    )
+    parser.add_argument("--threads", type=int, help="for decoding and computing (default: all cores; not on SLURM)")
+    add_array_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed, here or in a job array."""
+    from hpcssl.cli.progress import progress
+    from hpcssl.embed.embedding import embed_store, source_of
+    from hpcssl.stores.store import Store
+
+    profile = array_profile(args)
+    if profile:
+        return _submit(args, profile)
+    store, source = Store.open(args.store), source_of(args.encoder, args.weights)
+    threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
+    with progress(f"embedding {args.encoder}", total=store.num_slides, unit="slides") as advance:
+        embed_store(store, source, args.out, threads=threads, tile_px=args.tile_px, on_progress=advance)
+    print(f"features of {store.num_slides} slides: {args.out}")
+    return 0
+
+
+def _submit(args: argparse.Namespace, profile: Profile) -> int:
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.jobs.stages import submit_embedding
+
+    if args.threads is not None:
+        raise ConfigError("--threads: a task of the array has the profile's cpus_per_gpu; leave it out")
+    submitted = submit_embedding(
+        args.store,
+        args.encoder,
+        args.out,
+        profile=profile,
+        num_tasks=args.array,
+        weights=args.weights,
+        tile_px=args.tile_px,
+    )
+    if submitted is None:
+        print(f"features of all slides are there: {args.out}")
+    elif not submitted.tasks:
+        tell_job(submitted.job, args.out, "is under way already; nothing is submitted beside it")
+    else:
+        tell_job(submitted.job, args.out, f"submitted: {submitted.tasks} tasks embed what is missing in {args.out}")
+    return 0

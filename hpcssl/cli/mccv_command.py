@@ -1,0 +1,168 @@
+"""`hpcssl mccv`: the benchmark of slide features by gated attention over Monte-Carlo splits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcssl.evaluate.mil.benchmark import Part
+
+SUMMARY = "fit gated-attention heads on features over Monte-Carlo splits, AUC after every epoch"
+EXAMPLE = "hpcssl mccv --features features/step0 features/step500 --splits breast.csv --out results --preset mccv-demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FEATURES",
+        help="folders of .h5 (ours, CLAM's, TRIDENT's), .pt or .npy files, or slide_data.csv@ENCODER",
+    )
+    parser.add_argument(
+        "--splits", type=Path, nargs="+", required=True, metavar="SPLITS.csv", help="split files; the name is the task"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="RESULTS", help="folder of results; continued if there"
+    )
+    parser.add_argument("--preset", default="gma-50", help="gma-50 (the paper's), gma-40 or mccv-demo (%(default)s)")
+    parser.add_argument(
+        "--head",
+        nargs="+",
+        default=["gma"],
+        metavar="HEAD",
+        help="gma, abmil, mean, max; several are measured beside each other (%(default)s)",
+    )
+    parser.add_argument("--replicas", type=int, default=2, help="repeats of every split (%(default)s)")
+    parser.add_argument("--epochs", type=int, help="another length than the preset's")
+    parser.add_argument("--only", metavar="split=7,replica=1", help="one run alone; it comes out as among all")
+    parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out slides that one of FEATURES lacks, and features without slides",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="runs fitted at a time on the CPU; changes no result (all cores)",
+    )
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        default=8.0,
+        help="a task's features beyond this are read from a scratch file in RESULTS, slide by slide (%(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the tiles' layers; bf16 is for processors with instructions for it (%(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: all runs in one stack (%(default)s)")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        default=[],
+        metavar="SLIDE",
+        help="slides of which the report draws a map: attention by heads that did not train on them",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, orders and dropout (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit what is missing, then print the summary."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from hpcssl.cli.progress import progress
+    from hpcssl.cli.report_command import format_table
+    from hpcssl.core.config import nearest
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.evaluate.mil.benchmark import plan_parts, run_parts
+    from hpcssl.evaluate.mil.presets import preset_named
+    from hpcssl.report.results import read_results
+    from hpcssl.report.summary import summarise
+
+    if args.threads < 1:
+        raise ConfigError(f"--threads {args.threads}: expected at least 1")
+    _check_device(args.device)
+    preset = replace(preset_named(args.preset, args.epochs), precision=args.precision)
+    parts = plan_parts(
+        args.features,
+        args.splits,
+        preset,
+        heads=args.head,
+        replicas=args.replicas,
+        only=_only(args.only),
+        allow_missing=args.allow_missing,
+        allow_extra=args.allow_missing,
+        kind=args.kind,
+        seed=args.seed,
+    )
+    tell_left_out(parts)
+    known = {slide for part in parts for slide in part.table["slide"]}
+    for slide in args.attention:
+        if slide not in known:
+            raise ConfigError(f"--attention {slide}: no such slide in the splits; {nearest(slide, sorted(known))}")
+    total = preset.epochs * sum(len(part.runs) for part in parts)
+    with progress("fitting heads", total=total, unit="epochs of runs") as advance:
+        run_parts(
+            parts,
+            preset,
+            args.out,
+            seed=args.seed,
+            threads=args.threads,
+            memory_gib=args.memory_gib,
+            device=args.device,
+            attention=args.attention,
+            on_progress=advance,
+        )
+    Console().print(format_table(summarise(read_results(args.out))))
+    return 0
+
+
+def tell_left_out(parts: Iterable[Part]) -> None:
+    """Say which slides a part leaves out; the command has allowed it."""
+    from hpcssl.evaluate.splits import listed
+
+    for part in parts:
+        if part.left_out:
+            print(f"{part.name}: leaves out {len(part.left_out)} slides: {listed(part.left_out)}", file=sys.stderr)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    from hpcssl.core.errors import ConfigError
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--device {name}: cannot be used here ({reason}); expected cpu, or cuda with a GPU"
+        ) from None
+
+
+def _only(text: str | None) -> tuple[int, int] | None:
+    """Return (split, replica) of `split=7,replica=1`."""
+    import re
+
+    from hpcssl.core.errors import ConfigError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"split=(\d+),replica=(\d+)", text.replace(" ", ""))
+    if not found:
+        raise ConfigError(f"--only {text}: expected split=K,replica=R, for example split=7,replica=1")
+    return int(found[1]), int(found[2])

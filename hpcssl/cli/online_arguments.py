@@ -1,0 +1,106 @@
+"""`hpcssl store build --online`: a store that reads its tiles straight from whole slides."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from hpcssl.cli.tile_command import share_of
+
+_OF_TILES = ("pack", "no_check", "shard_gb", "slides", "array", "profile")  # and not of slides
+_OF_SLIDES = ("mpp", "grid", "tile_px", "min_tissue", "assume_mpp", "share")
+
+
+def add_online_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a store of slides."""
+    group = parser.add_argument_group(
+        "stores of slides", "example: hpcssl store build slides.csv --out STORE --online --mpp 0.25,0.5,1.0,2.0"
+    )
+    group.add_argument(
+        "--online",
+        action="store_true",
+        help="read tiles straight from slides, at a place that a position draws; TILES is then a slide table (slide_id,"
+        " organ, path or URL, mpp) or a folder of slides",
+    )
+    group.add_argument(
+        "--mpp",
+        type=mpps_of,
+        metavar="LIST",
+        help="microns per pixel, one or several (default 0.5); slides count by their tiles at the first",
+    )
+    group.add_argument(
+        "--grid", action="store_true", help="draw no places: give the tiles that hpcssl tile would cut at the MPP"
+    )
+    group.add_argument("--tile-px", type=int, metavar="N", help="side of a tile (default 224)")
+    group.add_argument("--min-tissue", type=float, metavar="SHARE", help="of a tile that must be tissue (default 0.4)")
+    group.add_argument(
+        "--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says"
+    )
+    group.add_argument(
+        "--share",
+        type=share_of,
+        metavar="K/N",
+        help="look only at the K-th of N shares of the slides; the command without it then writes the store",
+    )
+
+
+def mpps_of(text: str) -> tuple[float, ...]:
+    """Return the numbers of a list such as `0.25,0.5`.
+
+    >>> mpps_of("0.25,0.5")
+    (0.25, 0.5)
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers such as 0.25,0.5,1.0") from None
+
+
+def check_kind(args: argparse.Namespace) -> None:
+    """Refuse arguments that are of the other kind of store."""
+    from hpcssl.core.errors import StoreError
+
+    given = [name for name in (_OF_TILES if args.online else _OF_SLIDES) if getattr(args, name) not in (None, False)]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise StoreError(
+            f"{option} is not for a store of slides; leave it out, or --online"
+            if args.online
+            else f"{option} is for a store of slides; give --online, too"
+        )
+
+
+def build_from_slides(args: argparse.Namespace) -> int:
+    """Build the store; slides that failed are an error, after the others are done."""
+    from hpcssl.cli.progress import progress
+    from hpcssl.core.errors import SlideError
+    from hpcssl.slides.slide_list import FAILED, slides_to_read
+    from hpcssl.stores.online_build import OnlineOptions, build_online
+
+    given = {"tile_px": args.tile_px, "min_tissue": args.min_tissue, "assume_mpp": args.assume_mpp}
+    options = OnlineOptions(
+        mpps=args.mpp or (0.5,),
+        of_grid=args.grid,
+        threads=len(os.sched_getaffinity(0)) if args.threads is None else args.threads,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    slides = slides_to_read(args.tiles)
+    number = len(slides) if args.share is None else len(slides[args.share[0] :: args.share[1]])
+    with progress("looking at slides", total=number, unit="slides") as advance:
+        store = build_online(slides, args.out, options, append=args.append, share=args.share, on_progress=advance)
+    if store is None:
+        print(f"{args.out}: this share is looked at; the command without --share writes the store")
+        return 0
+    where = "on a grid" if options.of_grid else "at places drawn by the position"
+    print(
+        f"{args.out}: {store.num_slides} slides, {store.slides['tissue_mm2'].sum():.1f} mm² of tissue, worth"
+        f" {store.num_tiles} tiles of {options.tile_px} px at {options.mpps[0]:g} MPP; tiles {where}, MPP"
+        f" {', '.join(f'{mpp:g}' for mpp in options.mpps)}"
+    )
+    lost = (~slides["slide_id"].isin(store.slides["slide_id"])).sum()
+    if lost:
+        raise SlideError(
+            f"{lost} of {len(slides)} slides failed (all are in {args.out / FAILED}); mend them, then add them with"
+            " --append"
+        )
+    return 0

@@ -1,0 +1,1 @@
+"""Splits, metrics, results; heads over bags, nearest neighbours."""

@@ -1,0 +1,1 @@
+"""Heads over the bags of slides, many at once."""

@@ -1,1 +1,0 @@
-"""Monte-Carlo cross-validation: splits, batched fitting, metrics."""

@@ -1,0 +1,1 @@
+"""Slide tables; reading whole slides; tissue."""

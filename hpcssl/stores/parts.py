@@ -1,0 +1,233 @@
+"""Building a store in parts, each by a process of its own on any machine, and joining them.
+
+The parts are ranges of the slide table, in its order; each is built as a store in `.STORE.parts` beside the store, and
+one whose build was killed goes on where it was. Joined, they are the store that one build makes: the same tile numbers,
+the same digest; only the shards of a packed one end where the parts do, too.
+
+    .STORE.parts/plan.json       what is built, from what, and where the parts end
+    .STORE.parts/slides.parquet  all slides
+    .STORE.parts/part-0003/      a part that is done
+    .STORE.parts/joined/         the store while it is joined
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hpcssl.core.arrays import map_array, npy_header
+from hpcssl.core.atomic import alone, atomic_file, digest_bytes, digest_file, read_json, sync_dir, write_atomic
+from hpcssl.core.config import first_difference
+from hpcssl.core.errors import StoreError
+from hpcssl.core.ordered import in_order
+from hpcssl.stores.scan import BuildOptions, build_store
+from hpcssl.stores.shards import pack_places
+from hpcssl.stores.store import FORMAT, Store, identity, index_files
+from hpcssl.stores.tar import shard_name
+from hpcssl.stores.tile_files import list_names, slides_below
+
+_TEXTS = ("folders", "names")  # bytes of all entries, and an array of where each ends
+_DTYPES = {"folders.npy": "<u8", "names.npy": "<u8", "sizes.npy": "<u4", "offsets.npy": "<u8"}
+_FREE = ("threads", "commit_s")  # how, not what is built
+_CHUNK = 1 << 20  # entries of an array that are held at a time
+
+
+def parts_folder(out: Path) -> Path:
+    """Return the folder in which the parts of a store are built."""
+    return out.with_name(f".{out.name}.parts")
+
+
+def plan_parts(tiles: Path, out: Path, *, table: Path | None, options: BuildOptions, num_parts: int) -> list[int]:
+    """Say which slides each part has, or check that this was said before; returns the numbers of the parts to build.
+
+    Parameters
+    ----------
+    tiles, out, table, options : as for `build_store`
+    num_parts : at most; parts of about the same number of tiles where the table tells it, else of slides
+
+    Raises
+    ------
+    StoreError
+        If the store exists, or parts of it that were planned otherwise.
+    """
+    if out.exists():
+        raise StoreError(f"{out}: exists already; remove it, or choose another --out")
+    slides, counted = slides_below(tiles, table, out=out)
+    plan = {
+        "format": FORMAT,
+        "tiles": str(tiles.resolve()),
+        "array": num_parts,
+        **asdict(options),
+        "counted": counted,
+        "slides": digest_bytes(slides.to_csv(index=False).encode()),
+        "ends": _ends(slides["num_tiles"].to_numpy(), num_parts),
+    }
+    folder = parts_folder(out)
+    if (folder / "plan.json").exists():
+        difference = first_difference(_plan_of(out) | {key: plan[key] for key in _FREE}, plan)
+        if difference:
+            key, before, now = difference
+            raise StoreError(f"{folder}: begun with {key} = {before}, now {now}; give the same, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "slides.parquet") as temporary:
+        slides.to_parquet(temporary, index=False)
+    write_atomic(folder / "plan.json", json.dumps(plan, indent=1) + "\n")
+    return [number for number in range(len(plan["ends"])) if not (_part(out, number) / "store.json").exists()]
+
+
+def build_part(out: Path, number: int) -> None:
+    """Build one part that was planned; one that is there stays.
+
+    Raises
+    ------
+    StoreError
+        As `build_store` does, for the slides of the part.
+    """
+    part, plan = _part(out, number), _plan_of(out)
+    if (part / "store.json").exists():
+        return
+    first, end = [0, *plan["ends"]][number : number + 2]
+    slides = pd.read_parquet(parts_folder(out) / "slides.parquet").iloc[first:end]
+    tiles = Path(plan["tiles"])
+    options = BuildOptions(**{name: plan[name] for name in asdict(BuildOptions())})
+    if not plan["counted"]:  # a table says how many tiles there are
+        slides = slides.assign(num_tiles=_counts(tiles, slides, options.threads))
+    table = part.with_suffix(".parquet")
+    with atomic_file(table) as temporary:
+        slides.to_parquet(temporary, index=False)
+    build_store(tiles, part, table=table, options=options)
+
+
+def join_parts(out: Path) -> Store:
+    """Make the store of its parts, which are used up; a killed try goes on.
+
+    Raises
+    ------
+    StoreError
+        If a part is not there, or the store exists.
+    """
+    with alone(out):
+        if out.exists():
+            raise StoreError(f"{out}: exists already; remove it, or choose another --out")
+        folder, plan = parts_folder(out), _plan_of(out)
+        parts = [_part(out, number) for number in range(len(plan["ends"]))]
+        headers = [_header_of(part) for part in parts]
+        joined = folder / "joined"
+        joined.mkdir(exist_ok=True)
+        shards = [header.get("shards", []) for header in headers]
+        files = _join_index(joined, parts, [len(sizes) for sizes in shards], packed=plan["pack"])
+        _move_shards(joined, parts, [len(sizes) for sizes in shards])
+        slides = pd.read_parquet(joined / "slides.parquet")
+        kept = ("format", "kind", "root")
+        header: dict[str, Any] = {key: headers[0][key] for key in kept if key in headers[0]}
+        if plan["pack"]:
+            header["shards"] = [size for sizes in shards for size in sizes]
+        header |= {"num_slides": len(slides), "num_tiles": int(slides["num_tiles"].sum())}
+        header |= identity(slides, files) | {"files": files}
+        write_atomic(joined / "store.json", json.dumps(header, indent=1) + "\n")
+        sync_dir(joined)
+        os.replace(joined, out)
+        sync_dir(out.parent)
+        for path in folder.iterdir():
+            if path.name != "logs":  # a job that does this still writes there
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return Store.open(out)
+
+
+def _ends(weights: np.ndarray, num_parts: int) -> list[int]:
+    """Return where at most `num_parts` ranges of about the same weight end; none is empty.
+
+    >>> _ends(np.array([1, 1, 1, 1, 4]), 2), _ends(np.array([9, 1]), 5)
+    ([4, 5], [1, 2])
+    """
+    if num_parts < 1:
+        raise StoreError(f"--array {num_parts}; expected at least 1")
+    num_parts = min(num_parts, len(weights))
+    sums = np.cumsum(weights)
+    ends = np.searchsorted(sums, sums[-1] * np.arange(1, num_parts + 1) / num_parts) + 1
+    return sorted({min(int(end), len(weights)) for end in ends})
+
+
+def _part(out: Path, number: int) -> Path:
+    return parts_folder(out) / f"part-{number:04d}"
+
+
+def _plan_of(out: Path) -> dict[str, Any]:
+    file = parts_folder(out) / "plan.json"
+    try:
+        return read_json(file, StoreError(f"{file}: damaged; remove {file.parent} and build again"))
+    except FileNotFoundError:
+        raise StoreError(f"{file}: not there; plan the parts with hpcssl store build … --array N") from None
+
+
+def _header_of(part: Path) -> dict[str, Any]:
+    try:
+        return read_json(part / "store.json", StoreError(f"{part / 'store.json'}: damaged; remove {part}"))
+    except FileNotFoundError:
+        raise StoreError(f"{part}: not built yet; the same hpcssl store build … --array N builds it") from None
+
+
+def _counts(tiles: Path, slides: pd.DataFrame, threads: int) -> list[int]:
+    """Return the number of tiles of every slide, at least 1: `build_store` tells of one that has none."""
+    folders = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"])]
+    with ThreadPoolExecutor(threads) as pool:
+        return [
+            max(1, len(names)) for _, names in in_order(pool, partial(list_names, tiles), folders, window=4 * threads)
+        ]
+
+
+def _join_index(joined: Path, parts: Sequence[Path], num_shards: Sequence[int], *, packed: bool) -> dict[str, str]:
+    """Write the index of the whole store; returns the digest of every file."""
+    before: dict[str, list[int]] = {}  # what is added to the entries of each part
+    for text in _TEXTS:
+        sizes = [(part / f"{text}.bin").stat().st_size for part in parts]
+        before[f"{text}.npy"] = _sums_before(sizes)
+    before["offsets.npy"] = [int(pack_places([(first, 0)])[0]) for first in _sums_before(num_shards)]
+    for name in index_files(packed=packed):
+        sources = [part / name for part in parts]
+        with (joined / name).open("wb") as target:
+            if name in _DTYPES:
+                arrays = [map_array(source) for source in sources]
+                target.write(npy_header(_DTYPES[name], sum(map(len, arrays))))
+                for array, more in zip(arrays, before.get(name, [0] * len(parts)), strict=True):
+                    for start in range(0, len(array), _CHUNK):
+                        moved = array[start : start + _CHUNK] + np.array(more, array.dtype)
+                        target.write(moved.astype(_DTYPES[name]).tobytes())
+            elif name == "slides.parquet":
+                table = pd.concat([pd.read_parquet(source) for source in sources], ignore_index=True)
+                counts = table["num_tiles"]
+                table.assign(first_tile=counts.cumsum() - counts).to_parquet(target, index=False)
+            else:
+                for source in sources:
+                    with source.open("rb") as stream:
+                        shutil.copyfileobj(stream, target)
+            target.flush()
+            os.fsync(target.fileno())
+    return {name: digest_file(joined / name) for name in index_files(packed=packed)}
+
+
+def _move_shards(joined: Path, parts: Sequence[Path], num_shards: Sequence[int]) -> None:
+    """Give the parts' shards their numbers in the whole store; those that a killed try has moved are there."""
+    for part, first, count in zip(parts, _sums_before(num_shards), num_shards, strict=True):
+        for number in range(count):
+            if not (joined / shard_name(first + number)).exists():
+                os.replace(part / shard_name(number), joined / shard_name(first + number))
+
+
+def _sums_before(numbers: Sequence[int]) -> list[int]:
+    """Return for each number the sum of those in front of it.
+
+    >>> _sums_before([3, 1, 2])
+    [0, 3, 4]
+    """
+    return [sum(numbers[:i]) for i in range(len(numbers))]

@@ -1,0 +1,208 @@
+"""What a slide's folder holds, and whether its files are whole JPEGs."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from hpcssl.core.errors import StoreError
+from hpcssl.slides.slide_table import check_slides, read_slides
+
+_SUFFIXES = (b".jpg", b".jpeg")
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
+PADDING = 64  # some writers pad the end; the end marker must stand within the last so many bytes
+_MOST_BYTES = 2**32 - 1  # sizes are uint32
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what a link may lead to
+
+
+@dataclass
+class Tiles:
+    """Some tiles of one slide, in the order of their names.
+
+    Attributes
+    ----------
+    names : file names, UTF-8
+    sizes : bytes of every file
+    contents : the files' bytes where they were asked for, else empty
+    bad : files that are no tiles: (path below the root, what is wrong)
+    """
+
+    names: list[bytes] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+def slides_below(tiles: Path, table: Path | None, *, out: Path | None = None) -> tuple[pd.DataFrame, bool]:
+    """Return the slides of the table, else of the folders; and whether `num_tiles` is the user's claim.
+
+    Without a table, a store `out` that is to be made must not lie among the folders: the next build would take it for
+    slides.
+    """
+    if not tiles.is_dir():
+        raise StoreError(f"{tiles}: no such folder of tiles")
+    if table or (tiles / "slides.csv").exists():
+        return read_slides(table or tiles / "slides.csv"), True
+    if out and out.resolve().is_relative_to(tiles.resolve()):
+        raise StoreError(
+            f"{out}: lies below {tiles}, all folders of which are taken for slides; choose an --out elsewhere,"
+            " or name the slides with --slides"
+        )
+    rows = [
+        {"slide_id": slide, "organ": organ, "num_tiles": "1"}
+        for organ in _subfolders(tiles)
+        for slide in _subfolders(tiles / organ)
+    ]
+    if not rows:
+        raise StoreError(f"{tiles}: no tiles below it; expected <organ>/<slide_id>/<name>.jpg")
+    return check_slides(pd.DataFrame(rows), where=str(tiles)), False
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    for name in names:
+        if not _decodable([os.fsencode(name)]):
+            raise StoreError(f"{folder}/{os.fsencode(name).decode(errors='replace')}: its name is not UTF-8; rename it")
+    return names
+
+
+def list_names(root: Path, folder: str) -> list[bytes]:
+    """Return the names of a slide's JPEG files, sorted; StoreError where there is no such folder."""
+    return [name for name, _ in _entries(root, folder, sizes=False)]
+
+
+def list_tiles(root: Path, folder: str) -> Tiles:
+    """Return names and sizes of a slide's JPEG files without opening them; an empty one is bad all the same."""
+    pairs = _entries(root, folder, sizes=True)
+    sizes = [size for _, size in pairs]
+    if _decodable([name for name, _ in pairs]) and min(sizes, default=1) > 0 and max(sizes, default=1) <= _MOST_BYTES:
+        return Tiles(names=[name for name, _ in pairs], sizes=sizes)
+    found = Tiles()
+    for name, size in pairs:
+        _add(found, folder, name, size, _name_fault(name) or _size_fault(size))
+    return found
+
+
+def sizes_in(root: Path, folder: str) -> dict[bytes, int]:
+    """Return the size of every JPEG file of a slide by its name; empty where there is no such folder."""
+    try:
+        return {name: size for name, size in _entries(root, folder, sizes=True) if size >= 0}
+    except StoreError:
+        return {}
+
+
+def check_tiles(root: Path, folder: str) -> Tiles:
+    """Return names and sizes of a slide's JPEG files, having looked at both ends of each."""
+    found = Tiles()
+    start = f"{root / folder}/"
+    for name in list_names(root, folder):
+        fault, size = _name_fault(name), 0
+        if not fault:
+            fd = _opened(start + name.decode())
+            if fd is None:
+                fault = _size_fault(-1)
+            else:
+                try:
+                    size = os.fstat(fd).st_size
+                    fault = _size_fault(size) or jpeg_fault(
+                        os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
+                    )
+                finally:
+                    os.close(fd)
+        _add(found, folder, name, size, fault)
+    return found
+
+
+def read_tiles(root: Path, folder: str, names: list[bytes], *, check: bool) -> Tiles:
+    """Return these files of a slide with their bytes; every file is opened once."""
+    found = Tiles()
+    start = f"{root / folder}/"
+    for name in names:
+        fault, content = _name_fault(name), b""
+        if not fault:
+            fd = _opened(start + name.decode())
+            if fd is None:
+                fault = _size_fault(-1)
+            else:
+                with open(fd, "rb", buffering=0) as stream:
+                    content = stream.readall()
+                fault = _size_fault(len(content)) or (jpeg_fault(content[:3], content[-PADDING:]) if check else None)
+        if _add(found, folder, name, len(content), fault):
+            found.contents.append(content)
+    return found
+
+
+def jpeg_fault(start: bytes, end: bytes) -> str | None:
+    """Return what is wrong with a JPEG of these first and last bytes, or None."""
+    if not start.startswith(_JPEG_START):
+        return "not a JPEG"
+    return None if _JPEG_END in end else "truncated"
+
+
+def _add(found: Tiles, folder: str, name: bytes, size: int, fault: str | None) -> bool:
+    """Note a file as a tile or as bad; returns whether it is a tile."""
+    if fault:
+        found.bad.append((f"{folder}/{name.decode(errors='replace')}", fault))
+        return False
+    found.names.append(name)
+    found.sizes.append(size)
+    return True
+
+
+def _entries(root: Path, folder: str, *, sizes: bool) -> list[tuple[bytes, int]]:
+    path = root / folder
+    try:
+        with os.scandir(os.fsencode(path)) as entries:
+            tiles = (e for e in entries if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith(b"."))
+            return sorted((e.name, size) for e in tiles if (size := _size_of(e, ask=sizes)) is not None)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.is_dir():
+            raise StoreError(f"{path}: no such folder, but the slide table lists this slide") from None
+        error.filename = os.fsdecode(error.filename or path)  # bytes would be told as b'...'
+        raise
+
+
+def _size_of(entry: os.DirEntry[bytes], *, ask: bool) -> int | None:
+    """Return the bytes of a file, 0 where they are not asked for, -1 where a link leads nowhere; None for a folder."""
+    try:
+        if entry.is_dir():
+            return None
+        return entry.stat().st_size if ask else 0
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+        return -1
+
+
+def _opened(path: str) -> int | None:
+    """Return a descriptor of a file, or None where a link leads nowhere."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+        return None
+
+
+def _decodable(names: list[bytes]) -> bool:
+    try:
+        b"/".join(names).decode()  # no name holds a slash, so that no character spans two of them
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _name_fault(name: bytes) -> str | None:
+    return None if _decodable([name]) else "its name is not UTF-8"
+
+
+def _size_fault(size: int) -> str | None:
+    if size <= 0:
+        return "zero bytes" if size == 0 else "dangling link"
+    return "4 GiB or more" if size > _MOST_BYTES else None

@@ -1,0 +1,1 @@
+"""Drawn tissue and slides."""

@@ -1,1 +1,0 @@
-"""The slide table, tile stores, reading tiles, and procedural tissue for trials."""

@@ -1,1 +1,0 @@
-"""Reading whole slides: compressed blocks straight from TIFF files, local or remote; OpenSlide for everything else."""

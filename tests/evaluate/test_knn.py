@@ -1,0 +1,107 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from hpcssl.cli.main import main
+from hpcssl.core.errors import ConfigError, SplitError
+from hpcssl.evaluate import knn
+from hpcssl.evaluate.mil.benchmark import plan_parts, read_results
+from hpcssl.evaluate.mil.presets import PRESETS
+from hpcssl.evaluate.splits import make_splits
+from hpcssl.features.feature_files import write_slide
+
+SLIDES = [f"s{i:02d}" for i in range(24)]
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """24 slides of 1 to 9 tiles and three classes that shift the tiles' direction."""
+    rng = np.random.default_rng(0)
+    labels = [f"c{i % 3}" for i in range(24)]
+    (tmp_path / "uni").mkdir()
+    for slide, label in zip(SLIDES, labels, strict=True):
+        tiles = rng.normal(size=(rng.integers(1, 10), 8))
+        tiles[:, int(label[1])] += 1.5
+        write_slide(tmp_path / "uni" / f"{slide}.h5", tiles, np.zeros((len(tiles), 2)))
+    make_splits(pd.DataFrame({"slide_id": SLIDES, "label": labels}), "label", num=3).to_csv(
+        tmp_path / "organ.csv", index=False
+    )
+    return tmp_path
+
+
+def parts(folder):
+    return plan_parts([folder / "uni"], [folder / "organ.csv"], PRESETS["gma-50"])
+
+
+@pytest.mark.parametrize("rows", [7, 512])
+def test_tiles_are_told_as_by_scikit_learn(inputs, monkeypatch, rows):
+    monkeypatch.setattr(knn, "_ROWS", rows)  # chunks that end within a slide
+    (part,) = parts(inputs)
+    found = knn.knn_parts([part], k=5, weighted=False).set_index(["split", "metric"])["value"]
+    bags = [part.features.load(slide) for slide in part.table["slide"]]
+    of = np.repeat(np.arange(24), [len(bag) for bag in bags])
+    tiles, labels = np.concatenate(bags), part.table["target"].to_numpy()
+    for split in (1, 2, 3):
+        train = (part.table[f"mccv{split}"] == "train").to_numpy()[of]
+        model = KNeighborsClassifier(5, metric="cosine").fit(tiles[train], labels[of[train]])
+        votes = model.predict_proba(tiles[~train])
+        expected = roc_auc_score(labels[of[~train]], votes, multi_class="ovr")
+        assert found[split, "tile_auc"] == pytest.approx(expected, abs=1e-6)
+        by_slide = pd.DataFrame(votes).groupby(of[~train]).mean()
+        expected = roc_auc_score(labels[by_slide.index], by_slide.to_numpy(), multi_class="ovr")
+        assert found[split, "auc"] == pytest.approx(expected, abs=1e-6)
+        assert found[split, "accuracy"] == pytest.approx(
+            (by_slide.to_numpy().argmax(axis=1) == [int(name[1]) for name in labels[by_slide.index]]).mean()
+        )
+
+
+def test_near_neighbours_weigh_more():
+    similarity, labels = torch.tensor([[1.0, 0.5, 0.5]]), torch.tensor([0, 1, 1])
+    assert knn.neighbours_vote(similarity, labels, 2, 3, True)[0, 0] > 0.99
+    assert knn.neighbours_vote(similarity, labels, 2, 3, False)[0, 0] == pytest.approx(1 / 3)
+    assert knn.neighbours_vote(similarity, labels, 2, 1, False)[0].tolist() == [1, 0]
+    assert knn.neighbours_vote(similarity, labels, 2, 99, False)[0, 1] == pytest.approx(2 / 3)
+
+
+def test_slides_with_many_tiles_give_some_of_them(inputs):
+    (part,) = parts(inputs)
+    features, of = knn._tiles(part.features, SLIDES, 3)
+    assert np.bincount(of).max() == 3
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(len(of)))
+
+
+def test_results_join_those_of_the_heads(inputs, capsys):
+    where = ("--features", inputs / "uni", "--splits", inputs / "organ.csv", "--out", inputs / "out")
+    for command in (("mccv", *where, "--preset", "mccv-demo", "--epochs", "1"), ("knn", *where, "--k", "5")):
+        assert main([str(argument) for argument in command]) == 0
+    assert "uni, k-NN" in capsys.readouterr().out
+    table = read_results(inputs / "out" / "results.csv")
+    assert set(table["encoder"]) == {"uni", "uni, k-NN"}
+    before = (inputs / "out" / "results.csv").read_bytes()
+    assert main(["knn", *map(str, where), "--k", "5"]) == 0
+    assert main(["mccv", *map(str, where), "--preset", "mccv-demo", "--epochs", "1"]) == 0
+    assert (inputs / "out" / "results.csv").read_bytes() == before
+    assert main(["knn", *map(str, where), "--k", "6"]) == 2
+    assert "made with k = 5, now 6" in capsys.readouterr().err
+
+
+def test_settings_and_targets_that_cannot_be_used(inputs):
+    with pytest.raises(ConfigError, match="k = 0"):
+        knn.knn_parts(parts(inputs), k=0)
+    table = pd.read_csv(inputs / "organ.csv").assign(target=np.arange(24) / 2)
+    table.to_csv(inputs / "organ.csv", index=False)
+    with pytest.raises(SplitError, match="k-NN tells classes only"):
+        knn.knn_parts(parts(inputs))
+
+
+def test_numbers_that_are_classes_can_be_told_to_be(inputs, capsys):
+    grades = [str(i % 3 + (i % 2) / 2) for i in range(24)]  # 0, 0.5 … 2.5
+    table = pd.DataFrame({"slide_id": SLIDES, "label": grades})
+    make_splits(table, "label", num=2, kind="classes").to_csv(inputs / "organ.csv", index=False)
+    call = ["knn", "--features", str(inputs / "uni"), "--splits", str(inputs / "organ.csv")]
+    assert main(call) == 2
+    assert "--kind classes" in capsys.readouterr().err
+    assert main([*call, "--kind", "classes"]) == 0

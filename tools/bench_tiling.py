@@ -56,10 +56,10 @@ except ImportError:  # not needed for anything else
     tiffslide = None
 
 KINDS: dict[str, dict[str, Any]] = {
-    "native": {"mpp": 0.5, "downsamples": (1, 4, 16), "aperio": True},
-    "half": {"mpp": 0.25, "downsamples": (1, 4, 16), "aperio": True},
-    "resampled": {"mpp": 0.31, "downsamples": (1, 4, 16), "aperio": True},
-    "jpeg2000": {"mpp": 0.5, "downsamples": (1, 4, 16), "aperio": True, "compression": "aperio_jp2000_rgb"},
+    "native": {"mpp": 0.5, "downsamples": (1, 4, 16), "kind": "svs"},
+    "half": {"mpp": 0.25, "downsamples": (1, 4, 16), "kind": "svs"},
+    "resampled": {"mpp": 0.31, "downsamples": (1, 4, 16), "kind": "svs"},
+    "jpeg2000": {"mpp": 0.5, "downsamples": (1, 4, 16), "kind": "svs-jpeg2000"},
 }
 CUT = CutOptions()
 

@@ -134,7 +134,7 @@ class Demo:
             _stage(1, f"tiles: {self.user_tiles}")
             return
         from hpcssl.cli.progress import progress
-        from hpcssl.synthetic.drawn_tiles import draw_tiles, plan_slides
+        from hpcssl.synthetic.drawn_slides import draw_tiles, plan_slides
 
         _stage(1, f"tiles: none given, drawing procedural tissue into {self._tiles}")
         total = sum(s.num_tiles for s in plan_slides(self.seed))

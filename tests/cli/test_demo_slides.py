@@ -18,7 +18,7 @@ from hpcssl.synthetic.drawn_slides import draw_slide
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo-slides")
     for name in ("a", "b"):
-        draw_slide(folder / f"{name}.tif", seed=len(name), width=1800, height=1500, mpp=0.5, mpp_told=0, pen=False)
+        draw_slide(folder / f"{name}.tif", seed=len(name), width=1800, height=1500, mpp=0.5, with_mpp=False)
     rows = ["slide_id,organ,path,mpp,label", "a,skin,a.tif,0.5,benign", "b,colon,b.tif,0.5,malignant"]
     (folder / "slides.csv").write_text("\n".join([*rows, "c,skin,gone.tif,0.5,benign"]) + "\n")
     (folder / "blind.csv").write_text("\n".join(["slide_id,organ,path", "a,skin,a.tif"]) + "\n")

@@ -22,8 +22,8 @@ SMALL = ("--tile-px", "64", "--threads", "2")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli-slides") / "skin"
     folder.mkdir()
-    draw_slide(folder / "a.svs", seed=1, width=900, height=700, aperio=True)
-    draw_slide(folder / "b.tif", seed=2, width=900, height=700, mpp_told=0)
+    draw_slide(folder / "a.svs", seed=1, width=900, height=700, kind="svs")
+    draw_slide(folder / "b.tif", seed=2, width=900, height=700, with_mpp=False)
     return folder
 
 

@@ -24,8 +24,8 @@ from hpcssl.synthetic.drawn_slides import draw_slide
 WIDTH, HEIGHT = 1200, 900
 KINDS = {
     "plain.tif": {},
-    "jpeg.svs": {"aperio": True},
-    "jpeg2000.svs": {"aperio": True, "compression": "aperio_jp2000_rgb"},
+    "jpeg.svs": {"kind": "svs"},
+    "jpeg2000.svs": {"kind": "svs-jpeg2000"},
 }
 
 

@@ -15,8 +15,7 @@ from hpcssl.slides.grid import MOST_PEN, grid, region_tiles, regions
 from hpcssl.slides.sampling import sample
 from hpcssl.slides.slide import About, Level, Slide
 from hpcssl.slides.tiff import TiffSlide
-from hpcssl.synthetic import drawn_slides as synthetic_slides
-from hpcssl.synthetic.drawn_slides import draw_slide
+from hpcssl.synthetic.drawn_slides import GLASS, PEN, draw_slide
 
 WIDTH, HEIGHT, MPP = 1600, 1200, 0.5
 
@@ -47,8 +46,8 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.uint8]:
 
 def truth(pixels: NDArray[np.uint8], cell: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which cells are mostly tissue, and which mostly pen, as they were drawn."""
-    pen = (pixels == synthetic_slides._PEN).all(-1)
-    glass = (np.abs(pixels.astype(int) - synthetic_slides._GLASS) <= 3).all(-1)
+    pen = (pixels == PEN).all(-1)
+    glass = (np.abs(pixels.astype(int) - GLASS) <= 3).all(-1)
     island = ndimage.binary_fill_holes(ndimage.binary_closing(~glass, iterations=3))
     rows, columns = pixels.shape[0] // cell, pixels.shape[1] // cell
 

@@ -35,7 +35,7 @@ CUT = CutOptions(mpp=0.5, tile_px=TILE_PX)
 LOOSE, PACKED = TilingOptions(cut=CUT, threads=2), TilingOptions(cut=CUT, pack=True, shard_gb=1e-5, threads=2)
 SLIDES = {
     "a": {"seed": 1, "mpp": 0.25, "downsamples": (1, 4)},  # exact halves
-    "b": {"seed": 2, "mpp": 0.499, "downsamples": (1,), "aperio": True},
+    "b": {"seed": 2, "mpp": 0.499, "downsamples": (1,), "kind": "svs"},
     "c": {"seed": 3, "mpp": 0.31, "downsamples": (1, 2)},  # resampled
 }
 
@@ -205,7 +205,7 @@ def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_fol
     folder: Path, tmp_path: Path
 ) -> None:
     """Also from share to share: a slide cut with another assumption is cut again, and no other."""
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
     row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
     slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
     for out, held in ((tmp_path / "one", slides[1:]), (tmp_path / "both", slides)):
@@ -245,7 +245,7 @@ def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, 
 def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp_path: Path) -> None:
     slides = slides_to_read(folder / "slides.csv")
     data = (folder / "a.tif").read_bytes()
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=500, height=400, mpp_told=0)
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=500, height=400, with_mpp=False)
     glass = np.full((400, 500, 3), 240, np.uint8)
     tifffile.imwrite(tmp_path / "blank.tif", glass, photometric="rgb", tile=(64, 64))
     (tmp_path / "cut.tif").write_bytes(data[: len(data) // 2])
@@ -301,7 +301,7 @@ def test_a_full_disk_is_no_slides_fault(folder: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_slide_that_was_mended_is_added_at_the_end(folder: Path, tmp_path: Path) -> None:
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
     slides = slides_to_read(folder / "slides.csv").iloc[1:]
     row = {"slide_id": "unknown", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "patient_id": "", "mpp": ""}
     mixed = pd.concat([pd.DataFrame([row]), slides], ignore_index=True)
@@ -361,7 +361,7 @@ def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
 
 
 def test_an_mpp_that_was_assumed_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, mpp_told=0)
+    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
     row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
     slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
     store, _ = tile_slides(slides, tmp_path / "out", assuming(0.4))

@@ -23,34 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     actions = Actions(parser)
     _add_build(actions)
-    verify = actions.add(
-        "verify", "check every guarantee and checksum", example="hpcssl schedule verify SCHED", run=_verify
+    verify, inspect, diff, export = (
+        actions.add(name, text, example=f"hpcssl schedule {name} {example}", run=run)
+        for name, text, run, example in (
+            ("verify", "check every guarantee and checksum", _verify, "SCHED"),
+            ("inspect", "organ shares, repeats, passes, coverage", _inspect, "SCHED --out FIGURES"),
+            ("diff", "are two schedules the same, and where they part (exit 1)", _diff, "SCHED OTHER"),
+            (
+                "export",
+                "write the order as CSV files, one a pseudo-epoch",
+                _export,
+                "--csv SCHED --store STORE --out CSV",
+            ),
+        )
     )
-    verify.add_argument("schedule", type=Path, metavar="SCHED")
+    for action in (verify, inspect, export):
+        action.add_argument("schedule", type=Path, metavar="SCHED")
     _add_jobs(verify)
-    inspect = actions.add(
-        "inspect",
-        "organ shares, repeats, passes, coverage",
-        example="hpcssl schedule inspect SCHED --out FIGURES",
-        run=_inspect,
-    )
-    inspect.add_argument("schedule", type=Path, metavar="SCHED")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and their tables")
-    diff = actions.add(
-        "diff",
-        "are two schedules the same, and where they part (exit 1)",
-        example="hpcssl schedule diff SCHED OTHER",
-        run=_diff,
-    )
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
-    export = actions.add(
-        "export",
-        "write the order as CSV files, one a pseudo-epoch",
-        example="hpcssl schedule export --csv SCHED --store STORE --out CSV",
-        run=_export,
-    )
-    export.add_argument("schedule", type=Path, metavar="SCHED")
     export.add_argument("--csv", action="store_true", required=True, help="as slide_schedule_<number>.csv")
     export.add_argument(
         "--store", type=Path, help="tile store that knows the files (column imgpath); else slide_id and index"
@@ -113,30 +105,22 @@ def _positive(text: str) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
-    from hpcssl.schedule.build import build_schedule
-    from hpcssl.schedule.eligible import HoldOut
-    from hpcssl.schedule.spec import load_spec
-    from hpcssl.slides.slide_table import read_slides
-    from hpcssl.stores.store import Store
+    from hpcssl.pipelines.build_schedule import plan_schedule, write_schedule
 
-    spec = load_spec(args.spec, args.set)
-    if args.store:
-        slides = Store.open(args.store).drawn_by(spec.seed, spec.mpp_weights).slides
-    else:
-        slides = read_slides(args.slides)
-    if spec.hold_out:
-        print(HoldOut.read(Path(spec.hold_out)).found(slides))
-    count = spec.num_pseudo_epochs if args.only is None else len(args.only)
-    with progress("building the schedule", total=count * spec.positions_per_pseudo_epoch, unit="positions") as advance:
-        missing = build_schedule(spec, slides, args.out, only=args.only, jobs=args.jobs, on_progress=advance)
+    source = args.store or args.slides
+    plan = plan_schedule(args.spec, args.set, source=source, is_store=bool(args.store), only=args.only)
+    if plan.hold_out:
+        print(plan.hold_out)
+    with progress("building the schedule", total=plan.num_positions, unit="positions") as advance:
+        missing = write_schedule(plan, args.out, jobs=args.jobs, on_progress=advance)
+    count, positions = plan.spec.num_pseudo_epochs, plan.spec.positions_per_pseudo_epoch
     if missing:
-        written = spec.num_pseudo_epochs - len(missing)
         print(
-            f"{args.out}: {written} of {spec.num_pseudo_epochs} pseudo-epochs are written;"
+            f"{args.out}: {count - len(missing)} of {count} pseudo-epochs are written;"
             " the same command without --only writes the others and finishes the schedule"
         )
     else:
-        print(f"{args.out}: {spec.num_pseudo_epochs} pseudo-epochs of {spec.positions_per_pseudo_epoch} positions")
+        print(f"{args.out}: {count} pseudo-epochs of {positions} positions")
     return 0
 
 

@@ -7,7 +7,6 @@ synced and renamed, then its checksum is put beside it; so a build that was kill
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable, Collection
@@ -17,8 +16,9 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_file, digest_file, read_json, remove_temporary, sync_dir, write_atomic
-from hpcssl.core.config import first_difference, to_mapping
+from hpcssl.core.atomic import atomic_file, digest_file, remove_temporary, sync, write_atomic
+from hpcssl.core.claim import check_same, claim
+from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut, filter_columns
@@ -131,25 +131,20 @@ def slides_table(builder: Builder) -> pd.DataFrame:
 
 def _claim(out: Path, identity: dict[str, Any]) -> bool:
     """Make `out` the folder of this schedule; False if it is finished already."""
+    words: Any = {"now": "where now {} is asked for", "advice": "remove it or choose another --out"}
+    words |= {"error": ScheduleError, "show": repr}
     if (out / HEADER).exists():
-        name, found = HEADER, Schedule.open(out).header
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        name = UNFINISHED
-        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{name}."))
-        if not (out / name).exists():  # looked at after the list: another node may have begun in between
-            if others:
-                raise ScheduleError(f"{out}: holds {others[0]}, no schedule; choose another --out")
-            write_atomic(out / name, json.dumps(identity))
-        found = read_json(out / name, ScheduleError(f"{out / name}: damaged; remove {out} and build anew"))
-    differs = first_difference({key: found.get(key) for key in identity}, identity)
-    if differs:
-        key, there, asked = differs
-        state = "is a schedule" if name == HEADER else "holds parts of a schedule"
-        raise ScheduleError(
-            f"{out} {state} with {key} = {there!r}, where now {asked!r} is asked for; remove it or choose another --out"
-        )
-    return name != HEADER
+        header = Schedule.open(out).header
+        stored = {key: header.get(key) for key in identity}
+        check_same(stored, identity, made=f"{out} is a schedule with", **words)
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{UNFINISHED}."))
+    if others and not (out / UNFINISHED).exists():  # after the list: another node may have started in between
+        raise ScheduleError(f"{out}: holds {others[0]}, no schedule; choose another --out")
+    made, damaged = f"{out} holds parts of a schedule with", f"remove {out} and build anew"
+    claim(out / UNFINISHED, identity, made=made, damaged=damaged, **words)
+    return True
 
 
 def _is_whole(out: Path, record: dict[str, Any]) -> bool:
@@ -222,4 +217,4 @@ def _clear(out: Path) -> None:
     for path in (out / UNFINISHED, *out.glob("*.sha256")):
         path.unlink(missing_ok=True)
     remove_temporary(out)
-    sync_dir(out)
+    sync(out)

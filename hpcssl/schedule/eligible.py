@@ -61,16 +61,16 @@ class HoldOut:
         }
         return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
 
-    def found(self, slides: pd.DataFrame) -> str:
+    def describe(self, slides: pd.DataFrame) -> str:
         """Say how much of the list is in a slide table."""
-        told = []
+        counts = []
         for names, column in ((self.slides, "slide_id"), (self.patients, "patient_id")):
             if names:
-                here = set(slides[column].str.strip()) if column in slides else set()
-                told.append(f"{len(here.intersection(names))} of {len(names)} {column}s")
-        return f"hold-out: {' and '.join(told)} of the list are in the slide table"
+                present = set(slides[column].str.strip()) if column in slides else set()
+                counts.append(f"{len(present.intersection(names))} of {len(names)} {column}s")
+        return f"hold-out: {' and '.join(counts)} of the list are in the slide table"
 
-    def held(self, slides: pd.DataFrame) -> NDArray[np.bool_]:
+    def mask(self, slides: pd.DataFrame) -> NDArray[np.bool_]:
         """Return which slides are held out, by their own name or their patient's, (num_slides,).
 
         Raises
@@ -112,7 +112,7 @@ def eligible_slides(spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut)
         For a filter on an unknown column or for a value that no slide has, for a patient on both sides of the hold-out,
         and where no slide is left.
     """
-    enters = ~hold_out.held(slides)
+    enters = ~hold_out.mask(slides)
     for name, filters in (("include", spec.include), ("exclude", spec.exclude)):
         for column, values in filters.items():
             has = _has(slides, name, column, values)

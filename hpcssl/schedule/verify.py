@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.config import build, first_difference
+from hpcssl.core.claim import check_same
+from hpcssl.core.config import build
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.build import schedule_identity
 from hpcssl.schedule.builder import Builder
@@ -69,10 +70,9 @@ def builder_of(schedule: Schedule) -> Builder:
 def _check_header(schedule: Schedule, builder: Builder) -> None:
     """Compare what `schedule.json` tells with what spec and slides make it."""
     header, file, identity = schedule.header, schedule.path / HEADER, schedule_identity(builder)
-    differs = first_difference({key: header.get(key) for key in identity}, identity)
-    if differs:
-        key, told, found = differs
-        raise ScheduleError(f"{file}: tells {key} = {told!r}, but its spec and {SLIDES} make it {found!r}")
+    stored = {key: header.get(key) for key in identity}
+    now = f"but its spec and {SLIDES} make it"
+    check_same(stored, identity, made=f"{file}: tells", now=now, advice="", error=ScheduleError, show=repr)
     for column, values in (("first_tile", builder.first_tiles), ("eligible", builder.eligible)):
         if (builder.slides[column] != values).any():
             raise ScheduleError(f"{schedule.path / SLIDES}: {column} is not what spec and slides make it")

@@ -12,20 +12,19 @@ in seconds that all of it runs, its ratios mean nothing. Prints one JSON object 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import resource
 import statistics
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import device_name, options, repeated, seconds
 from torch import Tensor, nn
 
 from hpcssl.evaluate.metrics import auc
@@ -136,29 +135,25 @@ def speedup(
     bags, labels_S, runs = task(tiles, num_train, max(2, num_train // 4), ours, device)
     cores = len(os.sched_getaffinity(0))
     counts = sorted({1, cores}) if device == "cpu" else [cores]
-    ratios, plain_ms, our_ms = [], [], []
-    for _ in range(repeats):
+
+    def all_plain() -> None:
+        for run in runs[:plain]:
+            fit_plain(bags, labels_S, run, PRESET, masks=False)
+
+    def take() -> dict[str, float]:
         best = float("inf")
         for threads in counts:
             torch.set_num_threads(threads)
             fit_plain(bags, labels_S, runs[0], PRESET, masks=False)
-            begun = time.perf_counter()
-            for run in runs[:plain]:
-                fit_plain(bags, labels_S, run, PRESET, masks=False)
-            best = min(best, (time.perf_counter() - begun) / plain / num_train)
-        begun = time.perf_counter()
-        fit(bags, labels_S, runs, replace(PRESET, precision=precision), threads=cores)
-        our = (time.perf_counter() - begun) / ours / num_train
-        ratios.append(best / our)
-        plain_ms.append(1000 * best)
-        our_ms.append(1000 * our)
-    return {
-        "speedup": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "plain_ms_per_step": statistics.median(plain_ms),
-        "our_ms_per_step": statistics.median(our_ms),
-        "steps": [plain * num_train, ours * num_train],
-    }
+            best = min(best, seconds(all_plain) / plain / num_train)
+        chosen = replace(PRESET, precision=precision)
+        our = seconds(lambda: fit(bags, labels_S, runs, chosen, threads=cores)) / ours / num_train
+        return {"speedup": best / our, "plain_ms_per_step": 1000 * best, "our_ms_per_step": 1000 * our}
+
+    rows = repeated(take, repeats, warm_ups=0)
+    figures: dict[str, object] = {name: statistics.median(values) for name, values in rows.items()}
+    figures["spread"] = [min(rows["speedup"]), max(rows["speedup"])]
+    return figures | {"steps": [plain * num_train, ours * num_train]}
 
 
 def differences(
@@ -185,12 +180,8 @@ def differences(
 
 def main() -> int:
     """Run all, print one JSON object last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="paper")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our side (%(default)s)")
-    args = parser.parse_args()
+    choices = {"size": ("paper", "toy"), "precision": ("fp32", "bf16")}
+    args = options(__doc__, repeats=5, device="cpu", **choices).parse_args()
     sizes = SIZES[args.size]
     found: dict[str, object] = {}
     for name in ("small", "large"):
@@ -201,7 +192,7 @@ def main() -> int:
     found |= differences(sizes["small"], args.device, args.precision)
     found["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     cpu = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    found["device"] = cpu if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    found["device"] = device_name(torch.device(args.device), cpu)
     found["precision"] = args.precision
     found["torch"] = torch.__version__
     print(json.dumps(found))

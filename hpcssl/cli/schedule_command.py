@@ -69,13 +69,8 @@ def _add_only(parser: argparse.ArgumentParser) -> None:
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
     cores = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
-    parser.add_argument(
-        "--jobs",
-        type=_positive,
-        default=cores,
-        metavar="N",
-        help=f"threads; each holds one pseudo-epoch in memory (default: {cores})",
-    )
+    text = f"threads; each holds one pseudo-epoch in memory (default: {cores})"
+    parser.add_argument("--jobs", type=_positive, default=cores, metavar="N", help=text)
 
 
 def numbers_of(text: str) -> list[int]:
@@ -105,22 +100,18 @@ def _positive(text: str) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
-    from hpcssl.pipelines.build_schedule import plan_schedule, write_schedule
+    from hpcssl.pipelines.build_schedule import plan_schedule
 
     source = args.store or args.slides
     plan = plan_schedule(args.spec, args.set, source=source, is_store=bool(args.store), only=args.only)
     if plan.hold_out:
         print(plan.hold_out)
     with progress("building the schedule", total=plan.num_positions, unit="positions") as advance:
-        missing = write_schedule(plan, args.out, jobs=args.jobs, on_progress=advance)
+        missing = plan.write(args.out, jobs=args.jobs, on_progress=advance)
     count, positions = plan.spec.num_pseudo_epochs, plan.spec.positions_per_pseudo_epoch
-    if missing:
-        print(
-            f"{args.out}: {count - len(missing)} of {count} pseudo-epochs are written;"
-            " the same command without --only writes the others and finishes the schedule"
-        )
-    else:
-        print(f"{args.out}: {count} pseudo-epochs of {positions} positions")
+    written = f"{count - len(missing)} of {count} pseudo-epochs are written"
+    advice = "the same command without --only writes the others and finishes the schedule"
+    print(f"{args.out}: " + (f"{written}; {advice}" if missing else f"{count} pseudo-epochs of {positions} positions"))
     return 0
 
 

@@ -37,6 +37,10 @@ class SchedulePlan:
         count = self.spec.num_pseudo_epochs if self.only is None else len(self.only)
         return count * self.spec.positions_per_pseudo_epoch
 
+    def write(self, out: Path, *, jobs: int = 1, on_progress: Callable[[int], None] = lambda n: None) -> list[int]:
+        """Write what `out` lacks of the schedule; returns the pseudo-epochs still missing. See `build_schedule`."""
+        return build_schedule(self.spec, self.slides, out, only=self.only, jobs=jobs, on_progress=on_progress)
+
 
 def plan_schedule(
     spec: str, overrides: Sequence[str] = (), *, source: Path, is_store: bool, only: Collection[int] | None = None
@@ -60,10 +64,3 @@ def plan_schedule(
         slides = read_slides(source)
     hold_out = HoldOut.read(Path(resolved.hold_out)).describe(slides) if resolved.hold_out else ""
     return SchedulePlan(spec=resolved, slides=slides, hold_out=hold_out, only=only)
-
-
-def write_schedule(
-    plan: SchedulePlan, out: Path, *, jobs: int = 1, on_progress: Callable[[int], None] = lambda n: None
-) -> list[int]:
-    """Write what `out` lacks of a schedule; returns the pseudo-epochs still missing. See `build_schedule`."""
-    return build_schedule(plan.spec, plan.slides, out, only=plan.only, jobs=jobs, on_progress=on_progress)

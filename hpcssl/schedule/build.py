@@ -118,17 +118,6 @@ def schedule_identity(builder: Builder) -> dict[str, Any]:
     }
 
 
-def slides_table(builder: Builder) -> pd.DataFrame:
-    """Return the table that stands in the schedule: what reading and verifying need of the slides."""
-    slides = builder.slides
-    table = slides[["slide_id", "organ", "num_tiles"]].assign(
-        patient_id=slides.get("patient_id", ""),
-        first_tile=builder.first_tiles,
-        eligible=builder.eligible,
-    )
-    return table.assign(**{column: slides[column] for column in filter_columns(builder.spec) if column not in table})
-
-
 def _claim(out: Path, identity: dict[str, Any]) -> bool:
     """Make `out` the folder of this schedule; False if it is finished already."""
     words: Any = {"now": "where now {} is asked for", "advice": "remove it or choose another --out"}
@@ -198,8 +187,12 @@ def _finish(builder: Builder, out: Path, identity: dict[str, Any], records: list
         if not re.fullmatch(rf"[0-9a-f]{{64}}  {re.escape(record['file'])}\n", text):
             raise ScheduleError(f"{_checksum(out, record['file'])}: damaged; remove it and build again")
         checksums[record["file"]] = text[:64]
-    with atomic_file(out / SLIDES) as temporary:
-        slides_table(builder).to_parquet(temporary, index=False)
+    slides = builder.slides
+    table = slides[["slide_id", "organ", "num_tiles"]].assign(patient_id=slides.get("patient_id", ""))
+    table = table.assign(first_tile=builder.first_tiles, eligible=builder.eligible)
+    filtered = [column for column in filter_columns(builder.spec) if column not in table]
+    with atomic_file(out / SLIDES) as temporary:  # what reading and verifying need of the slides
+        table.assign(**{column: slides[column] for column in filtered}).to_parquet(temporary, index=False)
     if identity["spec"]["hold_out"]:
         write_atomic(out / HOLD_OUT, builder.hold_out.to_csv())
     records = [record | {"sha256": checksums[record["file"]]} for record in records]

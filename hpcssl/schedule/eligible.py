@@ -40,14 +40,11 @@ class HoldOut:
             raise ScheduleError(f"hold_out {path}: no such file") from None
         except ValueError as error:
             raise ScheduleError(f"hold_out {path}: not a CSV file ({' '.join(str(error).split())})") from None
-        columns = {"slide_id": frame.get("slide_id"), "patient_id": frame.get("patient_id")}
-        if all(column is None for column in columns.values()):
-            found = ", ".join(map(repr, frame.columns))
-            raise ScheduleError(f"hold_out {path}: expected a column slide_id or patient_id, found {found}")
-        slides, patients = (
-            tuple(sorted({text.strip() for text in column} - {""})) if column is not None else ()
-            for column in columns.values()
-        )
+        names = ("slide_id", "patient_id")
+        if not any(name in frame for name in names):
+            columns = ", ".join(map(repr, frame.columns))
+            raise ScheduleError(f"hold_out {path}: expected a column slide_id or patient_id, found {columns}")
+        slides, patients = (tuple(sorted({text.strip() for text in frame.get(name, [])} - {""})) for name in names)
         if not slides and not patients:
             raise ScheduleError(f"hold_out {path}: names no slide and no patient")
         return cls(slides, patients)

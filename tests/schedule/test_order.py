@@ -126,15 +126,6 @@ def test_the_order_of_a_pseudo_epoch(
     check_no_memory(large[number], slide_of, organ_of, LAGS)
 
 
-def test_the_order_of_every_small_pseudo_epoch(built: Path, slide_of: np.ndarray, organ_of: np.ndarray) -> None:
-    schedule = Schedule.open(built)
-    for number in range(schedule.num_pseudo_epochs):
-        tiles = schedule.pseudo_epoch(number).astype(np.int64)
-        check_no_trend(tiles, slide_of, organ_of)
-        check_spread(tiles, organ_of)
-        check_no_memory(tiles, slide_of, organ_of, (1, 2, 50, 51))
-
-
 def test_the_orders_of_many_pseudo_epochs(orders: np.ndarray) -> None:
     check_all_orders(orders)
     check_no_order_tells_the_next(orders)

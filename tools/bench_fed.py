@@ -80,11 +80,8 @@ def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repea
     figures |= {f"{name}_tiles_per_s": median(values) for name, values in rates.items()}
     if device.type == "cuda":
         figures["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    return figures | {
-        "device": device_name(device),
-        "backend": recipe.loader.backend,
-        "global_batch": recipe.global_batch,
-    }
+    about = {"device": device_name(device), "backend": recipe.loader.backend, "global_batch": recipe.global_batch}
+    return figures | about
 
 
 def main() -> None:

@@ -2,12 +2,11 @@
 """Times the benchmark's training against a plain loop: layers, nn.Dropout, torch.optim.AdamW, one run after the other.
 
 `python tools/bench_mccv.py [--size paper|toy] [--repeats N] [--device cpu|cuda] [--precision fp32|bf16]`: the paper's
-head, 384 features, 20 x 2 runs, the plain loop in fp32, dropout on both sides, bags of 8 to 300 and of 2,000 to 8,000
-tiles. The plain loop runs at its best
-number of threads. A step takes as long in every epoch, so a part of the 50 epochs is timed, at least 200 steps a side.
-Both sides are taken in turns in one run; a ratio is the median over the repeats. Loss and AUC of both sides are
-compared after every epoch of a short training (100 steps) on planted signals with the same dropout masks. `toy` checks
-in seconds that all of it runs, its ratios mean nothing. Prints one JSON object last.
+head, 384 features, 20 x 2 runs, the plain loop in fp32 at its best number of threads, dropout on both sides, bags of 8
+to 300 and of 2,000 to 8,000 tiles. A step takes as long in every epoch, so a part of the 50 epochs is timed, at least
+200 steps a side. Both sides are taken in turns in one run; a ratio is the median over the repeats. Loss and AUC of both
+sides are compared after every epoch of a short training (100 steps) on planted signals with the same dropout masks.
+`toy` checks in seconds that all of it runs, its ratios mean nothing. Prints one JSON object last.
 """
 
 from __future__ import annotations
@@ -159,11 +158,10 @@ def speedup(
 def differences(
     size: tuple[tuple[int, int], int, int, int], device: str, precision: str, epochs: int = 2
 ) -> dict[str, float]:
-    """Return the largest differences of loss and AUC after any epoch of a short training with the same masks.
+    """Return the largest differences of loss and AUC after any epoch, and that of the mean AUC after the last.
 
-    And that of the mean AUC after the last epoch.
-
-    Enough slides validate that one swapped pair, which is a matter of rounding, does not show in the AUC.
+    Both sides are trained briefly with the same masks. Enough slides validate that one swapped pair, which is a matter
+    of rounding, does not show in the AUC.
     """
     tiles, num_train, _, _ = size
     bags, labels_S, runs = task(tiles, num_train, NUM_VAL, 4, device, shift=2.0)
@@ -183,19 +181,15 @@ def main() -> int:
     choices = {"size": ("paper", "toy"), "precision": ("fp32", "bf16")}
     args = options(__doc__, repeats=5, device="cpu", **choices).parse_args()
     sizes = SIZES[args.size]
-    found: dict[str, object] = {}
+    figures: dict[str, object] = {}
     for name in ("small", "large"):
-        told = speedup(sizes[name], args.repeats, args.device, args.precision)
-        print(f"{name} bags: {json.dumps(told)}", flush=True)
-        found[f"{name}_bags_speedup"] = told["speedup"]
-        found[f"{name}_bags"] = told
-    found |= differences(sizes["small"], args.device, args.precision)
-    found["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        of_bags = speedup(sizes[name], args.repeats, args.device, args.precision)
+        figures |= {f"{name}_bags_speedup": of_bags["speedup"], f"{name}_bags": of_bags}
+    figures |= differences(sizes["small"], args.device, args.precision)
+    figures["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     cpu = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    found["device"] = device_name(torch.device(args.device), cpu)
-    found["precision"] = args.precision
-    found["torch"] = torch.__version__
-    print(json.dumps(found))
+    device = device_name(torch.device(args.device), cpu)
+    print(json.dumps({**figures, "device": device, "precision": args.precision, "torch": torch.__version__}))
     return 0
 
 

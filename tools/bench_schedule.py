@@ -9,21 +9,20 @@ ratio is the median over the repeats.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
-import json
 import os
 import resource
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from measuring import in_process, machine, options, repeated, seconds, short, summary, with_spread
+from measuring import in_process, machine, options, print_figures, repeated, seconds, short, summary, with_spread
 
 from hpcssl.cli.main import main as main_of_hpcssl
 from hpcssl.schedule.builder import Builder
@@ -92,9 +91,9 @@ def read_anywhere(path: Path, repeats: int) -> tuple[list[float], float]:
     return taken, resident() - before
 
 
-def measure(size: str, repeats: int, folder: Path) -> dict[str, object]:
-    """Build, verify and read a schedule of that size in `folder`, `repeats` times; returns what was measured."""
-    *shape, settings = SIZES[size]
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """Build, verify and read a schedule of a size `repeats` times; returns what was measured."""
+    *shape, settings = SIZES[args.size]
     spec = load_spec("opal-3b", settings)
     slides = slide_table(*shape)
     slides.to_parquet(folder / "slides.parquet", index=False)
@@ -127,19 +126,12 @@ def measure(size: str, repeats: int, folder: Path) -> dict[str, object]:
             "verify_peak_rss_gib": verified["peak_gib"],
         }
 
-    rows = repeated(take, repeats, warm_ups=0)
-    milliseconds, growth = in_process(read_anywhere, sched, repeats)
+    rows = repeated(take, args.repeats, warm_ups=0)
+    milliseconds, growth = in_process(read_anywhere, sched, args.repeats)
     peaks = {name: short(max(values)) for name, values in rows.items() if "peak" in name}
     figures = summary(rows) | peaks | with_spread("read_1080_ms", milliseconds) | {"read_rss_growth_mb": short(growth)}
-    return {"size": size, "repeats": repeats, **figures, **machine("numpy")}
-
-
-def main() -> None:
-    """Measure and print."""
-    args = options(__doc__, size=tuple(SIZES), repeats=5, folder=None).parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(measure(args.size, args.repeats, Path(folder))))
+    return {"size": args.size, "repeats": args.repeats, **figures, **machine("numpy")}
 
 
 if __name__ == "__main__":
-    main()
+    print_figures(measure, options(__doc__, size=tuple(SIZES), repeats=5, folder=None).parse_args())

@@ -10,21 +10,23 @@ Prints one JSON object last; of every figure the median, and the least and the l
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from measuring import clocks, machine, options, repeated, summary
+from measuring import clocks, machine, options, print_figures, repeated, summary
 
 from hpcssl.stores.index_writer import StoreWriter
 from hpcssl.stores.scan import THREADS, BuildOptions, build_store
 from hpcssl.stores.store import FORMAT, Store, identity
 from hpcssl.stores.tile_files import Tiles
+
+SIZES = {"slides": 5, "tiles_per_slide": 40, "tile_bytes": 15_000, "open_tiles": 20_000, "repeats": 1}
 
 
 def write_tiles(folder: Path, slides: int, tiles: int, tile_bytes: int) -> None:
@@ -64,12 +66,13 @@ def tar(tiles: Path, out: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def measure(folder: Path, slides: int, tiles: int, tile_bytes: int, open_tiles: int, repeats: int) -> dict[str, object]:
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Take every figure `repeats` times."""
+    slides, tiles = args.slides, args.tiles_per_slide
     root, store, shard = folder / "tiles", folder / "store", folder / "all.tar"
-    write_tiles(root, slides, tiles, tile_bytes)
+    write_tiles(root, slides, tiles, args.tile_bytes)
     (folder / "large").mkdir()
-    write_index(folder / "large", open_tiles)
+    write_index(folder / "large", args.open_tiles)
 
     def build(choice: BuildOptions) -> tuple[float, float]:
         taken = clocks(lambda: build_store(root, store, options=choice))
@@ -91,18 +94,9 @@ def measure(folder: Path, slides: int, tiles: int, tile_bytes: int, open_tiles: 
         shard.unlink()
         return row
 
-    figures = summary(repeated(take, repeats))
-    sizes = {"slides": slides, "tiles_per_slide": tiles, "tile_bytes": tile_bytes, "open_tiles": open_tiles}
-    return {**sizes, "repeats": repeats, "threads": THREADS, **figures, **machine("numpy")}
-
-
-def main() -> None:
-    """Measure and print."""
-    sizes = {"slides": 5, "tiles_per_slide": 40, "tile_bytes": 15_000, "open_tiles": 20_000, "repeats": 1}
-    args = options(__doc__, **sizes, folder=None).parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(measure(Path(folder), *(getattr(args, name) for name in sizes))))
+    figures = summary(repeated(take, args.repeats))
+    return {**{name: vars(args)[name] for name in SIZES}, "threads": THREADS, **figures, **machine("numpy")}
 
 
 if __name__ == "__main__":
-    main()
+    print_figures(measure, options(__doc__, **SIZES, folder=None).parse_args())

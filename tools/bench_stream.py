@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from measuring import in_process, machine, options, repeated, summary
+from measuring import in_process, machine, options, print_figures, repeated, summary
 
 from hpcssl.core.atomic import digest_file
 from hpcssl.core.world import World
@@ -124,16 +123,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         }
 
     figures = summary(repeated(take, args.repeats))
-    sizes = {name: getattr(args, name) for name in SIZES}
-    return {**sizes, **figures, **machine()}
-
-
-def main() -> None:
-    """Measure and print."""
-    args = options(__doc__, tiles=Path, **SIZES, folder=None).parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(measure(Path(folder), args)))
+    return {**{name: vars(args)[name] for name in SIZES}, **figures, **machine()}
 
 
 if __name__ == "__main__":
-    main()
+    print_figures(measure, options(__doc__, tiles=Path, **SIZES, folder=None).parse_args())

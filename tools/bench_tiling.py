@@ -18,10 +18,9 @@ median, and the least and the largest as `_spread`.
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +32,7 @@ import numpy as np
 import openslide
 import pandas as pd
 import torch
-from measuring import clocks, machine, options, repeated, summary
+from measuring import clocks, machine, options, print_figures, repeated, summary
 from PIL import Image
 
 from hpcssl.loader import cpu
@@ -140,52 +139,44 @@ def online_row(loose: Store, online: Store, num: int, threads: int) -> dict[str,
     return {"jpeg_tiles_per_s": num / jpeg, "online_tiles_per_s": num / slide, **ratios}
 
 
-def of_kind(
-    kind: str, folder: Path, size: tuple[int, int], slides: int, tiles: int, threads: list[int], repeats: int
-) -> dict[str, object]:
+def of_kind(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Return the figures of a kind of slide."""
-    table = draw(folder, kind, size, slides)
+    table = draw(folder, kind, (args.width, args.height), args.slides)
+    threads = numbers_of_threads(args)
     tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
     loose = Store.open(folder / "loose")
     online = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,))).drawn_by(0, {})
 
     def take() -> dict[str, float]:
-        rows = {n: tiling_row(table, folder, n) | online_row(loose, online, tiles, n) for n in threads}
+        rows = {n: tiling_row(table, folder, n) | online_row(loose, online, args.tiles, n) for n in threads}
         return {f"{name}_{kind}_{n}_threads": value for n, row in rows.items() for name, value in row.items()}
 
-    figures = summary(repeated(take, repeats))
+    figures = summary(repeated(take, args.repeats))
     for name in ("loose", "online"):
         shutil.rmtree(folder / name)
     return figures
 
 
-def measure(
-    folder: Path, size: tuple[int, int], slides: int, tiles: int, threads: list[int], repeats: int
-) -> dict[str, Any]:
+def numbers_of_threads(args: argparse.Namespace) -> list[int]:
+    """Return the numbers of threads that each figure is taken with."""
+    return [int(number) for number in args.threads.split(",")]
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Take every figure `repeats` times."""
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     for kind in KINDS:
-        figures |= of_kind(kind, folder, size, slides, tiles, threads, repeats)
-    most = f"{max(threads)}_threads"
+        figures |= of_kind(kind, folder, args)
+    most = f"{max(numbers_of_threads(args))}_threads"
     kinds = ("native", "half", "resampled")
     figures["tile_vs_openslide"] = min(figures[f"tile_vs_openslide_{kind}_{most}"] for kind in kinds)
     figures["online_vs_jpeg"] = figures[f"online_vs_jpeg_native_{most}"]
-    sizes = {"size": size, "slides": slides, "tiles": tiles, "repeats": repeats, "quality": CUT.quality}
+    sizes = {"size": (args.width, args.height), **{name: vars(args)[name] for name in ("slides", "tiles", "repeats")}}
     packages = ("numpy", "imagecodecs", "tifffile", "openslide-bin", "openslide-python", "tiffslide", "pillow")
-    return {**sizes, **figures, **machine(*packages)}
-
-
-def main() -> None:
-    """Measure and print."""
-    args = options(
-        __doc__, width=12288, height=6144, slides=1, tiles=200, threads="1,2", repeats=3, folder=None
-    ).parse_args()
-    threads = [int(number) for number in args.threads.split(",")]
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        size = (args.width, args.height)
-        print(json.dumps(measure(Path(folder), size, args.slides, args.tiles, threads, args.repeats)))
+    return {**sizes, "quality": CUT.quality, **figures, **machine(*packages)}
 
 
 if __name__ == "__main__":
-    main()
+    sizes = {"width": 12288, "height": 6144, "slides": 1, "tiles": 200, "threads": "1,2", "repeats": 3}
+    print_figures(measure, options(__doc__, **sizes, folder=None).parse_args())

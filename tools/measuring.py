@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -117,3 +119,9 @@ def machine(*packages: str) -> dict[str, object]:
         except PackageNotFoundError:
             about[package] = None
     return about
+
+
+def print_figures(measure: Callable[[Path, argparse.Namespace], dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print what is measured in a temporary folder, on the disk of `args.folder`, as one JSON object."""
+    with tempfile.TemporaryDirectory(dir=vars(args).get("folder")) as folder:
+        print(json.dumps(measure(Path(folder), args)))

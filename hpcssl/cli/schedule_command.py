@@ -123,27 +123,27 @@ def _verify(args: argparse.Namespace) -> int:
     schedule = Schedule.open(args.schedule)
     with progress("verifying", total=schedule.num_positions, unit="positions") as advance:
         verify_schedule(args.schedule, jobs=args.jobs, on_progress=advance)
-    held = "; nothing that is held out is drawn" if schedule.header["spec"]["hold_out"] else ""
-    print(f"{args.schedule}: all four guarantees hold{held}")
+    hold_out = "; nothing that is held out is drawn" if schedule.header["spec"]["hold_out"] else ""
+    print(f"{args.schedule}: all four guarantees hold{hold_out}")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from hpcssl.schedule.inspect import inspect_schedule
 
-    found = inspect_schedule(args.schedule)
-    print(inspection_text(found))
+    inspection = inspect_schedule(args.schedule)
+    print(inspection_text(inspection))
     if args.out:
         from hpcssl.report.schedules import write_inspection
 
-        for picture in write_inspection(args.schedule, found, args.out):
+        for picture in write_inspection(args.schedule, inspection, args.out):
             print(picture)
     return 0
 
 
-def inspection_text(found: Inspection) -> str:
+def inspection_text(inspection: Inspection) -> str:
     """Return the summary of a schedule for a terminal."""
-    organs, last = found.organs, found.coverage.iloc[-1]
+    organs, last = inspection.organs, inspection.coverage.iloc[-1]
     width = max(len("organ"), *organs["organ"].map(len))
     lines = [f"{'organ':<{width}}{'tiles':>16}{'natural':>10}{'positions':>16}{'scheduled':>11}"]
     lines += [
@@ -151,17 +151,17 @@ def inspection_text(found: Inspection) -> str:
         f"{row['positions']:>16,}{row['scheduled_share']:>11.2%}"
         for row in organs.to_dict("records")
     ]
-    repeats = found.repeats
+    repeats = inspection.repeats
     mean = (repeats["draws"] * repeats["tiles"]).sum() / repeats["tiles"].sum()
     never = int(repeats.loc[repeats["draws"] == 0, "tiles"].sum())
-    slides = found.passes.groupby("pass")["slides"].sum()
+    slides = inspection.passes.groupby("pass")["slides"].sum()
     span = f"{slides.min():,}" if slides.min() == slides.max() else f"{slides.min():,} to {slides.max():,}"
     lines += [
         "",
         f"draws of a tile   {mean:.2f} on average, at most {int(repeats['draws'].max())};"
         f" {never:,} of {int(repeats['tiles'].sum()):,} tiles never",
-        f"slides of a pass  {span} in {len(slides)} passes; of a pseudo-epoch {found.passes['slides'].min():,}"
-        f" to {found.passes['slides'].max():,}",
+        f"slides of a pass  {span} in {len(slides)} passes; of a pseudo-epoch {inspection.passes['slides'].min():,}"
+        f" to {inspection.passes['slides'].max():,}",
         f"coverage          {last['slides_share']:.1%} of the slides and {last['tiles_share']:.1%} of the tiles"
         f" after {int(last['samples_seen']):,} samples",
     ]

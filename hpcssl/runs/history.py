@@ -48,16 +48,16 @@ class End:
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
     """Return the lines of the restart history; for a start that died before its line was whole, what its claim says."""
-    found = []
+    starts = []
     file = run / RESTARTS
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
-            found.append(json.loads(line))
+            starts.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    lines = {start.get("generation") for start in found}
-    claims = [claim for number, claim in read_claims(run).items() if number not in lines and "start" in claim]
-    return sorted([*found, *claims], key=lambda start: start.get("generation", 0)) if claims else found
+    numbers = {start.get("generation") for start in starts}
+    claims = [claim for number, claim in read_claims(run).items() if number not in numbers and "start" in claim]
+    return sorted([*starts, *claims], key=lambda start: start.get("generation", 0)) if claims else starts
 
 
 def read_end(run: Path) -> End | None:

@@ -61,20 +61,20 @@ def build_schedule(
     """
     builder = Builder(spec, slides, HoldOut.read(Path(spec.hold_out)) if spec.hold_out else None)
     records = [builder.record(number) for number in range(spec.num_pseudo_epochs)]
-    wanted = range(spec.num_pseudo_epochs) if only is None else sorted(set(only))
-    if any(not 0 <= number < spec.num_pseudo_epochs for number in wanted):
+    numbers = range(spec.num_pseudo_epochs) if only is None else sorted(set(only))
+    if any(not 0 <= number < spec.num_pseudo_epochs for number in numbers):
         raise ScheduleError(
-            f"pseudo-epochs {min(wanted)} to {max(wanted)}: the spec has only 0 to {spec.num_pseudo_epochs - 1}"
+            f"pseudo-epochs {min(numbers)} to {max(numbers)}: the spec has only 0 to {spec.num_pseudo_epochs - 1}"
         )
     identity = schedule_identity(builder)
     if not _claim(out, identity):
         _clear(out)
-        on_progress(len(wanted) * spec.positions_per_pseudo_epoch)
+        on_progress(len(numbers) * spec.positions_per_pseudo_epoch)
         return []
     num_bytes = len(builder.file_header) + spec.positions_per_pseudo_epoch * builder.dtype.itemsize
     records = [record | {"bytes": num_bytes} for record in records]
-    missing = [number for number in wanted if not _is_whole(out, records[number])]
-    on_progress((len(wanted) - len(missing)) * spec.positions_per_pseudo_epoch)
+    missing = [number for number in numbers if not _is_whole(out, records[number])]
+    on_progress((len(numbers) - len(missing)) * spec.positions_per_pseudo_epoch)
     left: list[int] = []
     try:
         _write_all(builder, out, missing, jobs, on_progress)

@@ -98,13 +98,13 @@ class Builder:
     @cached_property
     def quotas(self) -> list[Quotas]:
         """The quotas of every pseudo-epoch; ScheduleError, naming the organ, where the spec cannot be met."""
-        found = []
+        quotas = []
         for number in range(self.spec.num_pseudo_epochs):
             pass_number, group_number = divmod(number, self.spec.num_groups)
             if group_number == 0:
                 group, order = self.groups(pass_number)
-            found.append(self._quotas_of(number, group == group_number, order))
-        return found
+            quotas.append(self._quotas_of(number, group == group_number, order))
+        return quotas
 
     @cached_property
     def _slide_weights(self) -> np.ndarray:

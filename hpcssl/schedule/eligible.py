@@ -80,24 +80,24 @@ class HoldOut:
         if "patient_id" not in slides:
             if self.patients:
                 raise ScheduleError("hold_out names patients, but the slide table has no column patient_id")
-            held = by_name
+            mask = by_name
         else:
             patient = slides["patient_id"].str.strip()
-            held = by_name | patient.isin(self.patients).to_numpy()
-            torn = ~held & patient.isin(set(patient[held]) - {""}).to_numpy()
+            mask = by_name | patient.isin(self.patients).to_numpy()
+            torn = ~mask & patient.isin(set(patient[mask]) - {""}).to_numpy()
             if torn.any():
                 inside = int(np.argmax(torn))
                 name = patient.iloc[inside]
-                outside = slides["slide_id"][held & (patient == name).to_numpy()].iloc[0]
+                outside = slides["slide_id"][mask & (patient == name).to_numpy()].iloc[0]
                 raise ScheduleError(
                     f"patient {name} is on both sides of the hold-out: slide {outside} is held out, slide"
                     f" {slides['slide_id'].iloc[inside]} is not ({int(torn.sum())} such slides);"
                     " name the patient in the hold-out, or all slides of it"
                 )
-        if (self.slides or self.patients) and not held.any():
+        if (self.slides or self.patients) and not mask.any():
             first = (*self.slides, *self.patients)[0]
             raise ScheduleError(f"hold_out: none of its slides and patients is in the slide table (first: {first})")
-        return held
+        return mask
 
 
 def eligible_slides(spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut) -> NDArray[np.bool_]:
@@ -125,13 +125,13 @@ def _has(slides: pd.DataFrame, name: str, column: str, values: Sequence[str | in
     if column not in slides:
         hint = nearest(column, [str(known) for known in slides.columns])
         raise ScheduleError(f"{name}.{column}: no such column in the slide table; {hint}")
-    found = slides[column].astype(str)
-    known = sorted(set(found))
-    wanted = [str(value) for value in values]
-    for value in wanted:
+    texts = slides[column].astype(str)
+    known = sorted(set(texts))
+    requested = [str(value) for value in values]
+    for value in requested:
         if value not in known:
             raise ScheduleError(f"{name}.{column}: no slide has {column} {value!r}; {nearest(value, known)}")
-    return found.isin(wanted).to_numpy()
+    return texts.isin(requested).to_numpy()
 
 
 def filter_columns(spec: ScheduleSpec) -> list[str]:

@@ -119,8 +119,8 @@ def _check_file(schedule: Schedule, builder: Builder, number: int, on_progress: 
             data = stream.read(chunk.nbytes)
             digest.update(data)
             if wrong is None and data != chunk.data.cast("B"):
-                found = np.frombuffer(data.ljust(chunk.nbytes, b"\0"), builder.dtype)
-                wrong = done + int(np.argmax(found != chunk))
+                stored = np.frombuffer(data.ljust(chunk.nbytes, b"\0"), builder.dtype)
+                wrong = done + int(np.argmax(stored != chunk))
             done += len(chunk)
             on_progress(len(chunk))
         rest = stream.read(1)
@@ -139,20 +139,20 @@ def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
     tiles = np.load(file)
     if int(tiles.max()) >= int(builder.num_tiles.sum()):
         return f"tile {tiles.max()} is none of the {builder.num_tiles.sum()} tiles of the slide table"
-    found = np.zeros(len(builder.slides), np.int64)
+    counts = np.zeros(len(builder.slides), np.int64)
     for start in range(0, len(tiles), _PIECE):
-        found += _count_by_slide(tiles[start : start + _PIECE], builder)
+        counts += _count_by_slide(tiles[start : start + _PIECE], builder)
     quotas = builder.quotas[number]
-    expected = np.zeros_like(found)
+    expected = np.zeros_like(counts)
     expected[quotas.slides] = quotas.draws
-    for slides, told in (
-        (np.flatnonzero((found > 0) & ~builder.eligible), "slide {} is drawn, but filtered or held out"),
-        (np.flatnonzero((found > 0) & (expected == 0)), "slide {} is drawn outside its group (guarantee 1)"),
-        (np.flatnonzero(found != expected), "slide {} is drawn {} times, not its quota of {} (guarantee 2)"),
+    for slides, message in (
+        (np.flatnonzero((counts > 0) & ~builder.eligible), "slide {} is drawn, but filtered or held out"),
+        (np.flatnonzero((counts > 0) & (expected == 0)), "slide {} is drawn outside its group (guarantee 1)"),
+        (np.flatnonzero(counts != expected), "slide {} is drawn {} times, not its quota of {} (guarantee 2)"),
     ):
         if len(slides):
             first = slides[0]
-            return told.format(builder.slides["slide_id"].iloc[first], found[first], expected[first])
+            return message.format(builder.slides["slide_id"].iloc[first], counts[first], expected[first])
     tiles.sort()
     drawn = builder.draws(number)
     drawn.sort()

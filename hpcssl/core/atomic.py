@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,15 @@ def read_json(path: Path, damaged: UserError) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise damaged
     return content
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the record of every whole line, none where there is no file; a kill may leave a line torn."""
+    if path.exists():
+        with path.open("rb") as stream:
+            for line in stream:
+                with suppress(ValueError):
+                    yield json.loads(line)
 
 
 def digest_bytes(data: bytes) -> str:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpcssl.core.atomic import digest_file
 from hpcssl.core.claim import check_same
@@ -141,7 +140,8 @@ def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
         return f"tile {tiles.max()} is none of the {builder.num_tiles.sum()} tiles of the slide table"
     counts = np.zeros(len(builder.slides), np.int64)
     for start in range(0, len(tiles), _PIECE):
-        counts += _count_by_slide(tiles[start : start + _PIECE], builder)
+        piece = tiles[start : start + _PIECE].astype(np.int64)
+        counts += np.bincount(slide_of(piece, builder.first_tiles), minlength=len(counts))
     quotas = builder.quotas[number]
     expected = np.zeros_like(counts)
     expected[quotas.slides] = quotas.draws
@@ -162,7 +162,3 @@ def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
         name = builder.slides["slide_id"].iloc[slide]
         return f"the draws of slide {name} do not go through its tiles in turn (guarantee 3)"
     return "not the keyed order of its draws (guarantee 4)"
-
-
-def _count_by_slide(tiles: NDArray[np.unsignedinteger], builder: Builder) -> NDArray[np.int64]:
-    return np.bincount(slide_of(tiles.astype(np.int64), builder.first_tiles), minlength=len(builder.slides))

@@ -308,30 +308,14 @@ def test_a_spec_is_strict(tmp_path: Path) -> None:
         load_spec("opal3b")
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "num_groups=0",
-        "max_repeats=-1",
-        "organ_power=-0.1",
-        "organ_power=5",
-        "organ_power=.nan",
-        "seed=1.5",
-        "seed=x",
-        "slide_power=-1",
-        "slide_power=4.5",
-        "organ_size=area",
-        "positions_per_pseudo_epoch=2147483648",
-        "organ_weights.lung=0",
-        "organ_weights.lung=-1",
-        "organ_weights.lung=.inf",
-        "organ_weights.lung=1e7",
-        "include=breast",
-        "include.organ=breast",
-        "exclude.organ=[[1]]",
-        "hold_out=3",
-    ],
-)
+OUT_OF_RANGE = """
+    num_groups=0 max_repeats=-1 organ_power=-0.1 organ_power=5 organ_power=.nan seed=1.5 seed=x slide_power=-1
+    slide_power=4.5 organ_size=area positions_per_pseudo_epoch=2147483648 organ_weights.lung=0 organ_weights.lung=-1
+    organ_weights.lung=.inf organ_weights.lung=1e7 include=breast include.organ=breast exclude.organ=[[1]] hold_out=3
+"""
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE.split())
 def test_values_out_of_range_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         load_spec("demo", [override])

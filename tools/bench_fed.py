@@ -9,16 +9,14 @@ model trains from the stream and from a batch on the device, in turns. Prints on
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measuring import device_name, median, options, ratios, repeated, seconds, with_spread
 
 from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch, TileStream
@@ -44,18 +42,6 @@ def data_of(tiles: Path, folder: Path, global_batch: int) -> tuple[Store, Schedu
     )
     build_schedule(spec, store.slides, folder / "schedule")
     return store, Schedule.open(folder / "schedule")
-
-
-def seconds_of(steps: Iterator[object], count: int, device: torch.device) -> float:
-    """Return how long some steps take."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begun = time.perf_counter()
-    for _ in itertools.islice(steps, count):
-        pass
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
 
 
 def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repeats: int) -> dict[str, object]:
@@ -84,37 +70,24 @@ def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repea
     batches = iter(stream)
     first = next(batches)
     resident = Batch(step=0, positions=first.positions, views=tuple(v.to(device) for v in first.views), mask=first.mask)
-    sides: dict[str, Callable[[], Iterator[object]]] = {
-        "synthetic": lambda: trained(itertools.repeat(resident)),
-        "fed": lambda: trained(batches),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, side in sides.items():
-            rate = steps * recipe.global_batch / seconds_of(side(), steps, device)
-            if repeat:
-                rates[name].append(rate)
-    ratios = [fed / synthetic for fed, synthetic in zip(rates["fed"], rates["synthetic"], strict=True)]
-    told: dict[str, object] = {"fed_vs_synthetic": round(statistics.median(ratios), 3)}
-    told["fed_vs_synthetic_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
-    told |= {f"{name}_tiles_per_s": round(statistics.median(values), 1) for name, values in rates.items()}
+    images = steps * recipe.global_batch
+
+    def rate(batches: Iterator[Batch]) -> float:
+        return images / seconds(lambda: list(itertools.islice(trained(batches), steps)), device)
+
+    rates = repeated(lambda: {"synthetic": rate(itertools.repeat(resident)), "fed": rate(batches)}, repeats)
+    figures = with_spread("fed_vs_synthetic", ratios(rates["fed"], rates["synthetic"]))
+    figures |= {f"{name}_tiles_per_s": median(values) for name, values in rates.items()}
     if device.type == "cuda":
-        told["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return told | {"device": name, "backend": recipe.loader.backend, "global_batch": recipe.global_batch}
+        figures["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    about = {"device": device_name(device), "backend": recipe.loader.backend, "global_batch": recipe.global_batch}
+    return figures | about
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=Path, required=True)
-    parser.add_argument("--recipe", default="dino-vits16")
-    parser.add_argument("--backend", default="dali")
-    parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
+    arguments = {"recipe": "dino-vits16", "backend": "dali", "threads": 8, "steps": 30, "repeats": 5}
+    args = options(__doc__, tiles=Path, **arguments, set=[]).parse_args()
     loader = [f"loader.backend={args.backend}", f"loader.threads={args.threads}"]
     recipe = load_recipe(args.recipe, [*loader, *args.set])
     with tempfile.TemporaryDirectory() as folder:

@@ -16,12 +16,9 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import random
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one core is mea
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from measuring import machine, median, options, ratios, repeated, seconds, with_spread
+from PIL import Image, ImageFilter
 from torchvision import transforms
 
 from hpcssl.core.errors import BadTileError
@@ -41,20 +39,10 @@ from hpcssl.plan.recipe import AugmentRecipe, dino_augment, mae_augment
 _BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-class _RandomBlur:
+def blur(p: float) -> transforms.RandomApply:
     """Gaussian blur of Pillow with probability p, sigma 0.1 to 2."""
-
-    def __init__(self, p: float):
-        self.p = p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if random.random() >= self.p:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-
-
-def _solarize(image: Image.Image) -> Image.Image:
-    return ImageOps.solarize(image) if random.random() < 0.2 else image
+    once = transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+    return transforms.RandomApply([once], p=p)
 
 
 def dino_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
@@ -70,8 +58,11 @@ def dino_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
         crop = transforms.RandomResizedCrop(px, scale=scale, interpolation=_BICUBIC)
         return transforms.Compose([crop, *colour, *more, *end])
 
-    first, second = view(224, (0.4, 1.0), _RandomBlur(1.0)), view(224, (0.4, 1.0), _RandomBlur(0.1), _solarize)
-    local = view(96, (0.05, 0.4), _RandomBlur(0.5))
+    first, second = (
+        view(224, (0.4, 1.0), blur(1.0)),
+        view(224, (0.4, 1.0), blur(0.1), transforms.RandomSolarize(128, p=0.2)),
+    )
+    local = view(96, (0.05, 0.4), blur(0.5))
     return lambda image: [first(image), second(image), *(local(image) for _ in range(8))]
 
 
@@ -88,14 +79,9 @@ def mae_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
     return lambda image: [one(image)]
 
 
-def of_reference(views: Callable[[Image.Image], object], tiles: Sequence[bytes]) -> Callable[[], None]:
+def of_reference(views: Callable[[Image.Image], object], tiles: Sequence[bytes]) -> Callable[[], object]:
     """Return the work of the reference on all tiles."""
-
-    def work() -> None:
-        for jpeg in tiles:
-            views(Image.open(io.BytesIO(jpeg)).convert("RGB"))
-
-    return work
+    return lambda: [views(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in tiles] and None
 
 
 def of_backend(execute: Callable[..., None], recipe: AugmentRecipe, tiles: Sequence[bytes]) -> Callable[[], None]:
@@ -123,20 +109,13 @@ def of_dali(recipe: AugmentRecipe, tiles: Sequence[bytes], device: torch.device,
     return work
 
 
-def tiles_per_second(work: Callable[[], None], num: int) -> float:
-    """Return the rate of some work on `num` tiles."""
-    begun = time.perf_counter()
-    work()
-    return num / (time.perf_counter() - begun)
-
-
 def simd_rate(folder: Path, arguments: Sequence[str]) -> float:
     """Return the rate of the `pillow` backend on DINO's recipe with the pillow-simd of a folder, in its own process."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, __file__, *arguments, "--only-pillow"]
-    told = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    assert "simd" in told["module"] or str(folder) in told["module"], told
-    return float(told["tiles_per_s"])
+    figures = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert "simd" in figures["module"] or str(folder) in figures["module"], figures
+    return float(figures["tiles_per_s"])
 
 
 def measure(
@@ -156,35 +135,29 @@ def measure(
     if importlib.util.find_spec("nvidia.dali"):
         works["dino_dali_cpu"] = of_dali(dino, tiles, torch.device("cpu"), 1)
         works["mae_dali_cpu"] = of_dali(mae, tiles, torch.device("cpu"), 1)
-    rates: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 1):
-        for name, work in works.items():
-            rate = tiles_per_second(work, len(tiles))
-            if repeat:  # the first is the warm-up
-                rates[name].append(rate)
-        if repeat and simd:
-            rates.setdefault("dino_pillow_simd", []).append(simd_rate(simd, arguments))
-        if repeat:
-            print("  ".join(f"{name} {values[-1]:.0f}/s" for name, values in rates.items()), file=sys.stderr)
-    told: dict[str, object] = {f"{name}_tiles_per_s": round(statistics.median(v), 1) for name, v in rates.items()}
+
+    def take() -> dict[str, float]:
+        rates = {name: len(tiles) / seconds(work) for name, work in works.items()}
+        return rates | ({"dino_pillow_simd": simd_rate(simd, arguments)} if simd else {})
+
+    rates = repeated(take, repeats)
+    figures: dict[str, object] = {f"{name}_tiles_per_s": median(values) for name, values in rates.items()}
     pairs = [("dino_cpu", "dino_reference"), ("dino_pillow", "dino_reference"), ("mae_cpu", "mae_reference")]
     pairs += [(f"{name}_dali_cpu", f"{name}_reference") for name in ("dino", "mae") if f"{name}_dali_cpu" in works]
-    for name, over in [*pairs, *([("dino_pillow_simd", "dino_pillow")] if simd else [])]:
-        ratios = [a / b for a, b in zip(rates[name], rates[over], strict=True)]
-        label = "pillow_simd_vs_pillow" if "simd" in name else f"{name}_vs_reference"
-        told |= {label: round(statistics.median(ratios), 2)}
-        told[f"{label}_spread"] = [round(min(ratios), 2), round(max(ratios), 2)]
-    if not simd:
-        told |= {"pillow_simd_vs_pillow": None, "pillow_simd_vs_pillow_reason": "no --simd FOLDER was given"}
+    for name, over in pairs:
+        figures |= with_spread(f"{name}_vs_reference", ratios(rates[name], rates[over]))
+    if simd:
+        figures |= with_spread("pillow_simd_vs_pillow", ratios(rates["dino_pillow_simd"], rates["dino_pillow"]))
+    else:
+        figures |= {"pillow_simd_vs_pillow": None, "pillow_simd_vs_pillow_reason": "no --simd FOLDER was given"}
     if torch.cuda.is_available() and "dino_dali_cpu" in works:
         threads = len(os.sched_getaffinity(0))
         many = [tiles[i % len(tiles)] for i in range(512)]
         work = of_dali(dino, many, torch.device("cuda", 0), threads)
-        rates["dali_gpu"] = [tiles_per_second(work, len(many)) for _ in range(repeats + 2)][2:]  # it compiles first
-        told["dali_gpu_tiles_per_s"] = round(statistics.median(rates["dali_gpu"]), 1)
-        told["device"] = torch.cuda.get_device_name(0)
-    versions = {"pillow": PIL.__version__, "torch": torch.__version__, "numpy": np.__version__}
-    return told | {"tiles": len(tiles), "repeats": repeats, "machine": platform.machine()} | versions
+        rows = repeated(lambda: {"dali_gpu": len(many) / seconds(work)}, repeats, warm_ups=2)  # it compiles first
+        figures["dali_gpu_tiles_per_s"] = median(rows["dali_gpu"])
+        figures["device"] = torch.cuda.get_device_name(0)
+    return {**figures, "tiles": len(tiles), "repeats": repeats, **machine("pillow", "torch", "numpy")}
 
 
 def decodable(files: Sequence[Path]) -> list[bytes]:
@@ -200,11 +173,7 @@ def decodable(files: Sequence[Path]) -> list[bytes]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=Path, required=True, help="folder of JPEG tiles, at any depth")
-    parser.add_argument("--num", type=int, default=64, help="tiles, taken evenly from the folder (default: 64)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--simd", type=Path, help="folder of `pip install --no-deps --target FOLDER pillow-simd`")
+    parser = options(__doc__, tiles=Path, num=64, repeats=5, simd=None)
     parser.add_argument("--only-pillow", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     files = sorted(path for path in args.tiles.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
@@ -218,16 +187,16 @@ def main() -> None:
     if args.only_pillow:
         work = of_backend(pillow.execute, dino_augment(), tiles)
         work()
-        print(json.dumps({"tiles_per_s": tiles_per_second(work, len(tiles)), "module": PIL.__file__}))
+        print(json.dumps({"tiles_per_s": len(tiles) / seconds(work), "module": PIL.__file__}))
     else:
-        told = measure(tiles, args.repeats, args.simd, sys.argv[1:])
-        told["tiles_passed_over"] = len(files) - len(tiles)
-        if "dali_gpu_tiles_per_s" in told:  # in a process of its own, with all cores
+        figures = measure(tiles, args.repeats, args.simd, sys.argv[1:])
+        figures["tiles_passed_over"] = len(files) - len(tiles)
+        if "dali_gpu_tiles_per_s" in figures:  # in a process of its own, with all cores
             command = [sys.executable, str(Path(__file__).with_name("bench_fed.py")), "--tiles", str(args.tiles)]
             environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
             fed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            told["fed_vs_synthetic"] = json.loads(fed.stdout.splitlines()[-1])["fed_vs_synthetic"]
-        print(json.dumps(told))
+            figures["fed_vs_synthetic"] = json.loads(fed.stdout.splitlines()[-1])["fed_vs_synthetic"]
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

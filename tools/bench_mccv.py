@@ -2,30 +2,28 @@
 """Times the benchmark's training against a plain loop: layers, nn.Dropout, torch.optim.AdamW, one run after the other.
 
 `python tools/bench_mccv.py [--size paper|toy] [--repeats N] [--device cpu|cuda] [--precision fp32|bf16]`: the paper's
-head, 384 features, 20 x 2 runs, the plain loop in fp32, dropout on both sides, bags of 8 to 300 and of 2,000 to 8,000
-tiles. The plain loop runs at its best
-number of threads. A step takes as long in every epoch, so a part of the 50 epochs is timed, at least 200 steps a side.
-Both sides are taken in turns in one run; a ratio is the median over the repeats. Loss and AUC of both sides are
-compared after every epoch of a short training (100 steps) on planted signals with the same dropout masks. `toy` checks
-in seconds that all of it runs, its ratios mean nothing. Prints one JSON object last.
+head, 384 features, 20 x 2 runs, the plain loop in fp32 at its best number of threads, dropout on both sides, bags of 8
+to 300 and of 2,000 to 8,000 tiles. A step takes as long in every epoch, so a part of the 50 epochs is timed, at least
+200 steps a side. Both sides are taken in turns in one run; a ratio is the median over the repeats. Loss and AUC of both
+sides are compared after every epoch of a short training (100 steps) on planted signals with the same dropout masks.
+`toy` checks in seconds that all of it runs, its ratios mean nothing. Prints one JSON object last.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import resource
 import statistics
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import device_name, options, repeated, seconds
 from torch import Tensor, nn
 
 from hpcssl.evaluate.metrics import auc
@@ -136,39 +134,34 @@ def speedup(
     bags, labels_S, runs = task(tiles, num_train, max(2, num_train // 4), ours, device)
     cores = len(os.sched_getaffinity(0))
     counts = sorted({1, cores}) if device == "cpu" else [cores]
-    ratios, plain_ms, our_ms = [], [], []
-    for _ in range(repeats):
+
+    def all_plain() -> None:
+        for run in runs[:plain]:
+            fit_plain(bags, labels_S, run, PRESET, masks=False)
+
+    def take() -> dict[str, float]:
         best = float("inf")
         for threads in counts:
             torch.set_num_threads(threads)
             fit_plain(bags, labels_S, runs[0], PRESET, masks=False)
-            begun = time.perf_counter()
-            for run in runs[:plain]:
-                fit_plain(bags, labels_S, run, PRESET, masks=False)
-            best = min(best, (time.perf_counter() - begun) / plain / num_train)
-        begun = time.perf_counter()
-        fit(bags, labels_S, runs, replace(PRESET, precision=precision), threads=cores)
-        our = (time.perf_counter() - begun) / ours / num_train
-        ratios.append(best / our)
-        plain_ms.append(1000 * best)
-        our_ms.append(1000 * our)
-    return {
-        "speedup": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "plain_ms_per_step": statistics.median(plain_ms),
-        "our_ms_per_step": statistics.median(our_ms),
-        "steps": [plain * num_train, ours * num_train],
-    }
+            best = min(best, seconds(all_plain) / plain / num_train)
+        chosen = replace(PRESET, precision=precision)
+        our = seconds(lambda: fit(bags, labels_S, runs, chosen, threads=cores)) / ours / num_train
+        return {"speedup": best / our, "plain_ms_per_step": 1000 * best, "our_ms_per_step": 1000 * our}
+
+    rows = repeated(take, repeats, warm_ups=0)
+    figures: dict[str, object] = {name: statistics.median(values) for name, values in rows.items()}
+    figures["spread"] = [min(rows["speedup"]), max(rows["speedup"])]
+    return figures | {"steps": [plain * num_train, ours * num_train]}
 
 
 def differences(
     size: tuple[tuple[int, int], int, int, int], device: str, precision: str, epochs: int = 2
 ) -> dict[str, float]:
-    """Return the largest differences of loss and AUC after any epoch of a short training with the same masks.
+    """Return the largest differences of loss and AUC after any epoch, and that of the mean AUC after the last.
 
-    And that of the mean AUC after the last epoch.
-
-    Enough slides validate that one swapped pair, which is a matter of rounding, does not show in the AUC.
+    Both sides are trained briefly with the same masks. Enough slides validate that one swapped pair, which is a matter
+    of rounding, does not show in the AUC.
     """
     tiles, num_train, _, _ = size
     bags, labels_S, runs = task(tiles, num_train, NUM_VAL, 4, device, shift=2.0)
@@ -185,26 +178,18 @@ def differences(
 
 def main() -> int:
     """Run all, print one JSON object last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="paper")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our side (%(default)s)")
-    args = parser.parse_args()
+    choices = {"size": ("paper", "toy"), "precision": ("fp32", "bf16")}
+    args = options(__doc__, repeats=5, device="cpu", **choices).parse_args()
     sizes = SIZES[args.size]
-    found: dict[str, object] = {}
+    figures: dict[str, object] = {}
     for name in ("small", "large"):
-        told = speedup(sizes[name], args.repeats, args.device, args.precision)
-        print(f"{name} bags: {json.dumps(told)}", flush=True)
-        found[f"{name}_bags_speedup"] = told["speedup"]
-        found[f"{name}_bags"] = told
-    found |= differences(sizes["small"], args.device, args.precision)
-    found["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        of_bags = speedup(sizes[name], args.repeats, args.device, args.precision)
+        figures |= {f"{name}_bags_speedup": of_bags["speedup"], f"{name}_bags": of_bags}
+    figures |= differences(sizes["small"], args.device, args.precision)
+    figures["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     cpu = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    found["device"] = cpu if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    found["precision"] = args.precision
-    found["torch"] = torch.__version__
-    print(json.dumps(found))
+    device = device_name(torch.device(args.device), cpu)
+    print(json.dumps({**figures, "device": device, "precision": args.precision, "torch": torch.__version__}))
     return 0
 
 

@@ -11,13 +11,13 @@ object last: mean accuracy after the last epoch, and its standard deviation over
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
+from measuring import options
 
 from hpcssl.evaluate.mil.bags import Bags
 from hpcssl.evaluate.mil.fits import Run, fit
@@ -25,15 +25,7 @@ from hpcssl.evaluate.mil.presets import MccvPreset
 
 NAMES = ("musk1", "musk2", "fox", "tiger", "elephant")
 REPEATS, FOLDS = 5, 10
-PRESET = MccvPreset(
-    name="mil",
-    epochs=80,
-    warmup_epochs=4,
-    lr=1e-3,
-    hidden=(64,),
-    attention=64,
-    dropout=0.25,
-)
+PRESET = MccvPreset(name="mil", epochs=80, warmup_epochs=4, lr=1e-3, hidden=(64,), attention=64, dropout=0.25)
 
 
 def folds(y: np.ndarray, found: np.ndarray | None) -> np.ndarray:
@@ -82,11 +74,9 @@ def measure(file: Path, preset: MccvPreset, threads: int) -> dict[str, float]:
 
 def main() -> int:
     """Measure, print one JSON object last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, epochs=PRESET.epochs, threads=len(os.sched_getaffinity(0)))
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", default=NAMES)
-    parser.add_argument("--epochs", type=int, default=PRESET.epochs)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     preset = MccvPreset(**{**vars(PRESET), "epochs": args.epochs, "warmup_epochs": args.epochs // 20})
     found = {}

@@ -12,24 +12,22 @@ of the steps on a CPU. Prints one JSON object last: rates, and the ratio's media
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import json
 import platform
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from measuring import device_name, median, options, ratios, repeated, seconds, short, with_spread
 from plain_step import PlainDino, PlainMae
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpcssl.core.config import build, to_mapping, with_overrides
 from hpcssl.core.errors import ConfigError
@@ -157,31 +155,11 @@ class Case:
         return (self.timeline.values(step) for step in range(self.timeline.total_steps))
 
 
-def tflop_of_a_tile(recipe: PretrainConfig, encoder: Encoder) -> float:
-    """Return the operations of one tile's training step, in units of 10¹², a multiply-add counted as two.
-
-    Backward passes count twice their forward pass; norms, losses and the optimiser are left out.
-    """
-    dim, depth, patch = encoder.embed_dim, len(encoder.vit.blocks), encoder.patch_px
-
-    def blocks(tokens: float, dim: int, depth: int) -> float:
-        return depth * (24 * tokens * dim**2 + 4 * tokens**2 * dim)
-
-    def embedding(patches: float) -> float:
-        return 2 * patches * 3 * patch**2 * dim
-
-    sizes = [(kind.count, (kind.view_px // patch) ** 2) for kind in recipe.augment.kinds]
-    if recipe.objective == "mae":
-        patches, wide = sizes[0][1], recipe.decoder.embed_dim
-        visible = 1 + patches - int(patches * recipe.augment.mask_ratio)
-        decoder = blocks(patches + 1, wide, recipe.decoder.depth) + 2 * visible * dim * wide
-        pixels = 2 * patches * wide * 3 * patch**2
-        return 3 * (embedding(patches) + blocks(visible, dim, depth) + decoder + pixels) / 1e12
-    head = recipe.dino.head
-    widths = (dim, head.hidden_dim, head.hidden_dim, head.bottleneck_dim, head.out_dim)
-    projection = sum(2 * a * b for a, b in pairwise(widths))
-    costs = [n * (embedding(p) + blocks(p + 1, dim, depth) + projection) for n, p in sizes]
-    return (3 * sum(costs) + costs[0]) / 1e12
+def flop_of_a_step(step: Step) -> int:
+    """Return the operations of a step by torch's count: a multiply-add is two, what is elementwise is left out."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def peak_tflops(device: torch.device, precision: str) -> float:
@@ -191,25 +169,13 @@ def peak_tflops(device: torch.device, precision: str) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rates = []
     for _ in range(6):
-        seconds = timed(lambda: a @ b, 10 if device.type == "cuda" else 1, device)
-        rates.append(2 * side**3 / seconds / 1e12)
+        rates.append(2 * side**3 / timed(lambda: a @ b, 10 if device.type == "cuda" else 1, device) / 1e12)
     return max(rates)
 
 
 def timed(work: Callable[[], object], times: int, device: torch.device) -> float:
     """Return the seconds of one of so many calls, the device's work included."""
-    synchronise(device)
-    begun = time.perf_counter()
-    for _ in range(times):
-        work()
-    synchronise(device)
-    return (time.perf_counter() - begun) / times
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return seconds(lambda: [work() for _ in range(times)], device) / times
 
 
 class Memory:
@@ -259,55 +225,41 @@ def measure(case: Case, label: str, repeats: int, steps: int, peak: float) -> di
     if difference > TOLERANCE[case.precision] or moved < 2 * difference:
         sys.exit(f"bench_step: {label}: the losses part, or stand still: {losses}")
     sides = {"ours": case.ours(), "plain": case.plain()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, step in sides.items():
-            taken = timed(step, steps, case.device)
-            if repeat:  # the first is the warm-up
-                seconds[name].append(taken)
-        if repeat:
-            print(f"{label}: " + "  ".join(f"{n} {s[-1]:.4f} s" for n, s in seconds.items()), file=sys.stderr)
-    ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+    rows = repeated(lambda: {n: timed(step, steps, case.device) for n, step in sides.items()}, repeats, label=label)
     encoder: Encoder = case._state().objective.trained.get_submodule("encoder")  # type: ignore[assignment]
-    work = case.recipe.global_batch * tflop_of_a_tile(case.recipe, encoder)
-    told: dict[str, object] = {
-        f"{label}_vs_plain": round(statistics.median(ratios), 3),
-        f"{label}_vs_plain_spread": [round(min(ratios), 3), round(max(ratios), 3)],
+    work = flop_of_a_step(sides["plain"]) / 1e12
+    figures: dict[str, object] = {
+        **with_spread(f"{label}_vs_plain", ratios(rows["plain"], rows["ours"])),
         f"{label}_trace": [round(loss, 5) for loss in losses["ours"]],
         f"{label}_trace_difference": float(f"{difference:.2g}"),
         f"{label}_batch": case.recipe.global_batch,
         f"{label}_compiled": encoder.execution.compiled,
     }
     for name, prefix in (("ours", label), ("plain", f"{label}_plain")):
-        median = statistics.median(seconds[name])
-        rate = work / median
-        told |= {
-            f"{prefix}_steps_per_s": float(f"{1 / median:.4g}"),
-            f"{prefix}_tiles_per_s": float(f"{case.recipe.global_batch / median:.4g}"),
-            f"{prefix}_tflops": float(f"{rate:.4g}"),
-            f"{prefix}_share_of_peak": round(rate / peak, 3),
+        taken = median(rows[name])
+        figures |= {
+            f"{prefix}_steps_per_s": short(1 / taken),
+            f"{prefix}_tiles_per_s": short(case.recipe.global_batch / taken),
+            f"{prefix}_tflops": short(work / taken),
+            f"{prefix}_share_of_peak": round(work / taken / peak, 3),
             f"{prefix}_peak_gib": round(memory[name], 3),
         }
-    return told
+    return figures
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, set=[], repeats=5)
     parser.add_argument("--size", choices=("paper", "cpu", "toy"), help="default: paper on a GPU, else cpu")
     parser.add_argument("--batch", type=int, help="tiles of a step (default: 64 on a GPU, else 4)")
     parser.add_argument("--objective", nargs="+", choices=("dino", "mae"), default=["dino", "mae"])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of our side's recipe"
-    )
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps of a repeat (default: 10 on a GPU, else 1)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and args.size != "cpu" else "cpu")
     on_gpu = device.type == "cuda"
     size = args.size or ("paper" if on_gpu else "cpu")
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = device_name(device, f"{platform.machine()}, {torch.get_num_threads()} threads")
     peaks = {precision: peak_tflops(device, precision) for precision in args.precision}
     told: dict[str, object] = {}
     for objective in args.objective:

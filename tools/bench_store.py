@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from measuring import clocks, machine, options, print_figures, repeated, summary
 
 from hpcssl.stores.index_writer import StoreWriter
 from hpcssl.stores.scan import THREADS, BuildOptions, build_store
 from hpcssl.stores.store import FORMAT, Store, identity
 from hpcssl.stores.tile_files import Tiles
+
+SIZES = {"slides": 5, "tiles_per_slide": 40, "tile_bytes": 15_000, "open_tiles": 20_000, "repeats": 1}
 
 
 def write_tiles(folder: Path, slides: int, tiles: int, tile_bytes: int) -> None:
@@ -62,13 +59,6 @@ def write_index(folder: Path, num_tiles: int) -> None:
     (folder / "store.json").write_text(json.dumps(header))
 
 
-def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Return how long it takes by the clock, and of this process's processor time."""
-    begun, used = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - begun, time.process_time() - used
-
-
 def tar(tiles: Path, out: Path) -> None:
     """Write the same files with tar, and sync them."""
     subprocess.run(["tar", "--format=ustar", "-cf", out, "-C", tiles, "."], check=True)
@@ -76,62 +66,37 @@ def tar(tiles: Path, out: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def measure(folder: Path, slides: int, tiles: int, tile_bytes: int, open_tiles: int, repeats: int) -> dict[str, object]:
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Take every figure `repeats` times."""
+    slides, tiles = args.slides, args.tiles_per_slide
     root, store, shard = folder / "tiles", folder / "store", folder / "all.tar"
-    write_tiles(root, slides, tiles, tile_bytes)
+    write_tiles(root, slides, tiles, args.tile_bytes)
     (folder / "large").mkdir()
-    write_index(folder / "large", open_tiles)
-    found: dict[str, list[float]] = {}
+    write_index(folder / "large", args.open_tiles)
 
-    def build(options: BuildOptions) -> tuple[float, float]:
-        took = seconds(lambda: build_store(root, store, options=options))
+    def build(choice: BuildOptions) -> tuple[float, float]:
+        taken = clocks(lambda: build_store(root, store, options=choice))
         shutil.rmtree(store)
-        return took
+        return taken
 
-    for repeat in range(repeats + 1):  # the first warms up
+    def take() -> dict[str, float]:
         row: dict[str, float] = {}
-        for name, check, threads in (
-            ("no_check_1_thread", False, 1),
-            ("no_check", False, THREADS),
-            ("check_1_thread", True, 1),
-            ("check", True, THREADS),
-        ):
-            wall, cpu = build(BuildOptions(check=check, threads=threads))
-            row |= {f"files_per_s_{name}": slides * tiles / wall, f"files_per_cpu_s_{name}": slides * tiles / cpu}
-        row["tar_s"], _ = seconds(lambda: tar(root, shard))
+        for check in (False, True):
+            for threads in (1, THREADS):
+                name = ("check" if check else "no_check") + ("_1_thread" if threads == 1 else "")
+                wall, cpu = build(BuildOptions(check=check, threads=threads))
+                row |= {f"files_per_s_{name}": slides * tiles / wall, f"files_per_cpu_s_{name}": slides * tiles / cpu}
+        row["tar_s"], _ = clocks(lambda: tar(root, shard))
         row["pack_s"], _ = build(BuildOptions(pack=True))
         row["pack_1_thread_s"], _ = build(BuildOptions(pack=True, threads=1))
         row["pack_vs_tar"] = row["pack_s"] / row["tar_s"]
-        row["open_s"], _ = seconds(lambda: Store.open(folder / "large"))
+        row["open_s"], _ = clocks(lambda: Store.open(folder / "large"))
         shard.unlink()
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), file=sys.stderr, flush=True)
-        if repeat:
-            for name, value in row.items():
-                found.setdefault(name, []).append(value)
-    told: dict[str, object] = {"slides": slides, "tiles_per_slide": tiles, "tile_bytes": tile_bytes}
-    told |= {"open_tiles": open_tiles, "repeats": repeats, "threads": THREADS}
-    for name, values in found.items():
-        told[name] = float(f"{statistics.median(values):.5g}")
-        told[f"{name}_spread"] = [float(f"{min(values):.5g}"), float(f"{max(values):.5g}")]
-    told |= {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
-    return told | {"python": platform.python_version(), "numpy": np.__version__}
+        return row
 
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, default=5)
-    parser.add_argument("--tiles-per-slide", type=int, default=40)
-    parser.add_argument("--tile-bytes", type=int, default=15_000)
-    parser.add_argument("--open-tiles", type=int, default=20_000)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        sizes = (args.slides, args.tiles_per_slide, args.tile_bytes, args.open_tiles)
-        print(json.dumps(measure(Path(folder), *sizes, args.repeats)))
+    figures = summary(repeated(take, args.repeats))
+    return {**{name: vars(args)[name] for name in SIZES}, "threads": THREADS, **figures, **machine("numpy")}
 
 
 if __name__ == "__main__":
-    main()
+    print_figures(measure, options(__doc__, **SIZES, folder=None).parse_args())

@@ -17,17 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from measuring import in_process, machine, options, print_figures, repeated, summary
 
 from hpcssl.core.atomic import digest_file
 from hpcssl.core.world import World
@@ -41,6 +36,8 @@ from hpcssl.stores.store import Store, identity, index_files
 
 GLOBAL_BATCH, RANKS, STEPS = 1080, 12, 9
 PER_SLIDE, ORGANS = 10_000, 10
+# of the schedule; of the store; position of the restart
+SIZES = {"pseudo_epochs": 3, "positions": 50_000, "store_tiles": 200_000, "at": 120_000, "repeats": 1}
 
 
 def write_large_store(folder: Path, base: Store, num_tiles: int) -> None:
@@ -80,7 +77,7 @@ def make_schedule(store: Path, out: Path, pseudo_epochs: int, positions: int) ->
     build_schedule(spec, slides, out, jobs=len(os.sched_getaffinity(0)))
 
 
-def child(store: Path, schedule: Path, start_step: int) -> dict[str, float]:
+def first_steps(store: Path, schedule: Path, start_step: int) -> dict[str, float]:
     """Open everything, take the first batch and some more."""
     begun = time.perf_counter()
     stream = TileStream(
@@ -104,13 +101,6 @@ def child(store: Path, schedule: Path, start_step: int) -> dict[str, float]:
     return {"first_batch_s": first_s, "anonymous_mb": anonymous / 1000}
 
 
-def in_child(store: Path, schedule: Path, start_step: int) -> dict[str, float]:
-    """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--child", str(store), str(schedule), str(start_step)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Take every figure `repeats` times."""
     base = build_store(args.tiles, folder / "base", options=BuildOptions(pack=True))
@@ -119,50 +109,22 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     write_large_store(large, base, args.store_tiles)
     make_schedule(small, folder / "short", 1, 50_000)
     make_schedule(large, folder / "long", args.pseudo_epochs, args.positions)
-    later = args.at // GLOBAL_BATCH
-    found: dict[str, list[float]] = {}
-    for repeat in range(args.repeats + 1):  # the first warms up
-        at_0, at_later = in_child(large, folder / "long", 0), in_child(large, folder / "long", later)
-        of_small = in_child(small, folder / "short", 0)
-        row = {
-            "restart_vs_start": at_later["first_batch_s"] / at_0["first_batch_s"],
-            "start_s": at_0["first_batch_s"],
-            "anonymous_mb_large": at_later["anonymous_mb"],
+
+    def take() -> dict[str, float]:
+        steps = (0, args.at // GLOBAL_BATCH)
+        start, restart = (in_process(first_steps, large, folder / "long", step) for step in steps)
+        of_small = in_process(first_steps, small, folder / "short", 0)
+        return {
+            "restart_vs_start": restart["first_batch_s"] / start["first_batch_s"],
+            "start_s": start["first_batch_s"],
+            "anonymous_mb_large": restart["anonymous_mb"],
             "anonymous_mb_small": of_small["anonymous_mb"],
-            "growth_mb": at_later["anonymous_mb"] - of_small["anonymous_mb"],
+            "growth_mb": restart["anonymous_mb"] - of_small["anonymous_mb"],
         }
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), file=sys.stderr, flush=True)
-        if repeat:
-            for name, value in row.items():
-                found.setdefault(name, []).append(value)
-    told: dict[str, object] = {"pseudo_epochs": args.pseudo_epochs, "positions": args.positions, "at": args.at}
-    told |= {"store_tiles": args.store_tiles, "repeats": args.repeats}
-    for name, values in found.items():
-        told[name] = float(f"{statistics.median(values):.4g}")
-        told[f"{name}_spread"] = [float(f"{min(values):.4g}"), float(f"{max(values):.4g}")]
-    return told | {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
 
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=Path, required=True, help="tiles as <organ>/<slide_id>/*.jpg")
-    parser.add_argument("--pseudo-epochs", type=int, default=3)
-    parser.add_argument("--positions", type=int, default=50_000, help="of a pseudo-epoch")
-    parser.add_argument("--store-tiles", type=int, default=200_000)
-    parser.add_argument("--at", type=int, default=120_000, help="position of the restart")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
-    try:
-        print(json.dumps(measure(folder, args)))
-    finally:
-        shutil.rmtree(folder)
+    figures = summary(repeated(take, args.repeats))
+    return {**{name: vars(args)[name] for name in SIZES}, **figures, **machine()}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
-    else:
-        main()
+    print_figures(measure, options(__doc__, tiles=Path, **SIZES, folder=None).parse_args())

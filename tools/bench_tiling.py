@@ -19,17 +19,10 @@ median, and the least and the largest as `_spread`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
-import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +32,7 @@ import numpy as np
 import openslide
 import pandas as pd
 import torch
+from measuring import clocks, machine, options, print_figures, repeated, summary
 from PIL import Image
 
 from hpcssl.loader import cpu
@@ -72,13 +66,6 @@ def draw(folder: Path, kind: str, size: tuple[int, int], count: int) -> pd.DataF
         draw_slide(path, seed=number, width=size[0], height=size[1], **KINDS[kind])
         rows.append({"slide_id": path.stem, "organ": "skin", "path": str(path), "mpp": ""})
     return pd.DataFrame(rows)
-
-
-def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Return how long it takes by the clock, and of the processor time of all threads."""
-    begun, used = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - begun, time.process_time() - used
 
 
 def loop(opened: Callable[[str], Any], store: Store, out: Path, threads: int) -> None:
@@ -116,13 +103,13 @@ def tiling_row(slides: pd.DataFrame, folder: Path, threads: int) -> dict[str, fl
     out, row = folder / "out", {}
     megabytes = sum(Path(path).stat().st_size for path in slides["path"]) / 1e6
     options = TilingOptions(cut=CUT, threads=threads)
-    row["tile_s"], row["tile_cpu_s"] = seconds(lambda: tile_slides(slides, out, options))
+    row["tile_s"], row["tile_cpu_s"] = clocks(lambda: tile_slides(slides, out, options))
     store = Store.open(out)
     row |= {"slides_per_s": len(slides) / row["tile_s"], "tiles_per_s": store.num_tiles / row["tile_s"]}
     row["mb_per_s"] = megabytes / row["tile_s"]
     for name, opened in (("openslide", openslide.OpenSlide), ("tiffslide", tiffslide and tiffslide.TiffSlide)):
         if opened:
-            took, used = seconds(lambda opened=opened: loop(opened, store, folder / "loop", threads))
+            took, used = clocks(lambda opened=opened: loop(opened, store, folder / "loop", threads))
             row |= {f"{name}_tiles_per_s": store.num_tiles / took, f"tile_vs_{name}": took / row["tile_s"]}
             row[f"tile_vs_{name}_cpu"] = used / row["tile_cpu_s"]
             shutil.rmtree(folder / "loop")
@@ -147,69 +134,49 @@ def multi_crop(store: Store, num: int, threads: int) -> Callable[[], None]:
 
 def online_row(loose: Store, online: Store, num: int, threads: int) -> dict[str, float]:
     """Take every figure of reading once."""
-    (jpeg, jpeg_cpu), (slide, slide_cpu) = (seconds(multi_crop(store, num, threads)) for store in (loose, online))
+    (jpeg, jpeg_cpu), (slide, slide_cpu) = (clocks(multi_crop(store, num, threads)) for store in (loose, online))
     ratios = {"online_vs_jpeg": jpeg / slide, "online_vs_jpeg_cpu": jpeg_cpu / slide_cpu}
     return {"jpeg_tiles_per_s": num / jpeg, "online_tiles_per_s": num / slide, **ratios}
 
 
-def measure(
-    folder: Path, size: tuple[int, int], slides: int, tiles: int, threads: list[int], repeats: int
-) -> dict[str, Any]:
+def of_kind(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """Return the figures of a kind of slide."""
+    table = draw(folder, kind, (args.width, args.height), args.slides)
+    threads = numbers_of_threads(args)
+    tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
+    loose = Store.open(folder / "loose")
+    online = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,))).drawn_by(0, {})
+
+    def take() -> dict[str, float]:
+        rows = {n: tiling_row(table, folder, n) | online_row(loose, online, args.tiles, n) for n in threads}
+        return {f"{name}_{kind}_{n}_threads": value for n, row in rows.items() for name, value in row.items()}
+
+    figures = summary(repeated(take, args.repeats))
+    for name in ("loose", "online"):
+        shutil.rmtree(folder / name)
+    return figures
+
+
+def numbers_of_threads(args: argparse.Namespace) -> list[int]:
+    """Return the numbers of threads that each figure is taken with."""
+    return [int(number) for number in args.threads.split(",")]
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Take every figure `repeats` times."""
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {}
+    figures: dict[str, Any] = {}
     for kind in KINDS:
-        table = draw(folder, kind, size, slides)
-        tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
-        loose = Store.open(folder / "loose")
-        built = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,)))
-        online = built.drawn_by(0, {})
-        for repeat in range(repeats + 1):  # the first warms up
-            for number in threads:
-                row = tiling_row(table, folder, number) | online_row(loose, online, tiles, number)
-                print(
-                    f"{kind} {number} threads", *(f"{k} {v:.4g}" for k, v in row.items()), file=sys.stderr, flush=True
-                )
-                if repeat:
-                    for name, value in row.items():
-                        found.setdefault(f"{name}_{kind}_{number}_threads", []).append(value)
-        for name in ("loose", "online"):
-            shutil.rmtree(folder / name)
-    told: dict[str, Any] = {"size": size, "slides": slides, "tiles": tiles, "repeats": repeats, "quality": CUT.quality}
-    for name, values in found.items():
-        told[name] = float(f"{statistics.median(values):.4g}")
-        told[f"{name}_spread"] = [float(f"{min(values):.4g}"), float(f"{max(values):.4g}")]
-    most = f"{max(threads)}_threads"
-    told["tile_vs_openslide"] = min(
-        told[f"tile_vs_openslide_{kind}_{most}"] for kind in ("native", "half", "resampled")
-    )
-    told["online_vs_jpeg"] = told[f"online_vs_jpeg_native_{most}"]
-    told |= {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version()}
-    for package in ("numpy", "imagecodecs", "tifffile", "openslide-bin", "openslide-python", "tiffslide", "pillow"):
-        try:
-            told[package] = version(package)
-        except PackageNotFoundError:
-            told[package] = None
-    return told
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=12288, help="pixels of a slide")
-    parser.add_argument("--height", type=int, default=6144)
-    parser.add_argument("--slides", type=int, default=1)
-    parser.add_argument("--tiles", type=int, default=200, help="read online and from files")
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, such as 1,2")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
-    args = parser.parse_args()
-    threads = [int(number) for number in args.threads.split(",")]
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(
-            json.dumps(measure(Path(folder), (args.width, args.height), args.slides, args.tiles, threads, args.repeats))
-        )
+        figures |= of_kind(kind, folder, args)
+    most = f"{max(numbers_of_threads(args))}_threads"
+    kinds = ("native", "half", "resampled")
+    figures["tile_vs_openslide"] = min(figures[f"tile_vs_openslide_{kind}_{most}"] for kind in kinds)
+    figures["online_vs_jpeg"] = figures[f"online_vs_jpeg_native_{most}"]
+    sizes = {"size": (args.width, args.height), **{name: vars(args)[name] for name in ("slides", "tiles", "repeats")}}
+    packages = ("numpy", "imagecodecs", "tifffile", "openslide-bin", "openslide-python", "tiffslide", "pillow")
+    return {**sizes, "quality": CUT.quality, **figures, **machine(*packages)}
 
 
 if __name__ == "__main__":
-    main()
+    sizes = {"width": 12288, "height": 6144, "slides": 1, "tiles": 200, "threads": "1,2", "repeats": 3}
+    print_figures(measure, options(__doc__, **sizes, folder=None).parse_args())

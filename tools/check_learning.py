@@ -11,7 +11,6 @@ number of splits in which something was.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -19,12 +18,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from measuring import options, seconds
 
 from hpcssl.cli.demo_command import SPEC
 from hpcssl.cli.demo_inputs import demo_spec
@@ -53,15 +52,17 @@ def pretrain(recipe: str, work: Path, minutes: float, overrides: list[str]) -> f
     command += ["--out", str(work / "run")]
     for override in overrides:
         command += ["--set", override]
-    begun = time.monotonic()
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    try:
-        process.wait(60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # it saves and stops, with exit code 2
-    if process.wait(600) not in (0, 2) or not (work / "run" / "checkpoints").is_dir():
-        sys.exit("check_learning: pretraining failed")
-    return time.monotonic() - begun
+
+    def train() -> None:
+        process = subprocess.Popen(command, stdout=sys.stderr)
+        try:
+            process.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # it saves and stops, with exit code 2
+        if process.wait(600) not in (0, 2) or not (work / "run" / "checkpoints").is_dir():
+            sys.exit("check_learning: pretraining failed")
+
+    return seconds(train)
 
 
 def colours(store: Store, out: Path) -> None:
@@ -102,16 +103,8 @@ def measure(store: Store, features: dict[str, Path], splits: Path, k: int) -> di
 
 def main() -> None:
     """Check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, recipe="mae-demo", minutes=15.0, pseudo_epochs=40, set=[], k=20, work=None)
     parser.add_argument("tiles", type=Path, metavar="TILES")
-    parser.add_argument("--recipe", default="mae-demo", help="(%(default)s)")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of pretraining, at most (%(default)s)")
-    parser.add_argument("--pseudo-epochs", type=int, default=40, help="of the schedule, of 1,600 tiles (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
-    parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
-    parser.add_argument(
-        "--work", type=Path, help="new folder to keep store, run and features in (default: none is kept)"
-    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)

@@ -23,34 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     actions = Actions(parser)
     _add_build(actions)
-    verify = actions.add(
-        "verify", "check every guarantee and checksum", example="hpcssl schedule verify SCHED", run=_verify
+    verify, inspect, diff, export = (
+        actions.add(name, text, example=f"hpcssl schedule {name} {example}", run=run)
+        for name, text, run, example in (
+            ("verify", "check every guarantee and checksum", _verify, "SCHED"),
+            ("inspect", "organ shares, repeats, passes, coverage", _inspect, "SCHED --out FIGURES"),
+            ("diff", "are two schedules the same, and where they part (exit 1)", _diff, "SCHED OTHER"),
+            (
+                "export",
+                "write the order as CSV files, one a pseudo-epoch",
+                _export,
+                "--csv SCHED --store STORE --out CSV",
+            ),
+        )
     )
-    verify.add_argument("schedule", type=Path, metavar="SCHED")
+    for action in (verify, inspect, export):
+        action.add_argument("schedule", type=Path, metavar="SCHED")
     _add_jobs(verify)
-    inspect = actions.add(
-        "inspect",
-        "organ shares, repeats, passes, coverage",
-        example="hpcssl schedule inspect SCHED --out FIGURES",
-        run=_inspect,
-    )
-    inspect.add_argument("schedule", type=Path, metavar="SCHED")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and their tables")
-    diff = actions.add(
-        "diff",
-        "are two schedules the same, and where they part (exit 1)",
-        example="hpcssl schedule diff SCHED OTHER",
-        run=_diff,
-    )
     diff.add_argument("first", type=Path, metavar="A")
     diff.add_argument("second", type=Path, metavar="B")
-    export = actions.add(
-        "export",
-        "write the order as CSV files, one a pseudo-epoch",
-        example="hpcssl schedule export --csv SCHED --store STORE --out CSV",
-        run=_export,
-    )
-    export.add_argument("schedule", type=Path, metavar="SCHED")
     export.add_argument("--csv", action="store_true", required=True, help="as slide_schedule_<number>.csv")
     export.add_argument(
         "--store", type=Path, help="tile store that knows the files (column imgpath); else slide_id and index"
@@ -77,13 +69,8 @@ def _add_only(parser: argparse.ArgumentParser) -> None:
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
     cores = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
-    parser.add_argument(
-        "--jobs",
-        type=_positive,
-        default=cores,
-        metavar="N",
-        help=f"threads; each holds one pseudo-epoch in memory (default: {cores})",
-    )
+    text = f"threads; each holds one pseudo-epoch in memory (default: {cores})"
+    parser.add_argument("--jobs", type=_positive, default=cores, metavar="N", help=text)
 
 
 def numbers_of(text: str) -> list[int]:
@@ -113,30 +100,18 @@ def _positive(text: str) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
-    from hpcssl.schedule.build import build_schedule
-    from hpcssl.schedule.eligible import HoldOut
-    from hpcssl.schedule.spec import load_spec
-    from hpcssl.slides.slide_table import read_slides
-    from hpcssl.stores.store import Store
+    from hpcssl.pipelines.build_schedule import plan_schedule
 
-    spec = load_spec(args.spec, args.set)
-    if args.store:
-        slides = Store.open(args.store).drawn_by(spec.seed, spec.mpp_weights).slides
-    else:
-        slides = read_slides(args.slides)
-    if spec.hold_out:
-        print(HoldOut.read(Path(spec.hold_out)).found(slides))
-    count = spec.num_pseudo_epochs if args.only is None else len(args.only)
-    with progress("building the schedule", total=count * spec.positions_per_pseudo_epoch, unit="positions") as advance:
-        missing = build_schedule(spec, slides, args.out, only=args.only, jobs=args.jobs, on_progress=advance)
-    if missing:
-        written = spec.num_pseudo_epochs - len(missing)
-        print(
-            f"{args.out}: {written} of {spec.num_pseudo_epochs} pseudo-epochs are written;"
-            " the same command without --only writes the others and finishes the schedule"
-        )
-    else:
-        print(f"{args.out}: {spec.num_pseudo_epochs} pseudo-epochs of {spec.positions_per_pseudo_epoch} positions")
+    source = args.store or args.slides
+    plan = plan_schedule(args.spec, args.set, source=source, is_store=bool(args.store), only=args.only)
+    if plan.hold_out:
+        print(plan.hold_out)
+    with progress("building the schedule", total=plan.num_positions, unit="positions") as advance:
+        missing = plan.write(args.out, jobs=args.jobs, on_progress=advance)
+    count, positions = plan.spec.num_pseudo_epochs, plan.spec.positions_per_pseudo_epoch
+    written = f"{count - len(missing)} of {count} pseudo-epochs are written"
+    advice = "the same command without --only writes the others and finishes the schedule"
+    print(f"{args.out}: " + (f"{written}; {advice}" if missing else f"{count} pseudo-epochs of {positions} positions"))
     return 0
 
 
@@ -148,27 +123,27 @@ def _verify(args: argparse.Namespace) -> int:
     schedule = Schedule.open(args.schedule)
     with progress("verifying", total=schedule.num_positions, unit="positions") as advance:
         verify_schedule(args.schedule, jobs=args.jobs, on_progress=advance)
-    held = "; nothing that is held out is drawn" if schedule.header["spec"]["hold_out"] else ""
-    print(f"{args.schedule}: all four guarantees hold{held}")
+    hold_out = "; nothing that is held out is drawn" if schedule.header["spec"]["hold_out"] else ""
+    print(f"{args.schedule}: all four guarantees hold{hold_out}")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from hpcssl.schedule.inspect import inspect_schedule
 
-    found = inspect_schedule(args.schedule)
-    print(inspection_text(found))
+    inspection = inspect_schedule(args.schedule)
+    print(inspection_text(inspection))
     if args.out:
         from hpcssl.report.schedules import write_inspection
 
-        for picture in write_inspection(args.schedule, found, args.out):
+        for picture in write_inspection(args.schedule, inspection, args.out):
             print(picture)
     return 0
 
 
-def inspection_text(found: Inspection) -> str:
+def inspection_text(inspection: Inspection) -> str:
     """Return the summary of a schedule for a terminal."""
-    organs, last = found.organs, found.coverage.iloc[-1]
+    organs, last = inspection.organs, inspection.coverage.iloc[-1]
     width = max(len("organ"), *organs["organ"].map(len))
     lines = [f"{'organ':<{width}}{'tiles':>16}{'natural':>10}{'positions':>16}{'scheduled':>11}"]
     lines += [
@@ -176,17 +151,17 @@ def inspection_text(found: Inspection) -> str:
         f"{row['positions']:>16,}{row['scheduled_share']:>11.2%}"
         for row in organs.to_dict("records")
     ]
-    repeats = found.repeats
+    repeats = inspection.repeats
     mean = (repeats["draws"] * repeats["tiles"]).sum() / repeats["tiles"].sum()
     never = int(repeats.loc[repeats["draws"] == 0, "tiles"].sum())
-    slides = found.passes.groupby("pass")["slides"].sum()
+    slides = inspection.passes.groupby("pass")["slides"].sum()
     span = f"{slides.min():,}" if slides.min() == slides.max() else f"{slides.min():,} to {slides.max():,}"
     lines += [
         "",
         f"draws of a tile   {mean:.2f} on average, at most {int(repeats['draws'].max())};"
         f" {never:,} of {int(repeats['tiles'].sum()):,} tiles never",
-        f"slides of a pass  {span} in {len(slides)} passes; of a pseudo-epoch {found.passes['slides'].min():,}"
-        f" to {found.passes['slides'].max():,}",
+        f"slides of a pass  {span} in {len(slides)} passes; of a pseudo-epoch {inspection.passes['slides'].min():,}"
+        f" to {inspection.passes['slides'].max():,}",
         f"coverage          {last['slides_share']:.1%} of the slides and {last['tiles_share']:.1%} of the tiles"
         f" after {int(last['samples_seen']):,} samples",
     ]

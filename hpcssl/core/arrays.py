@@ -36,7 +36,7 @@ def map_array(path: Path) -> np.ndarray:
     it at once ("AST constructor recursion depth mismatch").
     """
     with path.open("rb") as stream:
-        found = _HEADER.match(stream.read(_MOST_HEADER))
-    if not found:
+        header = _HEADER.match(stream.read(_MOST_HEADER))
+    if not header:
         raise ValueError("not the header of a one-dimensional array")
-    return np.memmap(path, np.dtype(found[1].decode()), "r", offset=found.end(), shape=(int(found[2]),))
+    return np.memmap(path, np.dtype(header[1].decode()), "r", offset=header.end(), shape=(int(header[2]),))

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from hpcssl.core.errors import UserError
 _CHUNK = 1 << 22
 
 
-def sync_dir(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+sync_dir = sync
 
 
 @contextmanager
@@ -37,13 +40,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        fd = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(temporary)
         os.replace(temporary, path)
-        sync_dir(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,26 +73,17 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     with alone(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        yield from _filled(temporary, path)
-
-
-def _filled(temporary: Path, path: Path) -> Iterator[Path]:
-    """Yield the folder to fill, then sync it and give it its name; remove it if filling failed."""
-    try:
-        yield temporary
-        for child in temporary.iterdir():
-            if child.is_file():
-                fd = os.open(child, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-        sync_dir(temporary)
-        os.replace(temporary, path)
-        sync_dir(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        try:
+            yield temporary
+            for child in temporary.iterdir():
+                if child.is_file():
+                    sync(child)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -125,6 +115,15 @@ def read_json(path: Path, damaged: UserError) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise damaged
     return content
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the record of every whole line, none where there is no file; a kill may leave a line torn."""
+    if path.exists():
+        with path.open("rb") as stream:
+            for line in stream:
+                with suppress(ValueError):
+                    yield json.loads(line)
 
 
 def digest_bytes(data: bytes) -> str:

@@ -1,9 +1,9 @@
-"""Same settings or refuse: a folder, a store or a run goes on only as what it was begun as."""
+"""Same settings or refuse: a folder, a store or a run goes on only as what it was started as."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ def check_same(
     advice: str,
     error: type[UserError],
     now: str = "now",
+    show: Callable[[Any], str] = str,
 ) -> None:
     """Refuse what was made with other settings, naming the first that differs and both values.
 
@@ -27,9 +28,10 @@ def check_same(
     ----------
     stored, requested : settings by name, as they were and as they are to be; a key that one of them lacks is None there
     made : what was made with them, and where: begins the error
-    advice : what to do: ends the error
+    advice : what to do: ends the error; may be empty
     error : what is raised
-    now : introduces the requested value
+    now : introduces the requested value, or surrounds it where it holds `{}`
+    show : how both values are written
 
     Raises
     ------
@@ -43,7 +45,8 @@ def check_same(
     difference = first_difference(stored, requested)
     if difference:
         key, before, after = difference
-        raise error(f"{made} {key} = {before}, {now} {after}; {advice}")
+        request = (now if "{}" in now else f"{now} {{}}").format(show(after))
+        raise error(f"{made} {key} = {show(before)}, {request}" + (f"; {advice}" if advice else ""))
 
 
 def claim(
@@ -55,16 +58,17 @@ def claim(
     error: type[UserError],
     damaged: str,
     now: str = "now",
+    show: Callable[[Any], str] = str,
 ) -> None:
     """Write the settings of what a folder holds into a JSON file, or check that they are those of the file there.
 
     Parameters
     ----------
-    made, advice, error, now : see `check_same`
+    made, advice, error, now, show : see `check_same`
     damaged : what to do about a file that is no JSON
     """
     if file.exists():
         stored = read_json(file, error(f"{file}: damaged; {damaged}"))
-        check_same(stored, settings, made=made, advice=advice, error=error, now=now)
+        check_same(stored, settings, made=made, advice=advice, error=error, now=now, show=show)
     else:
         write_atomic(file, json.dumps(settings, indent=1) + "\n")

@@ -9,6 +9,7 @@ may change on a run that has begun is said where it is declared, by `free` or `f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import typing
@@ -121,7 +122,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     >>> with_overrides({"train": {"lr": 1}}, ["train.lr=2", "name=x"])
     {'train': {'lr': 2}, 'name': 'x'}
     """
-    result = _copied(values)
+    result = copy.deepcopy(dict(values))
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -195,10 +196,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return str(value) if isinstance(value, Path) else value
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
 def _describe(cls: type, error: ErrorDetails) -> str:

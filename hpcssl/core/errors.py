@@ -53,13 +53,15 @@ def describe_os_error(error: OSError) -> str:
     >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "out/x"))
     'out/x: the disk is full; free some space or choose another --out, then run the same command again'
     """
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    where = error.filename or ("the output folder" if full else "an operation of the system")
+    output = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    where = error.filename or ("the output folder" if output else "an operation of the system")
+    space = "free some space or choose another --out, then run the same command again"
+    denied = "permission denied; make it readable (an output: writable) for this user"
     advice = {
-        errno.ENOSPC: "the disk is full; free some space or choose another --out, then run the same command again",
-        errno.EDQUOT: "the quota is used up; free some space or choose another --out, then run the same command again",
-        errno.EACCES: "permission denied; make it readable (an output: writable) for this user",
-        errno.EPERM: "permission denied; make it readable (an output: writable) for this user",
+        errno.ENOSPC: f"the disk is full; {space}",
+        errno.EDQUOT: f"the quota is used up; {space}",
+        errno.EACCES: denied,
+        errno.EPERM: denied,
         errno.EROFS: "the file system is read-only; choose another --out",
         errno.ENOENT: "no such file or folder",
         errno.ENOTDIR: "not a folder",

@@ -142,13 +142,13 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> tuple[dict[str,
     steps, damages = checkpoint_steps(run), []
     for step in reversed(steps):
         try:
-            found = load_checkpoint(checkpoint_path(run, step))
+            loaded = load_checkpoint(checkpoint_path(run, step))
         except RunError as error:
             damages.append(str(error))
             continue
         for damage in damages:
             on_damaged(f"{damage}; falling back to step {step}")
-        return found
+        return loaded
     if steps and steps[-1] > 0:
         raise RunError(
             f"{run}: none of its {len(steps)} checkpoints can be read (the newest: {damages[0]}); nothing was changed;"

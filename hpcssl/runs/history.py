@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpcssl.core.atomic import write_atomic
+from hpcssl.core.atomic import read_json_lines, write_atomic
 from hpcssl.runs.run_folder import newest_generation, read_claims
 
 RESTARTS = "restarts.jsonl"
@@ -48,16 +48,10 @@ class End:
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
     """Return the lines of the restart history; for a start that died before its line was whole, what its claim says."""
-    found = []
-    file = run / RESTARTS
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    lines = {start.get("generation") for start in found}
-    claims = [claim for number, claim in read_claims(run).items() if number not in lines and "start" in claim]
-    return sorted([*found, *claims], key=lambda start: start.get("generation", 0)) if claims else found
+    starts = list(read_json_lines(run / RESTARTS))
+    numbers = {start.get("generation") for start in starts}
+    claims = [claim for number, claim in read_claims(run).items() if number not in numbers and "start" in claim]
+    return sorted([*starts, *claims], key=lambda start: start.get("generation", 0)) if claims else starts
 
 
 def read_end(run: Path) -> End | None:

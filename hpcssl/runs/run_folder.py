@@ -138,14 +138,14 @@ class Generation:
 
 def read_claims(run: Path) -> dict[int, dict[str, Any]]:
     """Return what the starts that have claimed a folder say of themselves, and when that was, by generation."""
-    found = {}
+    claims = {}
     for file in (run / "generations").glob("*"):
         if file.name.isdigit():
             with suppress(json.JSONDecodeError):  # none was said, or it died as it said it
-                begun = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(file.stat().st_mtime))
+                start = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(file.stat().st_mtime))
                 about = json.loads(file.read_text(encoding="utf-8"))
-                found[int(file.name)] = {"time": begun, "generation": int(file.name), **about}
-    return dict(sorted(found.items()))
+                claims[int(file.name)] = {"time": start, "generation": int(file.name), **about}
+    return dict(sorted(claims.items()))
 
 
 def newest_generation(run: Path) -> int:
@@ -161,8 +161,8 @@ def record_start(run: Path, *, generation: int, **facts: Any) -> None:
     """Append one line to the restart history: these facts, and what the start's claim says about it."""
     claim = _generation_file(run, generation)
     about = json.loads(claim.read_text(encoding="utf-8") or "{}") if claim.exists() else {}
-    begun = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": platform.node(), "generation": generation}
-    line = json.dumps({**begun, **about, **facts})
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": platform.node(), "generation": generation}
+    line = json.dumps({**start, **about, **facts})
     with (run / "restarts.jsonl").open("ab+") as stream:
         if stream.tell():
             stream.seek(-1, 2)

@@ -8,13 +8,12 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_file
+from hpcssl.core.atomic import atomic_file, read_json_lines
 from hpcssl.core.errors import RunError
 
 FILE_NAME = "metrics.jsonl"
@@ -61,7 +60,7 @@ def read_metrics(run: Path) -> pd.DataFrame:
     path = run / FILE_NAME
     if not path.exists():
         raise RunError(f"{run}: no {FILE_NAME}; has the run begun?")
-    records, frames = _records(path), []
+    records, frames = read_json_lines(path), []
     while some := list(itertools.islice(records, _LINES)):
         frames.append(pd.DataFrame(some))
     if not frames:
@@ -85,16 +84,6 @@ def last_record(run: Path) -> dict[str, Any] | None:
             if isinstance(record, dict):
                 return record
     return None
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield every whole line's record; a process that was killed may leave the last line torn."""
-    with path.open("rb") as stream:
-        for line in stream:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
 
 
 def _length_before(path: Path, next_step: int) -> int:

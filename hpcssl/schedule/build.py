@@ -7,7 +7,6 @@ synced and renamed, then its checksum is put beside it; so a build that was kill
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable, Collection
@@ -17,8 +16,9 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_file, digest_file, read_json, remove_temporary, sync_dir, write_atomic
-from hpcssl.core.config import first_difference, to_mapping
+from hpcssl.core.atomic import atomic_file, digest_file, remove_temporary, sync, write_atomic
+from hpcssl.core.claim import check_same, claim
+from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.eligible import HoldOut, filter_columns
@@ -61,20 +61,20 @@ def build_schedule(
     """
     builder = Builder(spec, slides, HoldOut.read(Path(spec.hold_out)) if spec.hold_out else None)
     records = [builder.record(number) for number in range(spec.num_pseudo_epochs)]
-    wanted = range(spec.num_pseudo_epochs) if only is None else sorted(set(only))
-    if any(not 0 <= number < spec.num_pseudo_epochs for number in wanted):
+    numbers = range(spec.num_pseudo_epochs) if only is None else sorted(set(only))
+    if any(not 0 <= number < spec.num_pseudo_epochs for number in numbers):
         raise ScheduleError(
-            f"pseudo-epochs {min(wanted)} to {max(wanted)}: the spec has only 0 to {spec.num_pseudo_epochs - 1}"
+            f"pseudo-epochs {min(numbers)} to {max(numbers)}: the spec has only 0 to {spec.num_pseudo_epochs - 1}"
         )
     identity = schedule_identity(builder)
     if not _claim(out, identity):
         _clear(out)
-        on_progress(len(wanted) * spec.positions_per_pseudo_epoch)
+        on_progress(len(numbers) * spec.positions_per_pseudo_epoch)
         return []
     num_bytes = len(builder.file_header) + spec.positions_per_pseudo_epoch * builder.dtype.itemsize
     records = [record | {"bytes": num_bytes} for record in records]
-    missing = [number for number in wanted if not _is_whole(out, records[number])]
-    on_progress((len(wanted) - len(missing)) * spec.positions_per_pseudo_epoch)
+    missing = [number for number in numbers if not _is_whole(out, records[number])]
+    on_progress((len(numbers) - len(missing)) * spec.positions_per_pseudo_epoch)
     left: list[int] = []
     try:
         _write_all(builder, out, missing, jobs, on_progress)
@@ -118,38 +118,22 @@ def schedule_identity(builder: Builder) -> dict[str, Any]:
     }
 
 
-def slides_table(builder: Builder) -> pd.DataFrame:
-    """Return the table that stands in the schedule: what reading and verifying need of the slides."""
-    slides = builder.slides
-    table = slides[["slide_id", "organ", "num_tiles"]].assign(
-        patient_id=slides.get("patient_id", ""),
-        first_tile=builder.first_tiles,
-        eligible=builder.eligible,
-    )
-    return table.assign(**{column: slides[column] for column in filter_columns(builder.spec) if column not in table})
-
-
 def _claim(out: Path, identity: dict[str, Any]) -> bool:
     """Make `out` the folder of this schedule; False if it is finished already."""
+    words: Any = {"now": "where now {} is asked for", "advice": "remove it or choose another --out"}
+    words |= {"error": ScheduleError, "show": repr}
     if (out / HEADER).exists():
-        name, found = HEADER, Schedule.open(out).header
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        name = UNFINISHED
-        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{name}."))
-        if not (out / name).exists():  # looked at after the list: another node may have begun in between
-            if others:
-                raise ScheduleError(f"{out}: holds {others[0]}, no schedule; choose another --out")
-            write_atomic(out / name, json.dumps(identity))
-        found = read_json(out / name, ScheduleError(f"{out / name}: damaged; remove {out} and build anew"))
-    differs = first_difference({key: found.get(key) for key in identity}, identity)
-    if differs:
-        key, there, asked = differs
-        state = "is a schedule" if name == HEADER else "holds parts of a schedule"
-        raise ScheduleError(
-            f"{out} {state} with {key} = {there!r}, where now {asked!r} is asked for; remove it or choose another --out"
-        )
-    return name != HEADER
+        header = Schedule.open(out).header
+        stored = {key: header.get(key) for key in identity}
+        check_same(stored, identity, made=f"{out} is a schedule with", **words)
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{UNFINISHED}."))
+    if others and not (out / UNFINISHED).exists():  # after the list: another node may have started in between
+        raise ScheduleError(f"{out}: holds {others[0]}, no schedule; choose another --out")
+    made, damaged = f"{out} holds parts of a schedule with", f"remove {out} and build anew"
+    claim(out / UNFINISHED, identity, made=made, damaged=damaged, **words)
+    return True
 
 
 def _is_whole(out: Path, record: dict[str, Any]) -> bool:
@@ -203,8 +187,12 @@ def _finish(builder: Builder, out: Path, identity: dict[str, Any], records: list
         if not re.fullmatch(rf"[0-9a-f]{{64}}  {re.escape(record['file'])}\n", text):
             raise ScheduleError(f"{_checksum(out, record['file'])}: damaged; remove it and build again")
         checksums[record["file"]] = text[:64]
-    with atomic_file(out / SLIDES) as temporary:
-        slides_table(builder).to_parquet(temporary, index=False)
+    slides = builder.slides
+    table = slides[["slide_id", "organ", "num_tiles"]].assign(patient_id=slides.get("patient_id", ""))
+    table = table.assign(first_tile=builder.first_tiles, eligible=builder.eligible)
+    filtered = [column for column in filter_columns(builder.spec) if column not in table]
+    with atomic_file(out / SLIDES) as temporary:  # what reading and verifying need of the slides
+        table.assign(**{column: slides[column] for column in filtered}).to_parquet(temporary, index=False)
     if identity["spec"]["hold_out"]:
         write_atomic(out / HOLD_OUT, builder.hold_out.to_csv())
     records = [record | {"sha256": checksums[record["file"]]} for record in records]
@@ -222,4 +210,4 @@ def _clear(out: Path) -> None:
     for path in (out / UNFINISHED, *out.glob("*.sha256")):
         path.unlink(missing_ok=True)
     remove_temporary(out)
-    sync_dir(out)
+    sync(out)

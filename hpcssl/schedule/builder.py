@@ -98,13 +98,13 @@ class Builder:
     @cached_property
     def quotas(self) -> list[Quotas]:
         """The quotas of every pseudo-epoch; ScheduleError, naming the organ, where the spec cannot be met."""
-        found = []
+        quotas = []
         for number in range(self.spec.num_pseudo_epochs):
             pass_number, group_number = divmod(number, self.spec.num_groups)
             if group_number == 0:
                 group, order = self.groups(pass_number)
-            found.append(self._quotas_of(number, group == group_number, order))
-        return found
+            quotas.append(self._quotas_of(number, group == group_number, order))
+        return quotas
 
     @cached_property
     def _slide_weights(self) -> np.ndarray:
@@ -155,23 +155,16 @@ class Builder:
         for piece in np.split(np.arange(len(who)), np.flatnonzero(np.diff(ends // _CHUNK)) + 1):
             slides = slice(piece[0], piece[-1] + 1)
             begin, end = ends[slides][0] - draws[slides][0], ends[slides][-1]
-            first = self.first_tiles[who[slides]]
-            kernels.draw_tiles(
-                who[slides], n[slides], first, before[slides], draws[slides], key, tables, tiles[begin:end]
-            )
+            of_slides = (values[slides] for values in (who, n, self.first_tiles[who], before, draws))
+            kernels.draw_tiles(*of_slides, key, tables, tiles[begin:end])
             yield
 
     def record(self, number: int) -> dict[str, Any]:
         """Return what `schedule.json` says of a pseudo-epoch, but for its size and checksum."""
         quotas = self.quotas[number]
-        return {
-            "number": number,
-            "file": pseudo_epoch_file(number),
-            "slides_used": len(quotas.slides),
-            "organs": {
-                organ: {"wanted": quotas.wanted[organ], "achieved": quotas.achieved[organ]} for organ in quotas.achieved
-            },
-        }
+        organs = {o: {"wanted": quotas.wanted[o], "achieved": quotas.achieved[o]} for o in quotas.achieved}
+        used = len(quotas.slides)
+        return {"number": number, "file": pseudo_epoch_file(number), "slides_used": used, "organs": organs}
 
     def _quotas_of(self, number: int, in_group: NDArray[np.bool_], order: NDArray[np.int64]) -> Quotas:
         spec, total = self.spec, self.spec.positions_per_pseudo_epoch

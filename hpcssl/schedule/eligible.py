@@ -40,14 +40,11 @@ class HoldOut:
             raise ScheduleError(f"hold_out {path}: no such file") from None
         except ValueError as error:
             raise ScheduleError(f"hold_out {path}: not a CSV file ({' '.join(str(error).split())})") from None
-        columns = {"slide_id": frame.get("slide_id"), "patient_id": frame.get("patient_id")}
-        if all(column is None for column in columns.values()):
-            found = ", ".join(map(repr, frame.columns))
-            raise ScheduleError(f"hold_out {path}: expected a column slide_id or patient_id, found {found}")
-        slides, patients = (
-            tuple(sorted({text.strip() for text in column} - {""})) if column is not None else ()
-            for column in columns.values()
-        )
+        names = ("slide_id", "patient_id")
+        if not any(name in frame for name in names):
+            columns = ", ".join(map(repr, frame.columns))
+            raise ScheduleError(f"hold_out {path}: expected a column slide_id or patient_id, found {columns}")
+        slides, patients = (tuple(sorted({text.strip() for text in frame.get(name, [])} - {""})) for name in names)
         if not slides and not patients:
             raise ScheduleError(f"hold_out {path}: names no slide and no patient")
         return cls(slides, patients)
@@ -61,16 +58,16 @@ class HoldOut:
         }
         return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
 
-    def found(self, slides: pd.DataFrame) -> str:
+    def describe(self, slides: pd.DataFrame) -> str:
         """Say how much of the list is in a slide table."""
-        told = []
+        counts = []
         for names, column in ((self.slides, "slide_id"), (self.patients, "patient_id")):
             if names:
-                here = set(slides[column].str.strip()) if column in slides else set()
-                told.append(f"{len(here.intersection(names))} of {len(names)} {column}s")
-        return f"hold-out: {' and '.join(told)} of the list are in the slide table"
+                present = set(slides[column].str.strip()) if column in slides else set()
+                counts.append(f"{len(present.intersection(names))} of {len(names)} {column}s")
+        return f"hold-out: {' and '.join(counts)} of the list are in the slide table"
 
-    def held(self, slides: pd.DataFrame) -> NDArray[np.bool_]:
+    def mask(self, slides: pd.DataFrame) -> NDArray[np.bool_]:
         """Return which slides are held out, by their own name or their patient's, (num_slides,).
 
         Raises
@@ -83,24 +80,24 @@ class HoldOut:
         if "patient_id" not in slides:
             if self.patients:
                 raise ScheduleError("hold_out names patients, but the slide table has no column patient_id")
-            held = by_name
+            mask = by_name
         else:
             patient = slides["patient_id"].str.strip()
-            held = by_name | patient.isin(self.patients).to_numpy()
-            torn = ~held & patient.isin(set(patient[held]) - {""}).to_numpy()
+            mask = by_name | patient.isin(self.patients).to_numpy()
+            torn = ~mask & patient.isin(set(patient[mask]) - {""}).to_numpy()
             if torn.any():
                 inside = int(np.argmax(torn))
                 name = patient.iloc[inside]
-                outside = slides["slide_id"][held & (patient == name).to_numpy()].iloc[0]
+                outside = slides["slide_id"][mask & (patient == name).to_numpy()].iloc[0]
                 raise ScheduleError(
                     f"patient {name} is on both sides of the hold-out: slide {outside} is held out, slide"
                     f" {slides['slide_id'].iloc[inside]} is not ({int(torn.sum())} such slides);"
                     " name the patient in the hold-out, or all slides of it"
                 )
-        if (self.slides or self.patients) and not held.any():
+        if (self.slides or self.patients) and not mask.any():
             first = (*self.slides, *self.patients)[0]
             raise ScheduleError(f"hold_out: none of its slides and patients is in the slide table (first: {first})")
-        return held
+        return mask
 
 
 def eligible_slides(spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut) -> NDArray[np.bool_]:
@@ -112,7 +109,7 @@ def eligible_slides(spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut)
         For a filter on an unknown column or for a value that no slide has, for a patient on both sides of the hold-out,
         and where no slide is left.
     """
-    enters = ~hold_out.held(slides)
+    enters = ~hold_out.mask(slides)
     for name, filters in (("include", spec.include), ("exclude", spec.exclude)):
         for column, values in filters.items():
             has = _has(slides, name, column, values)
@@ -128,13 +125,13 @@ def _has(slides: pd.DataFrame, name: str, column: str, values: Sequence[str | in
     if column not in slides:
         hint = nearest(column, [str(known) for known in slides.columns])
         raise ScheduleError(f"{name}.{column}: no such column in the slide table; {hint}")
-    found = slides[column].astype(str)
-    known = sorted(set(found))
-    wanted = [str(value) for value in values]
-    for value in wanted:
+    texts = slides[column].astype(str)
+    known = sorted(set(texts))
+    requested = [str(value) for value in values]
+    for value in requested:
         if value not in known:
             raise ScheduleError(f"{name}.{column}: no slide has {column} {value!r}; {nearest(value, known)}")
-    return found.isin(wanted).to_numpy()
+    return texts.isin(requested).to_numpy()
 
 
 def filter_columns(spec: ScheduleSpec) -> list[str]:

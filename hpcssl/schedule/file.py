@@ -118,13 +118,13 @@ class Schedule:
         sizes[SLIDES] = header["slides_file_bytes"]
         if header["spec"]["hold_out"]:
             sizes[HOLD_OUT] = header["hold_out_bytes"]
-        for name, wanted in sizes.items():
+        for name, expected in sizes.items():
             try:
-                found = (path / name).stat().st_size
+                size = (path / name).stat().st_size
             except FileNotFoundError:
                 raise ScheduleError(f"{path / name} is missing; {anew(path)}") from None
-            if found != wanted:
-                raise ScheduleError(f"{path / name}: {found} bytes, expected {wanted}; {anew(path)}")
+            if size != expected:
+                raise ScheduleError(f"{path / name}: {size} bytes, expected {expected}; {anew(path)}")
         return cls(path, header)
 
     @cached_property
@@ -174,10 +174,10 @@ class Schedule:
             mapped = map_array(path)
         except ValueError as error:
             raise ScheduleError(f"{path}: damaged ({error}); {anew(self.path)}") from None
-        wanted = (np.dtype(self.header["dtype"]).newbyteorder("<"), (self.positions_per_pseudo_epoch,))
-        if (mapped.dtype, mapped.shape) != wanted:
+        expected = (np.dtype(self.header["dtype"]).newbyteorder("<"), (self.positions_per_pseudo_epoch,))
+        if (mapped.dtype, mapped.shape) != expected:
             raise ScheduleError(
-                f"{path}: {mapped.shape} of {mapped.dtype.str}, expected {wanted[1]} of {wanted[0].str}"
+                f"{path}: {mapped.shape} of {mapped.dtype.str}, expected {expected[1]} of {expected[0].str}"
             )
         return mapped
 

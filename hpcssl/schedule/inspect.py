@@ -57,15 +57,10 @@ def organ_shares(path: Path) -> pd.DataFrame:
     for record in schedule.header["pseudo_epochs"]:
         for organ, quota in record["organs"].items():
             positions[organ] += quota["achieved"]
-    frame = pd.DataFrame(
-        {
-            "organ": tiles.index,
-            "num_tiles": tiles.to_numpy(),
-            "natural_share": (tiles / tiles.sum()).to_numpy(),
-            "positions": positions.to_numpy(),
-            "scheduled_share": (positions / positions.sum()).to_numpy(),
-        }
-    )
+    frame = pd.DataFrame({"organ": tiles.index, "num_tiles": tiles.to_numpy()})
+    frame["natural_share"] = (tiles / tiles.sum()).to_numpy()
+    frame["positions"] = positions.to_numpy()
+    frame["scheduled_share"] = (positions / positions.sum()).to_numpy()
     return frame.sort_values(["num_tiles", "organ"], ascending=[False, True]).reset_index(drop=True)
 
 
@@ -80,32 +75,20 @@ def _repeats(builder: Builder, drawn: np.ndarray) -> pd.DataFrame:
 
 
 def _passes(builder: Builder) -> pd.DataFrame:
-    numbers = range(builder.spec.num_pseudo_epochs)
-    return pd.DataFrame(
-        {
-            "pass": [number // builder.spec.num_groups for number in numbers],
-            "pseudo_epoch": list(numbers),
-            "slides": [len(builder.quotas[number].slides) for number in numbers],
-        }
-    )
+    numbers = np.arange(builder.spec.num_pseudo_epochs)
+    slides = [len(quotas.slides) for quotas in builder.quotas]
+    return pd.DataFrame({"pass": numbers // builder.spec.num_groups, "pseudo_epoch": numbers, "slides": slides})
 
 
 def _coverage(builder: Builder) -> tuple[pd.DataFrame, np.ndarray]:
     """Return the coverage after every pseudo-epoch, and the draws of every slide at the end."""
     drawn = np.zeros(len(builder.num_tiles), np.int64)
-    all_slides, all_tiles = int(builder.eligible.sum()), int(builder.num_tiles[builder.eligible].sum())
     rows = []
     for number, quotas in enumerate(builder.quotas):
         drawn[quotas.slides] += quotas.draws
-        slides, tiles = int((drawn > 0).sum()), int(np.minimum(drawn, builder.num_tiles).sum())
-        rows.append(
-            {
-                "pseudo_epoch": number,
-                "samples_seen": (number + 1) * builder.spec.positions_per_pseudo_epoch,
-                "slides_seen": slides,
-                "tiles_seen": tiles,
-                "slides_share": slides / all_slides,
-                "tiles_share": tiles / all_tiles,
-            }
-        )
-    return pd.DataFrame(rows), drawn
+        seen = int((drawn > 0).sum()), int(np.minimum(drawn, builder.num_tiles).sum())
+        rows.append((number, (number + 1) * builder.spec.positions_per_pseudo_epoch, *seen))
+    frame = pd.DataFrame(rows, columns=["pseudo_epoch", "samples_seen", "slides_seen", "tiles_seen"])
+    frame["slides_share"] = frame["slides_seen"] / int(builder.eligible.sum())
+    frame["tiles_share"] = frame["tiles_seen"] / int(builder.num_tiles[builder.eligible].sum())
+    return frame, drawn

@@ -31,8 +31,8 @@ def compare_schedules(first: Path, second: Path) -> list[str]:
         differs = first_difference({key: spec_a.get(key)}, {key: spec_b.get(key)})
         if differs:
             lines.append(f"spec: {differs[0]} is {differs[1]!r} in A and {differs[2]!r} in B")
-    told = {"slides_digest": "slide tables", "eligible": "slides that enter", "hold_out_sha256": "hold-out lists"}
-    for key, what in told.items():
+    labels = {"slides_digest": "slide tables", "eligible": "slides that enter", "hold_out_sha256": "hold-out lists"}
+    for key, what in labels.items():
         if a.header[key] != b.header[key]:
             lines.append(f"{what}: {_slides_text(a, key)} in A, {_slides_text(b, key)} in B; not the same")
     part = _first_position(a, b)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from hpcssl.core import config, resources
 from hpcssl.core.config import settings
 from hpcssl.core.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Power = Annotated[float, Field(ge=0, le=4)]  # 0 is equal or uniform, 1 natural
 
 
 @settings
@@ -25,7 +29,7 @@ class ScheduleSpec:
     num_pseudo_epochs : files of the schedule; paper 50
     positions_per_pseudo_epoch : draws in each; paper 65,000,000
     num_groups : pseudo-epochs that together use every slide exactly once (a pass); paper 5
-    organ_power : 0 uniform over organs, 1 natural. The paper says "balanced" without a formula; 0 is our reading
+    organ_power : 0 uniform over organs (our reading of the paper's "balanced"), 1 natural; at most 4
     organ_size : what an organ's size counts, `tiles` or `slides`
     organ_weights : explicit weights of organs, any positive unit; 1 for an organ that is not named
     slide_power : 1 by tiles, 0 all slides of an organ alike
@@ -39,45 +43,32 @@ class ScheduleSpec:
     """
 
     seed: int = 0
-    num_pseudo_epochs: int = 50
-    positions_per_pseudo_epoch: int = 65_000_000
-    num_groups: int = 5
-    organ_power: float = 0.0
+    num_pseudo_epochs: Count = 50
+    positions_per_pseudo_epoch: Count = 65_000_000
+    num_groups: Count = 5
+    organ_power: Power = 0.0
     organ_size: Literal["tiles", "slides"] = "tiles"
     organ_weights: Mapping[str, float] = field(default_factory=dict)
-    slide_power: float = 1.0
-    max_repeats: int = 20
+    slide_power: Power = 1.0
+    max_repeats: Count = 20
     include: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
     exclude: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
     hold_out: str = ""
     mpp_weights: Mapping[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("num_pseudo_epochs", "positions_per_pseudo_epoch", "num_groups", "max_repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected at least 1")
-        for name in ("num_pseudo_epochs", "positions_per_pseudo_epoch", "num_groups", "max_repeats"):
-            if getattr(self, name) >= 2**31:
-                raise ConfigError(f"schedule spec: {name} = {getattr(self, name)}; expected below 2^31")
-        for name, at_0, at_1 in (("organ_power", "uniform", "natural"), ("slide_power", "equal", "by tiles")):
-            object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one spec
-            if not 0 <= getattr(self, name) <= 4:
-                raise ConfigError(
-                    f"schedule spec: {name} = {getattr(self, name)}; expected 0 ({at_0}) to 1 ({at_1}), at most 4"
-                )
         for name in ("include", "exclude"):  # a number in YAML is the text of it in the table
             texts = {column: [str(value) for value in values] for column, values in getattr(self, name).items()}
             object.__setattr__(self, name, texts)
-        weights = {float(mpp): float(weight) for mpp, weight in sorted(self.mpp_weights.items())}
-        object.__setattr__(self, "mpp_weights", weights)
-        for mpp, weight in weights.items():
+        object.__setattr__(self, "mpp_weights", dict(sorted(self.mpp_weights.items())))
+        for mpp, weight in self.mpp_weights.items():
             if not (0.01 <= mpp <= 100 and 1e-6 <= weight <= 1e6):
                 raise ConfigError(
                     f"schedule spec: mpp_weights: {{{mpp}: {weight}}}; expected microns per pixel, 0.01 to 100, and for"
                     " each a weight, 0.000001 to 1000000; to leave an MPP out, do not name it"
                 )
         for organ, weight in self.organ_weights.items():
-            if not (math.isfinite(weight) and 1e-6 <= weight <= 1e6):
+            if not 1e-6 <= weight <= 1e6:
                 raise ConfigError(
                     f"schedule spec: organ_weights.{organ} = {weight}; expected 0.000001 to 1000000;"
                     " to leave an organ out, name it under exclude.organ"

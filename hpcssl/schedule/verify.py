@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.config import build, first_difference
+from hpcssl.core.claim import check_same
+from hpcssl.core.config import build
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.build import schedule_identity
 from hpcssl.schedule.builder import Builder
@@ -69,10 +69,9 @@ def builder_of(schedule: Schedule) -> Builder:
 def _check_header(schedule: Schedule, builder: Builder) -> None:
     """Compare what `schedule.json` tells with what spec and slides make it."""
     header, file, identity = schedule.header, schedule.path / HEADER, schedule_identity(builder)
-    differs = first_difference({key: header.get(key) for key in identity}, identity)
-    if differs:
-        key, told, found = differs
-        raise ScheduleError(f"{file}: tells {key} = {told!r}, but its spec and {SLIDES} make it {found!r}")
+    stored = {key: header.get(key) for key in identity}
+    now = f"but its spec and {SLIDES} make it"
+    check_same(stored, identity, made=f"{file}: tells", now=now, advice="", error=ScheduleError, show=repr)
     for column, values in (("first_tile", builder.first_tiles), ("eligible", builder.eligible)):
         if (builder.slides[column] != values).any():
             raise ScheduleError(f"{schedule.path / SLIDES}: {column} is not what spec and slides make it")
@@ -119,8 +118,8 @@ def _check_file(schedule: Schedule, builder: Builder, number: int, on_progress: 
             data = stream.read(chunk.nbytes)
             digest.update(data)
             if wrong is None and data != chunk.data.cast("B"):
-                found = np.frombuffer(data.ljust(chunk.nbytes, b"\0"), builder.dtype)
-                wrong = done + int(np.argmax(found != chunk))
+                stored = np.frombuffer(data.ljust(chunk.nbytes, b"\0"), builder.dtype)
+                wrong = done + int(np.argmax(stored != chunk))
             done += len(chunk)
             on_progress(len(chunk))
         rest = stream.read(1)
@@ -139,20 +138,21 @@ def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
     tiles = np.load(file)
     if int(tiles.max()) >= int(builder.num_tiles.sum()):
         return f"tile {tiles.max()} is none of the {builder.num_tiles.sum()} tiles of the slide table"
-    found = np.zeros(len(builder.slides), np.int64)
+    counts = np.zeros(len(builder.slides), np.int64)
     for start in range(0, len(tiles), _PIECE):
-        found += _count_by_slide(tiles[start : start + _PIECE], builder)
+        piece = tiles[start : start + _PIECE].astype(np.int64)
+        counts += np.bincount(slide_of(piece, builder.first_tiles), minlength=len(counts))
     quotas = builder.quotas[number]
-    expected = np.zeros_like(found)
+    expected = np.zeros_like(counts)
     expected[quotas.slides] = quotas.draws
-    for slides, told in (
-        (np.flatnonzero((found > 0) & ~builder.eligible), "slide {} is drawn, but filtered or held out"),
-        (np.flatnonzero((found > 0) & (expected == 0)), "slide {} is drawn outside its group (guarantee 1)"),
-        (np.flatnonzero(found != expected), "slide {} is drawn {} times, not its quota of {} (guarantee 2)"),
+    for slides, message in (
+        (np.flatnonzero((counts > 0) & ~builder.eligible), "slide {} is drawn, but filtered or held out"),
+        (np.flatnonzero((counts > 0) & (expected == 0)), "slide {} is drawn outside its group (guarantee 1)"),
+        (np.flatnonzero(counts != expected), "slide {} is drawn {} times, not its quota of {} (guarantee 2)"),
     ):
         if len(slides):
             first = slides[0]
-            return told.format(builder.slides["slide_id"].iloc[first], found[first], expected[first])
+            return message.format(builder.slides["slide_id"].iloc[first], counts[first], expected[first])
     tiles.sort()
     drawn = builder.draws(number)
     drawn.sort()
@@ -162,7 +162,3 @@ def _broken_guarantee(file: Path, builder: Builder, number: int) -> str:
         name = builder.slides["slide_id"].iloc[slide]
         return f"the draws of slide {name} do not go through its tiles in turn (guarantee 3)"
     return "not the keyed order of its draws (guarantee 4)"
-
-
-def _count_by_slide(tiles: NDArray[np.unsignedinteger], builder: Builder) -> NDArray[np.int64]:
-    return np.bincount(slide_of(tiles.astype(np.int64), builder.first_tiles), minlength=len(builder.slides))

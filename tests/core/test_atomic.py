@@ -52,25 +52,25 @@ def check_kill_leaves_the_old_file(script: str, folder: Path) -> None:
     assert visible(folder) == {"a.txt": b"old"}
 
 
+WRITERS = {
+    "while writing": """
+        with atomic.atomic_file(Path("a.txt")) as temporary:
+            temporary.write_text("new, but only ha")
+            DIE
+        """,
+    "before the rename": """
+        atomic.os.replace = lambda *names: DIE
+        atomic.write_atomic(Path("a.txt"), "new")
+        """,
+}
+
+
 @pytest.mark.parametrize("death", DEATHS)
-def test_killed_while_writing_leaves_the_old_file(tmp_path: Path, death: str) -> None:
-    script = f"""
-    with atomic.atomic_file(Path("a.txt")) as temporary:
-        temporary.write_text("new, but only ha")
-        {DEATHS[death]}
-    """
-    check_kill_leaves_the_old_file(script, tmp_path)
+@pytest.mark.parametrize("moment", WRITERS)
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path, death: str, moment: str) -> None:
+    check_kill_leaves_the_old_file(WRITERS[moment].replace("DIE", DEATHS[death]), tmp_path)
     write_atomic(tmp_path / "a.txt", "new")
     assert visible(tmp_path) == {"a.txt": b"new"}
-
-
-@pytest.mark.parametrize("death", DEATHS)
-def test_killed_between_write_and_rename_leaves_the_old_file(tmp_path: Path, death: str) -> None:
-    script = f"""
-    atomic.os.replace = lambda *names: {DEATHS[death]}
-    atomic.write_atomic(Path("a.txt"), "new")
-    """
-    check_kill_leaves_the_old_file(script, tmp_path)
 
 
 def test_the_check_catches_a_writer_in_place(tmp_path: Path) -> None:
@@ -106,32 +106,25 @@ def test_killed_folder_does_not_look_finished_and_the_next_try_is_clean(
 
 
 @pytest.mark.parametrize("error", [ValueError, Interrupted, SystemExit])
-def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "a.txt").write_text("old")
 
-    def fail_amid() -> None:
-        with atomic_file(path) as temporary:
+    def fail_amid_file() -> None:
+        with atomic_file(tmp_path / "a.txt") as temporary:
             temporary.write_text("new")
             raise error
 
-    with pytest.raises(error):
-        fail_amid()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "old"
-
-
-@pytest.mark.parametrize("error", [ValueError, Interrupted, SystemExit])
-def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
-    def fail_amid() -> None:
+    def fail_amid_folder() -> None:
         with atomic_dir(tmp_path / "store") as partial:
             (partial / "sub").mkdir()
             (partial / "sub/a").write_text("a")
             raise error
 
-    with pytest.raises(error):
-        fail_amid()
-    assert list(tmp_path.iterdir()) == []
+    for fail in (fail_amid_file, fail_amid_folder):
+        with pytest.raises(error):
+            fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

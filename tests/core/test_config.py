@@ -174,11 +174,6 @@ def test_text_that_is_no_yaml_stays_text() -> None:
     assert with_overrides({}, ["name=a: b: c", "out=[x"]) == {"name": "a: b: c", "out": "[x"}
 
 
-def test_a_set_typo_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"unknown setting optim\.lrr; did you mean lr\?"):
-        build(Run, with_overrides({"optim": {"lr": 1}}, ["optim.lrr=2"]), where="recipe x")
-
-
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
     run = Run(optim=Optim(lr=5e-5, clip=3.0), teacher=Optim(lr=1e-300), out=tmp_path / "é", name="3")
     path = tmp_path / "config.yaml"

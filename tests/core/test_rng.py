@@ -22,7 +22,6 @@ VECTORS = [
 ]
 
 Draw = Callable[[int, np.ndarray], np.ndarray]
-Permutation = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def words_of(text: str) -> list[int]:
@@ -156,7 +155,7 @@ def test_below_is_uniform(bound: int) -> None:
     assert stats.chisquare(counts).pvalue > THRESHOLD
 
 
-# keyed permutations (tests/schedule/test_kernels.py looks at many thousands of them, with the compiled ones)
+# keyed permutations; tests/schedule/test_kernels.py looks at the likelihood of many thousands, test_order.py at trends
 
 
 def permute_in_integers(index: int, size: int, key: int, member: int = 0, number: int = 0, rounds: int = 8) -> int:
@@ -189,11 +188,9 @@ def test_permute_is_the_cipher_of_black_and_rogaway(size: int) -> None:
 
 
 def test_permute_of_a_few_is_a_golden() -> None:
-    told = "permutations may never change between versions"
-    assert permute(np.arange(10), 10, 0).tolist() == [3, 4, 6, 7, 0, 1, 5, 2, 8, 9], told
-    assert permute(np.arange(5), 65_000_000, 1, 2, 3).tolist() == [32553697, 34882278, 43400849, 26097997, 33247189], (
-        told
-    )
+    """Permutations may never change between versions."""
+    assert permute(np.arange(10), 10, 0).tolist() == [3, 4, 6, 7, 0, 1, 5, 2, 8, 9]
+    assert permute(np.arange(5), 65_000_000, 1, 2, 3).tolist() == [32553697, 34882278, 43400849, 26097997, 33247189]
 
 
 @pytest.mark.parametrize("size", [*range(1, 300), 7700, 65_000, 65_000_000, 2**31 - 1])
@@ -244,44 +241,6 @@ def test_permute_of_many(size: int) -> None:
 def test_permute_of_none_or_too_many_is_a_defect_of_the_caller(size: int) -> None:
     with pytest.raises(AssertionError):
         permute([0], size, 0)
-
-
-def check_first_goes_anywhere(permutation: Permutation, size: int) -> None:
-    """Index 0 goes to every place equally often, over keys in sequence and over hashed ones."""
-    count = 60 * size
-    for keys in (range(count), [key_of(n, "keys") for n in range(count)]):
-        places = [int(permutation(np.zeros(1, np.int64), size, key)[0]) for key in keys]
-        assert stats.chisquare(np.bincount(places, minlength=size)).pvalue > THRESHOLD
-
-
-def check_scatters(permutation: Permutation, size: int) -> None:
-    """Neither index and place, nor the places of neighbours, go together."""
-    for key in (0, 1, 2**40):
-        place = permutation(np.arange(size), size, key)
-        for a, b in ((np.arange(size), place), (place[:-1], place[1:]), (place[:-2], place[2:])):
-            assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(size)
-
-
-@pytest.mark.parametrize("size", [5, 8, 50])
-def test_permute_sends_the_first_anywhere(size: int) -> None:
-    check_first_goes_anywhere(permute, size)
-
-
-def test_permute_scatters() -> None:
-    check_scatters(permute, 100_000)
-
-
-def test_the_checks_catch_no_shuffle_and_a_rotation() -> None:
-    def unshuffled(index: np.ndarray, size: int, key: int) -> np.ndarray:
-        return index
-
-    def rotated(index: np.ndarray, size: int, key: int) -> np.ndarray:
-        return (index + key) % size
-
-    with pytest.raises(AssertionError):
-        check_first_goes_anywhere(unshuffled, 8)
-    with pytest.raises(AssertionError):
-        check_scatters(rotated, 100_000)
 
 
 def test_different_keys_members_and_numbers_give_different_permutations() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +107,3 @@ def test_the_check_catches_another_order_and_places_that_count_from_one(schedule
             check_export(schedule, tmp_path)
     right.to_csv(file, index=False)
     check_export(schedule, tmp_path)
-
-
-def test_tile_numbers_beyond_32_bits(tmp_path: Path) -> None:
-    slides = pd.DataFrame({"slide_id": ["a", "b", "c"], "organ": "x", "num_tiles": [2**31 - 1] * 3})
-    spec = replace(ScheduleSpec(), num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=99)
-    build_schedule(spec, slides, tmp_path / "sched")
-    export_csv(Schedule.open(tmp_path / "sched"), tmp_path / "csv", paths_of=None)
-    check_export(Schedule.open(tmp_path / "sched"), tmp_path / "csv")

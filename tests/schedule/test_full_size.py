@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.spec import ScheduleSpec
 
@@ -64,8 +63,3 @@ def test_quotas_and_coverage_of_the_papers_schedule(slides: pd.DataFrame, power:
         used = np.concatenate([quotas.slides for quotas in builder.quotas[first : first + 5]])
         assert (np.sort(used) == np.arange(NUM_SLIDES)).all(), f"the pass that begins at pseudo-epoch {first}"
     assert (capped > 50) == (max_repeats == 1), "caps bind where they are meant to"
-
-
-def test_an_organ_with_more_slides_than_positions_is_refused_by_name(slides: pd.DataFrame) -> None:
-    with pytest.raises(ScheduleError, match=r"the \d+ slides of organ \d+ in its group need a position each"):
-        Builder(ScheduleSpec(organ_power=3.0), slides).check()

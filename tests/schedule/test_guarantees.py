@@ -251,14 +251,9 @@ def test_every_slide_has_at_least_one_draw(tmp_path: Path) -> None:
 def test_an_organ_whose_slides_have_no_room_is_named(tmp_path: Path) -> None:
     spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=6)
     build_and_read(tmp_path / "just enough", spec, two_organs())
-    for short in (
-        replace(spec, positions_per_pseudo_epoch=5, organ_weights={"y": 1.01}),
-        replace(spec, organ_weights={"x": 0.5}),
-    ):
-        with pytest.raises(
-            ScheduleError, match="the 3 slides of x in its group need a position each, but its quota is 2"
-        ):
-            build_schedule(short, two_organs(), tmp_path / "sched")
+    for change in ({"positions_per_pseudo_epoch": 5, "organ_weights": {"y": 1.01}}, {"organ_weights": {"x": 0.5}}):
+        with pytest.raises(ScheduleError, match="3 slides of x in its group need a position each, but its quota is 2"):
+            build_schedule(replace(spec, **change), two_organs(), tmp_path / "sched")
     assert not (tmp_path / "sched").exists()
 
 
@@ -341,9 +336,8 @@ def test_the_turns_of_two_slides_and_two_rounds_differ(tmp_path: Path) -> None:
         for slide in range(40)
     }
     first_halves = [halves[slide, number] for slide in range(40) for number in range(0, 8, 2)]
-    assert all(sorted(halves[s, n] + halves[s, n + 1]) == list(range(6)) for s in range(40) for n in range(0, 8, 2)), (
-        "two pseudo-epochs are a round"
-    )
+    rounds = [halves[slide, number] + halves[slide, number + 1] for slide in range(40) for number in range(0, 8, 2)]
+    assert all(sorted(both) == list(range(6)) for both in rounds), "two pseudo-epochs are a round"
     _, counts = np.unique(first_halves, axis=0, return_counts=True)
     assert len(counts) == 20, "each choice of 3 out of 6 comes up"
     assert stats.chisquare(counts).pvalue > THRESHOLD

@@ -125,7 +125,7 @@ def test_names_that_look_like_something_else(tmp_path: Path, text: str) -> None:
     (tmp_path / "test.csv").write_text(text)
     held = HoldOut.read(tmp_path / "test.csv")
     expected = {"007", "1e3"} if "007" in text else {"NA"} if "NA" in text else {"a, b"}
-    assert {name for name, is_held in zip(names, held.held(slides)) if is_held} == expected
+    assert {name for name, is_held in zip(names, held.mask(slides)) if is_held} == expected
 
 
 def test_names_with_spaces_around_them_are_held_out_too(build: Callable[..., Schedule], table: pd.DataFrame) -> None:

@@ -141,12 +141,6 @@ def test_inspect_opens_no_file_of_tiles(filtered: dict[str, Path], tmp_path: Pat
         inspect_schedule(sched)
 
 
-def test_inspecting_what_is_no_schedule(tmp_path: Path) -> None:
-    for function in (inspect_schedule, organ_shares):
-        with pytest.raises(ScheduleError, match="no schedule"):
-            function(tmp_path)
-
-
 # two schedules
 
 
@@ -255,9 +249,3 @@ def test_other_hold_out_lists(built: Path, other: Callable[..., Path], slides: p
     assert lines[2] == f"hold-out lists: none in A, {digest[:12]} in B; not the same"
     assert lines[3].startswith("positions: ")
     assert len(lines) == 4
-
-
-def test_comparing_with_what_is_no_schedule(built: Path, tmp_path: Path) -> None:
-    for pair in ((built, tmp_path), (tmp_path, built)):
-        with pytest.raises(ScheduleError, match="no schedule"):
-            compare_schedules(*pair)

@@ -96,19 +96,6 @@ def test_a_build_killed_before_any_change_of_a_file(
     assert opened >= 4, "marks and checksums are removed when all is done"
 
 
-def test_a_build_killed_again_and_again(
-    held: ScheduleSpec, slides: pd.DataFrame, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "sched"
-    times = 0
-    while killed_at(13, partial(build_schedule, held, slides, out)):  # enough for a part and its checksum
-        times += 1
-        assert times < 20, "every try gets on"
-    assert times >= 2
-    assert build_schedule(held, slides, out) == []
-    assert contents(out) == undisturbed
-
-
 def has_parts(out: Path, number: int) -> bool:
     return len(list(out.glob("pseudo_epoch_*.npy"))) >= number
 

@@ -1,6 +1,7 @@
 """The fourth guarantee: the order of a pseudo-epoch's draws is a keyed permutation, without any trend.
 
-Every check is a function, and every function is shown orders that have what it looks for.
+Every check is a function, and every function is shown orders that have what it looks for. test_kernels.py is about the
+likelihood of each permutation, and about one after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import pytest
 from scipy import stats
 
 from hpcssl.schedule.build import build_schedule
-from hpcssl.schedule.builder import Builder
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
 
@@ -43,22 +43,6 @@ def slide_of(slides: pd.DataFrame) -> np.ndarray:
 def organ_of(slides: pd.DataFrame, slide_of: np.ndarray) -> np.ndarray:
     """The organ of every tile, as a number."""
     return np.unique(slides["organ"].astype(str), return_inverse=True)[1][slide_of]
-
-
-@pytest.fixture(scope="module")
-def orders() -> np.ndarray:
-    """2,000 pseudo-epochs of four seeds, each of the same 8 draws: a row is an order of 0 … 7."""
-    # 8 slides of one tile, each drawn once; no files, whose syncing takes long
-    slides = pd.DataFrame({"slide_id": list("abcdefgh"), "organ": "x", "num_tiles": 1})
-    spec = ScheduleSpec(num_pseudo_epochs=500, num_groups=1, positions_per_pseudo_epoch=8)
-    builders = [Builder(replace(spec, seed=seed), slides) for seed in range(4)]
-    rows = [tiles_of(builder, number) for builder in builders for number in range(500)]
-    return np.array(rows, np.int64)
-
-
-def tiles_of(builder: Builder, number: int) -> np.ndarray:
-    """A pseudo-epoch without its file."""
-    return np.concatenate([chunk.copy() for chunk in builder.chunks(number)])
 
 
 def check_no_trend(tiles: np.ndarray, slide_of: np.ndarray, organ_of: np.ndarray) -> None:
@@ -92,27 +76,6 @@ def check_no_memory(tiles: np.ndarray, slide_of: np.ndarray, organ_of: np.ndarra
             assert abs(deviation) < DEVIATIONS, f"the {what} {lag} places apart is the same in {same:.4f}"
 
 
-def check_all_orders(orders: np.ndarray) -> None:
-    """Rows are orders of the same draws: uniform at every place, and for every two places."""
-    size = orders.shape[1]
-    for place in range(size):
-        counts = np.bincount(orders[:, place], minlength=size)
-        assert stats.chisquare(counts).pvalue > THRESHOLD, f"place {place}: {counts}"
-        for other in range(place):
-            pairs = np.bincount(orders[:, other] * size + orders[:, place], minlength=size * size)
-            pairs = pairs.reshape(size, size)[~np.eye(size, dtype=bool)]
-            assert stats.chisquare(pairs).pvalue > THRESHOLD / size**2, f"places {other} and {place}"
-    ascents = (orders[:, 1:] > orders[:, :-1]).sum(axis=1)
-    assert abs(ascents.mean() - (size - 1) / 2) < DEVIATIONS * np.sqrt((size + 1) / 12 / len(orders))
-
-
-def check_no_order_tells_the_next(orders: np.ndarray) -> None:
-    """Two orders in sequence agree at as many places as any two."""
-    size = orders.shape[1]
-    matches = (orders[1:] == orders[:-1]).mean()
-    assert abs(matches - 1 / size) < DEVIATIONS * np.sqrt(1 / size / orders[1:].size), f"{matches:.3f} agree"
-
-
 LAGS = (1, 2, 3, 7, 64, 223, 224, 448)  # 224 is the side of the grid that permutes 50,000
 
 
@@ -124,21 +87,6 @@ def test_the_order_of_a_pseudo_epoch(
     check_spread(large[number], slide_of)
     check_spread(large[number], organ_of)
     check_no_memory(large[number], slide_of, organ_of, LAGS)
-
-
-def test_the_order_of_every_small_pseudo_epoch(built: Path, slide_of: np.ndarray, organ_of: np.ndarray) -> None:
-    schedule = Schedule.open(built)
-    for number in range(schedule.num_pseudo_epochs):
-        tiles = schedule.pseudo_epoch(number).astype(np.int64)
-        check_no_trend(tiles, slide_of, organ_of)
-        check_spread(tiles, organ_of)
-        check_no_memory(tiles, slide_of, organ_of, (1, 2, 50, 51))
-
-
-def test_the_orders_of_many_pseudo_epochs(orders: np.ndarray) -> None:
-    check_all_orders(orders)
-    check_no_order_tells_the_next(orders)
-    assert len(np.unique(orders, axis=0)) > 1900, "of 40,320 orders, 2,000 draws meet about 50 times"
 
 
 def test_two_pseudo_epochs_do_not_go_together(large: list[np.ndarray], slide_of: np.ndarray) -> None:
@@ -190,13 +138,3 @@ def test_the_checks_catch_orders_with_a_memory(
     order = np.argsort(organ_of[dealt], kind="stable").reshape(10, -1).T.ravel()
     with pytest.raises(AssertionError, match="places apart"):
         check_no_memory(dealt[order], slide_of, organ_of, LAGS)
-
-
-def test_the_checks_catch_orders_that_are_few_or_alike(orders: np.ndarray) -> None:
-    with pytest.raises(AssertionError, match="place 0"):
-        check_all_orders(np.tile(np.arange(8), (100, 1)))
-    rotated = (np.arange(8) + np.arange(2000)[:, None] * 5) % 8
-    with pytest.raises(AssertionError, match="places 0 and 1"):
-        check_all_orders(rotated)
-    with pytest.raises(AssertionError, match="agree"):
-        check_no_order_tells_the_next(np.repeat(orders[::2], 2, axis=0))

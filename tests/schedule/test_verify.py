@@ -128,19 +128,11 @@ def test_a_table_that_cannot_be_read_is_told(sched: Path, name: str, kept: float
     assert name in verdict(sched)
 
 
-@pytest.mark.parametrize("kept", [1, 100, 128, 300])
+@pytest.mark.parametrize("kept", [0, 1, 100, 128, 300])
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_a_truncated_file_is_found(sched: Path, kept: int, rewritten: bool) -> None:
     path = file_of(sched, 2)
     path.write_bytes(path.read_bytes()[:kept])
-    if rewritten:
-        match_checksums(sched)
-    assert "pseudo_epoch_0002.npy" in verdict(sched)
-
-
-@pytest.mark.parametrize("rewritten", [False, True])
-def test_an_emptied_file_is_found(sched: Path, rewritten: bool) -> None:
-    file_of(sched, 2).write_bytes(b"")
     if rewritten:
         match_checksums(sched)
     assert "pseudo_epoch_0002.npy" in verdict(sched)
@@ -163,14 +155,6 @@ def test_two_files_swapped_are_found(sched: Path, a: int, b: int, rewritten: boo
     said = verdict(sched)
     assert f"pseudo_epoch_000{a}.npy" in said
     assert ("guarantee" in said) == rewritten
-
-
-def test_two_records_swapped_are_found(sched: Path) -> None:
-    def swap_whole(header: dict[str, Any]) -> None:
-        header["pseudo_epochs"][0], header["pseudo_epochs"][1] = header["pseudo_epochs"][1], header["pseudo_epochs"][0]
-
-    change_header(sched, swap_whole)
-    assert "guarantee" in verdict(sched)
 
 
 def entries_of_one_slide(tiles: np.ndarray) -> tuple[int, int]:
@@ -298,76 +282,51 @@ def test_another_slide_id_is_found_by_the_digest(sched: Path) -> None:
     assert re.search(r"tells slides_digest = .* but its spec and slides\.parquet make it", verdict(sched))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("seed", 1),
-        ("num_groups", 1),
-        ("organ_power", 1.0),
-        ("max_repeats", 1),
-        ("organ_weights", {"a": 1.2}),
-        ("slide_power", 0.0),
-        ("num_pseudo_epochs", 3),
-        ("exclude", {"slide_id": ["s0"]}),
-    ],
-)
-def test_another_spec_is_found(sched: Path, key: str, value: float) -> None:
-    change_header(sched, lambda header: header["spec"].update({key: value}))
-    verdict(sched)
-
-
-def test_a_changed_quota_in_the_header_is_found(sched: Path) -> None:
+def test_a_changed_quota_in_the_header_is_named(sched: Path) -> None:
     change_header(sched, lambda header: header["pseudo_epochs"][1]["organs"]["a"].update(achieved=29))
     assert "what it tells of pseudo-epoch 1" in verdict(sched)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda h: h["pseudo_epochs"].pop(), id="last record dropped"),
-        pytest.param(lambda h: h["pseudo_epochs"][0].update(slides_used=99), id="slides_used"),
-        pytest.param(lambda h: h["pseudo_epochs"][0]["organs"]["a"].update(wanted=99), id="wanted"),
-        pytest.param(lambda h: h["pseudo_epochs"][0]["organs"].update(c={"wanted": 1, "achieved": 1}), id="organ"),
-        pytest.param(lambda h: h.update(num_tiles=1), id="num_tiles"),
-        pytest.param(lambda h: h.update(num_slides=1), id="num_slides"),
-        pytest.param(lambda h: h["eligible"].update(slides=13), id="eligible"),
-        pytest.param(lambda h: h["eligible"].update(sha256="0" * 64), id="who is eligible"),
-        pytest.param(lambda h: h.update(dtype="uint64"), id="dtype"),
-        pytest.param(lambda h: h.update(slides_digest="0" * 64), id="slides_digest"),
-        pytest.param(lambda h: h["pseudo_epochs"][2].update(number=3), id="number"),
-        pytest.param(lambda h: h["pseudo_epochs"][2].update(file="pseudo_epoch_0003.npy"), id="file"),
-        pytest.param(lambda h: h["pseudo_epochs"][2].update(sha256="0" * 64), id="sha256"),
-        pytest.param(lambda h: h["pseudo_epochs"][2].update(bytes=1), id="bytes"),
-    ],
-)
-def test_every_field_of_the_header_is_checked(sched: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    change_header(sched, change)
+SPECS: dict[str, Any] = {"seed": 1, "num_groups": 1, "organ_power": 1.0, "max_repeats": 1, "slide_power": 0.0}
+SPECS |= {"organ_weights": {"a": 1.2}, "num_pseudo_epochs": 3, "exclude": {"slide_id": ["s0"]}}
+HEADERS: dict[str, Any] = {"num_tiles": 1, "num_slides": 1, "dtype": "uint64", "slides_digest": "0" * 64}
+RECORDS: dict[str, Any] = {"slides_used": 99, "number": 3, "file": FILES[3], "sha256": "0" * 64, "bytes": 1}
+RECORDS["organs"] = {"c": {"wanted": 1, "achieved": 1}}
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    **{f"spec.{key}": lambda h, key=key, v=v: h["spec"].update({key: v}) for key, v in SPECS.items()},
+    **{key: lambda h, key=key, v=v: h.update({key: v}) for key, v in HEADERS.items()},
+    **{f"record.{key}": lambda h, key=key, v=v: h["pseudo_epochs"][2].update({key: v}) for key, v in RECORDS.items()},
+    "wanted": lambda h: h["pseudo_epochs"][0]["organs"]["a"].update(wanted=99),
+    "eligible": lambda h: h["eligible"].update(slides=13),
+    "who is eligible": lambda h: h["eligible"].update(sha256="0" * 64),
+    "last record dropped": lambda h: h["pseudo_epochs"].pop(),
+    "records swapped": lambda h: h["pseudo_epochs"].insert(0, h["pseudo_epochs"].pop(1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_field_of_the_header_is_checked(sched: Path, change: str) -> None:
+    change_header(sched, CHANGES[change])
     verdict(sched)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda tiles: tiles[:-1], id="shorter"),
-        pytest.param(lambda tiles: tiles.astype(np.int32), id="signed"),
-        pytest.param(lambda tiles: tiles.astype(">u4"), id="big-endian"),
-        pytest.param(lambda tiles: tiles.reshape(6, 10), id="two axes"),
-    ],
-)
-def test_another_array_is_found_although_checksums_match(
-    sched: Path, change: Callable[[np.ndarray], np.ndarray]
-) -> None:
-    np.save(file_of(sched, 1), change(np.load(file_of(sched, 1))))
-    match_checksums(sched)
-    assert "pseudo_epoch_0001.npy: not an array of 60 uint32 tile numbers" in verdict(sched)
+ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "shorter": lambda tiles: tiles[:-1],
+    "signed": lambda tiles: tiles.astype(np.int32),
+    "big-endian": lambda tiles: tiles.astype(">u4"),
+    "two axes": lambda tiles: tiles.reshape(6, 10),
+    "longer": lambda tiles: np.append(tiles, tiles[:1]).astype(np.uint32),
+    "longer and wider": lambda tiles: np.append(tiles, tiles[:1]).astype(np.uint64),
+}
 
 
-@pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
-def test_a_longer_file_is_found_although_checksums_match(sched: Path, dtype: type) -> None:
-    tiles = np.load(file_of(sched, 1))
-    np.save(file_of(sched, 1), np.append(tiles, tiles[:1]).astype(dtype))
+@pytest.mark.parametrize("change", ARRAYS)
+def test_another_array_is_found_although_checksums_match(sched: Path, change: str) -> None:
+    np.save(file_of(sched, 1), ARRAYS[change](np.load(file_of(sched, 1))))
     match_checksums(sched)
-    assert "pseudo_epoch_0001.npy" in verdict(sched)
+    said = verdict(sched)
+    assert "pseudo_epoch_0001.npy" in said
+    assert change.startswith("longer") or "not an array of 60 uint32 tile numbers" in said
 
 
 def test_the_first_violation_is_named(sched: Path) -> None:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+Figures = Callable[..., dict[str, Any]]
+
 
 @pytest.mark.timeout(300)
-def test_the_learning_check_runs_and_prints_its_figures_last(small: Any, repository: Path, tmp_path: Path) -> None:
+def test_the_learning_check_runs_and_prints_its_figures_last(small: Any, figures_of: Figures, tmp_path: Path) -> None:
     tiles = small.make_tiles(tmp_path / "tiles", slides=8)
     slides = [(organ, s) for organ in ("breast", "lung") for s in range(8)]
     rows = [f"{o}-{s},{o},{'benign' if s % 2 else 'malignant'},p{s},{4 + s}" for o, s in slides]
     (tiles / "slides.csv").write_text("\n".join(["slide_id,organ,label,patient_id,num_tiles", *rows]) + "\n")
     recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe(stop_after=0.1))
-    command = [sys.executable, str(repository / "tools" / "check_learning.py"), str(tiles), "--recipe", str(recipe)]
-    command += ["--pseudo-epochs", "10"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["steps"] > 5
-    assert told["tiles_seen"] == 12 * told["steps"]
+    figures = figures_of("check_learning.py", tiles, "--recipe", recipe, "--pseudo-epochs", 10)
+    assert figures["steps"] > 5
+    assert figures["tiles_seen"] == 12 * figures["steps"]
     for organ in ("breast", "lung"):
-        found = told[organ]
+        found = figures[organ]
         for name in ("untrained", "trained", "colour"):
             assert all(0 <= found[name][metric] <= 1 for metric in ("auc", "accuracy", "tile_auc", "tile_accuracy"))
         gained = found["trained"]["tile_auc"] - found["untrained"]["tile_auc"]
@@ -38,16 +32,12 @@ def test_the_learning_check_runs_and_prints_its_figures_last(small: Any, reposit
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_pretraining_on_real_tiles_makes_better_neighbours(repository: Path, real_data: Path) -> None:
+def test_pretraining_on_real_tiles_makes_better_neighbours(figures_of: Figures, real_data: Path) -> None:
     """LC25000's lung classes, by source photograph: a thousand steps on a CPU gain in most of the splits."""
-    tool = repository / "tools" / "check_learning.py"
-    command = [sys.executable, str(tool), str(real_data / "tiles"), "--pseudo-epochs", "20", "--minutes", "20"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1700, env=environment)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["steps"] == 1000, "not cut short"
-    lung = told["lung"]
+    size = ("--pseudo-epochs", 20, "--minutes", 20)
+    figures = figures_of("check_learning.py", real_data / "tiles", *size, timeout=1700)
+    assert figures["steps"] == 1000, "not cut short"
+    lung = figures["lung"]
     assert lung["gained"]["tile_accuracy"] > 0.02
     assert lung["gained"]["tile_auc"] > 0.005
     assert lung["splits_that_gained"]["tile_accuracy"] >= 14

@@ -117,11 +117,11 @@ def _build(args: argparse.Namespace) -> int:
     from hpcssl.schedule.eligible import HoldOut
     from hpcssl.schedule.spec import load_spec
     from hpcssl.slides.slide_table import read_slides
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.kinds import open_store
 
     spec = load_spec(args.spec, args.set)
     if args.store:
-        slides = Store.open(args.store).drawn_by(spec.seed, spec.mpp_weights).slides
+        slides = open_store(args.store).drawn_by(spec.seed, spec.mpp_weights).slides
     else:
         slides = read_slides(args.slides)
     if spec.hold_out:
@@ -206,7 +206,7 @@ def _export(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import ScheduleError
     from hpcssl.schedule.csv_export import export_csv
     from hpcssl.schedule.file import Schedule, check_matches
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.kinds import open_store
 
     schedule = Schedule.open(args.schedule)
     numbers = list(range(schedule.num_pseudo_epochs)) if args.only is None else args.only
@@ -214,7 +214,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ScheduleError(
             f"--only {numbers[-1]}: {args.schedule} ends at pseudo-epoch {schedule.num_pseudo_epochs - 1}"
         )
-    store = Store.open(args.store) if args.store else None
+    store = open_store(args.store) if args.store else None
     if store:
         check_matches(schedule, store.slides, store=args.store)
     folder = args.schedule.resolve()

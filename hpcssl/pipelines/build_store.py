@@ -6,7 +6,7 @@ and the job after it writes the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from hpcssl.pipelines.stage import Stage, StageJobs, submit_stage
 from hpcssl.pipelines.tile import share_out
 from hpcssl.slides.slide_list import FAILED, slides_to_read
 from hpcssl.stores.online import OnlineStore
-from hpcssl.stores.online_build import OnlineOptions, build_online, look_at_slides, slides_to_look_at
+from hpcssl.stores.online_build import Looking, OnlineOptions, build_online
 from hpcssl.stores.parts import build_part, join_parts, parts_folder, plan_parts
 from hpcssl.stores.scan import BuildOptions
 
@@ -77,21 +77,10 @@ def submit_from_slides(
     UserError
         For a table or folder that cannot be used, if the store exists, and where SLURM refuses a job.
     """
-    missing = slides_to_look_at(slides_to_read(source), out, options)
-    shared = {
-        "source": source.absolute(),  # and not resolved: records of slides have its name in theirs
-        "out": out.resolve(),
-        "options": replace(options, threads=profile.cpus_per_gpu),
-    }
-    return submit_stage(
-        Stage(
-            kind="store-look",
-            out=out,
-            calls=share_out(_look_at_share, shared, missing, num_tasks),
-            last=("store-write", Call(_write_store, shared)),
-        ),
-        profile,
-    )
+    work = Looking(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
+    calls, shared = share_out(work, source, num_tasks)
+    last = ("store-write", Call(_write_store, shared))
+    return submit_stage(Stage(kind="store-look", out=out, calls=calls, last=last), profile)
 
 
 def submit_parts(
@@ -122,9 +111,5 @@ def submit_parts(
     )
 
 
-def _look_at_share(source: Path, out: Path, options: OnlineOptions, slide_ids: Sequence[str]) -> None:
-    look_at_slides(slides_to_read(source), out, options, slide_ids)
-
-
-def _write_store(source: Path, out: Path, options: OnlineOptions) -> None:
-    build_from_slides(source, out, options).check()
+def _write_store(source: Path, work: Looking) -> None:
+    build_from_slides(source, work.out, work.options).check()

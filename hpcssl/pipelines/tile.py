@@ -12,8 +12,9 @@ from hpcssl.jobs.array import Call
 from hpcssl.jobs.profile import Profile
 from hpcssl.pipelines.stage import Stage, StageJobs, submit_stage
 from hpcssl.slides.slide_list import FAILED, slides_to_read
+from hpcssl.stores.slide_records import SlideWork
 from hpcssl.stores.tile_store import TileStore
-from hpcssl.stores.tiling import TilingOptions, cut_slides, slides_to_cut, tile_slides
+from hpcssl.stores.tiling import Tiling, TilingOptions, tile_slides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,37 +70,26 @@ def submit_tiling(source: Path, out: Path, options: TilingOptions, *, profile: P
     UserError
         For a table or folder that cannot be used, and where SLURM refuses a job.
     """
-    missing = slides_to_cut(slides_to_read(source), out, options)
-    shared = {
-        "source": source.absolute(),  # and not resolved: records of slides have its name in theirs
-        "out": out.resolve(),
-        "options": replace(options, threads=profile.cpus_per_gpu),
-    }
-    return submit_stage(
-        Stage(
-            kind="tile-cut",
-            out=out,
-            calls=share_out(_cut_share, shared, missing, num_tasks),
-            last=("tile-store", Call(_write_store, shared)),
-        ),
-        profile,
-    )
+    work = Tiling(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
+    calls, shared = share_out(work, source, num_tasks)
+    last = ("tile-store", Call(_write_store, shared))
+    return submit_stage(Stage(kind="tile-cut", out=out, calls=calls, last=last), profile)
 
 
-def share_out(work: Callable[..., None], shared: Mapping[str, Any], slide_ids: Sequence[str], num: int) -> list[Call]:
-    """Return at most so many calls that do some work on slides, each on every n-th: neighbours are often alike.
+def share_out(work: SlideWork, source: Path, num: int) -> tuple[list[Call], dict[str, Any]]:
+    """Return at most so many calls that do what is missing of some work on slides, and the arguments of what follows.
 
-    >>> [call.arguments["slide_ids"] for call in share_out(print, {}, ["a", "b", "c"], 2)]
-    [['a', 'c'], ['b']]
+    Each call is for every n-th slide: neighbours are often alike.
     """
-    num = min(num, len(slide_ids))
-    return [Call(work, {**shared, "slide_ids": slide_ids[k::num]}) for k in range(num)]
+    missing = [row["slide_id"] for row in work.missing(slides_to_read(source))]
+    shared = {"source": source.absolute(), "work": work}  # not resolved: records of slides have its name in theirs
+    num = min(num, len(missing))
+    return [Call(_read_share, {**shared, "slide_ids": missing[k::num]}) for k in range(num)], shared
 
 
-def _cut_share(source: Path, out: Path, options: TilingOptions, slide_ids: Sequence[str]) -> None:
-    slides = slides_to_read(source)
-    cut_slides(slides, out, options, slide_ids)
+def _read_share(source: Path, work: SlideWork, slide_ids: Sequence[str]) -> None:
+    work.read_some(slides_to_read(source), slide_ids)
 
 
-def _write_store(source: Path, out: Path, options: TilingOptions) -> None:
-    tile(source, out, options).check()
+def _write_store(source: Path, work: Tiling) -> None:
+    tile(source, work.out, work.options).check()

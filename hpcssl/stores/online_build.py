@@ -33,7 +33,7 @@ from hpcssl.stores.index_writer import SlideEntry
 from hpcssl.stores.kinds import open_store
 from hpcssl.stores.online import OnlineStore
 from hpcssl.stores.online_places import Cells, corner_cells, runs_of
-from hpcssl.stores.slide_records import Row, is_table_of, old_and_new, read_each, record_stem, with_facts
+from hpcssl.stores.slide_records import Row, SlideWork, is_table_of, old_and_new, record_stem, with_facts
 from hpcssl.stores.store import FORMAT
 from hpcssl.stores.store_build import Build, SlideSource, Target, next_index
 
@@ -102,63 +102,19 @@ def build_online(
     """
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / "store.json"):
-        base = _claimed(out, options, append=append)
+        work = Looking(out, options, append=append)
+        base = work.claim()
         old, rows = old_and_new(base, _with_paths(slides), options.assume_mpp)
-        failed = _look_at_each(rows, out, options, on_progress)
+        failed = work.read_each(rows, on_progress)
         lost = {row["slide_id"] for row in failed}
         used = [row for row in rows if row["slide_id"] not in lost]
         if not used and base is None:
             raise StoreError(f"{out}: none of {len(rows)} slides can be used; first: {failed[0]['reason']}")
         write_failed(out, failed)
         if used or not is_table_of(base, old):
-            _write_store(used, out, base, old, options)
-        shutil.rmtree(_work(out))
+            _write_store(used, work, base, old)
+        shutil.rmtree(work.folder)
     return _online_store_at(out)
-
-
-def slides_to_look_at(slides: pd.DataFrame, out: Path, options: OnlineOptions) -> list[str]:
-    """Take the folder of a new store for a job array, and return the ids of the slides not looked at yet."""
-    out.mkdir(parents=True, exist_ok=True)
-    _claimed(out, options, append=False)
-    _, rows = old_and_new(None, _with_paths(slides), options.assume_mpp)
-    return [row["slide_id"] for row in rows if not _record(out, row, options).exists()]
-
-
-def look_at_slides(slides: pd.DataFrame, out: Path, options: OnlineOptions, slide_ids: Sequence[str]) -> None:
-    """Look at some of the slides, and leave the store to `build_online`: one task of a job array.
-
-    A slide that cannot be used is left to that, too, which tries it again and records it.
-    """
-    _claimed(out, options, append=False)
-    _, rows = old_and_new(None, _with_paths(slides), options.assume_mpp)
-    _look_at_each([row for row in rows if row["slide_id"] in set(slide_ids)], out, options, lambda n: None)
-
-
-def _claimed(out: Path, options: OnlineOptions, *, append: bool) -> OnlineStore | None:
-    """Take the folder for a store with these options; returns the store that is extended, None where there is none."""
-    base = None
-    if (out / "store.json").exists():
-        if not append:
-            raise StoreError(f"{out}: exists already; remove it, choose another --out, or add new slides with --append")
-        base, advice = _online_store_at(out), "give the same, or choose another --out"
-        stored = {key: base.header[key] for key in options.about}
-        check_same(stored, options.about, made=f"{out}: built with", advice=advice, error=StoreError)
-    else:
-        names = sorted(path.name for path in out.iterdir())
-        others = [name for name in names if not name.startswith(("index-", ".")) and name not in (FAILED, "logs")]
-        if others:
-            raise StoreError(f"{out}: holds {others[0]}, no store; choose another --out")
-    work = _work(out)
-    work.mkdir(exist_ok=True)
-    claim(
-        work / "options.json",
-        {"format": FORMAT, **options.about},
-        made=f"{work}: begun with",
-        advice="give the same, or remove it",
-        error=StoreError,
-        damaged=f"remove {work}",
-    )
-    return base
 
 
 def _online_store_at(out: Path) -> OnlineStore:
@@ -168,51 +124,77 @@ def _online_store_at(out: Path) -> OnlineStore:
     return store
 
 
-def _work(out: Path) -> Path:
-    return out / ".partial"  # not beside it: that may be another disk
-
-
 def _with_paths(slides: pd.DataFrame) -> pd.DataFrame:
     return slides.assign(path=[p if is_remote(p) else str(Path(p).absolute()) for p in slides["path"]])
 
 
-def _record(out: Path, row: Row, options: OnlineOptions) -> Path:
-    """Return the file of what was seen in a slide; its name says for which row, and which MPP was to be assumed."""
-    return _work(out) / f"{record_stem(row, (row['path'], mpp_to_go_by(row, options.assume_mpp)))}.npz"
+class Looking(SlideWork):
+    """Looking at slides: what there is to know of each."""
+
+    def __init__(self, out: Path, options: OnlineOptions, *, append: bool = False):
+        self.out, self.options, self._append = out, options, append
+        self.threads, self.assume_mpp = options.threads, options.assume_mpp
+        self.folder = out / ".partial"  # not beside it: that may be another disk
+
+    def claim(self) -> OnlineStore | None:
+        """See `SlideWork.claim`; refuses a store or records with other options, too."""
+        out, about = self.out, self.options.about
+        out.mkdir(parents=True, exist_ok=True)
+        base = None
+        if (out / "store.json").exists():
+            if not self._append:
+                raise StoreError(
+                    f"{out}: exists already; remove it, choose another --out, or add new slides with --append"
+                )
+            base, advice = _online_store_at(out), "give the same, or choose another --out"
+            stored = {key: base.header[key] for key in about}
+            check_same(stored, about, made=f"{out}: built with", advice=advice, error=StoreError)
+        else:
+            names = sorted(path.name for path in out.iterdir())
+            others = [name for name in names if not name.startswith(("index-", ".")) and name not in (FAILED, "logs")]
+            if others:
+                raise StoreError(f"{out}: holds {others[0]}, no store; choose another --out")
+        self.folder.mkdir(exist_ok=True)
+        claim(
+            self.folder / "options.json",
+            {"format": FORMAT, **about},
+            made=f"{self.folder}: begun with",
+            advice="give the same, or remove it",
+            error=StoreError,
+            damaged=f"remove {self.folder}",
+        )
+        return base
+
+    def missing(self, slides: pd.DataFrame) -> list[dict[str, Any]]:
+        """See `SlideWork.missing`."""
+        return super().missing(_with_paths(slides))
+
+    def record(self, row: Row) -> Path:
+        """Return the file of what was seen in a slide; its name says for which row, and which MPP was assumed."""
+        return self.folder / f"{record_stem(row, (row['path'], mpp_to_go_by(row, self.assume_mpp)))}.npz"
+
+    def read(self, row: Row, pool: Executor) -> None:
+        """See `SlideWork.read`."""
+        stream = io.BytesIO()
+        np.savez(stream, **look_at(row, self.options, pool))
+        write_atomic(self.record(row), stream.getvalue())
 
 
-def _look_at_each(
-    rows: Sequence[Row], out: Path, options: OnlineOptions, on_progress: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    """Write the records of slides that have none; returns the rows of those that cannot be used, with the reason."""
-
-    def look(row: Row, pool: Executor) -> None:
-        file = _record(out, row, options)
-        if not file.exists():
-            stream = io.BytesIO()
-            np.savez(stream, **look_at(row, options, pool))
-            write_atomic(file, stream.getvalue())
-
-    return read_each(rows, look, threads=options.threads, on_progress=on_progress)
-
-
-def _write_store(
-    rows: list[dict[str, Any]], out: Path, base: OnlineStore | None, old: pd.DataFrame, options: OnlineOptions
-) -> None:
+def _write_store(rows: list[dict[str, Any]], work: Looking, base: OnlineStore | None, old: pd.DataFrame) -> None:
     """Add slides that were looked at to the store, whose table becomes `old`."""
-    records, facts = [_record(out, row, options) for row in rows], []
+    records, facts = [work.record(row) for row in rows], []
     for record in records:
         with np.load(record) as content:
             facts.append(json.loads(str(content["facts"])) | {"num_tiles": 1})
     target = Target(
-        out=out,
+        out=work.out,
         kind=OnlineStore,
         slides=with_facts(old, rows, facts),
         base=base,
-        work=_work(out) / "index",
-        header={"index": next_index(base), **options.about},
+        work=work.folder / "index",
+        header={"index": next_index(base), **work.options.about},
     )
-    Build(target, _LookedAt(target, records, options)).run()
+    Build(target, _LookedAt(target, records, work.options)).run()
 
 
 class _LookedAt(SlideSource):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -44,43 +46,80 @@ def is_table_of(base: Store | None, slides: pd.DataFrame) -> bool:
     return base is not None and slides.equals(base.slides.drop(columns="first_tile"))
 
 
-def read_each(
-    rows: Sequence[Row], read: Callable[[Row, Executor], None], *, threads: int, on_progress: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    """Read slides, several at a time; returns the rows of those that cannot be read, with the `reason`.
-
-    Parameters
-    ----------
-    read : reads one slide with the help of a pool of `threads`, and writes its record; SlideError if that fails
-    on_progress : called with 1 after every slide
-    """
-    failed = []
-    at_a_time = min(_SLIDES_AT_A_TIME, threads)
-    stop = threading.Event()
-    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(at_a_time) as slides:
-
-        def fault_of(row: Row) -> str | None:
-            if stop.is_set():
-                return None
-            try:
-                read(row, pool)
-            except SlideError as error:
-                return " ".join(str(error).split())
-            return None
-
-        try:
-            for row, fault in in_order(slides, fault_of, rows, window=2 * at_a_time):
-                failed += [{**row, "reason": fault}] if fault else []
-                on_progress(1)
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error: slides under way are not finished
-    return failed
-
-
 def with_facts(old: pd.DataFrame, rows: Sequence[Row], facts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the table of a store: its old slides, then new ones with what their records say."""
     if not rows:
         return old
     new = pd.DataFrame([{**row, **more} for row, more in zip(rows, facts, strict=True)])
     return pd.concat([old, new], ignore_index=True).fillna("") if len(old) else new
+
+
+class SlideWork(ABC):
+    """What is done with every slide before a store is made of them; it can be pickled for a job array.
+
+    Attributes
+    ----------
+    out : folder of the store
+    threads : that read and decode
+    assume_mpp : of slides whose MPP nothing says
+    """
+
+    out: Path
+    threads: int
+    assume_mpp: float | None
+
+    @abstractmethod
+    def claim(self) -> Store | None:
+        """Take the folder for this work; returns the store that is extended, None where there is none.
+
+        StoreError if it holds something else.
+        """
+
+    @abstractmethod
+    def record(self, row: Row) -> Path:
+        """Return the file that a slide has once its work is done."""
+
+    @abstractmethod
+    def read(self, row: Row, pool: Executor) -> None:
+        """Read a slide with the help of a pool of `threads`, and write its record; SlideError if that fails."""
+
+    def missing(self, slides: pd.DataFrame) -> list[dict[str, Any]]:
+        """Take the folder, and return the rows of the slides that are neither in the store nor done."""
+        _, rows = old_and_new(self.claim(), slides, self.assume_mpp)
+        return [row for row in rows if not self.record(row).exists()]
+
+    def read_some(self, slides: pd.DataFrame, slide_ids: Collection[str]) -> None:
+        """Do the work of some of the slides, one task of a job array, and leave the store to a later call.
+
+        A slide that cannot be read is left to that, too, which tries it again and lists it.
+        """
+        self.read_each([row for row in self.missing(slides) if row["slide_id"] in slide_ids])
+
+    def read_each(
+        self, rows: Sequence[Row], on_progress: Callable[[int], None] = lambda n: None
+    ) -> list[dict[str, Any]]:
+        """Read slides, several at a time; returns the rows of those that cannot be read, with the `reason`.
+
+        `on_progress` is called with 1 after every slide.
+        """
+        failed = []
+        at_a_time = min(_SLIDES_AT_A_TIME, self.threads)
+        stop = threading.Event()
+        with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(at_a_time) as slides:
+
+            def fault_of(row: Row) -> str | None:
+                try:
+                    if not stop.is_set() and not self.record(row).exists():
+                        self.read(row, pool)
+                except SlideError as error:
+                    return " ".join(str(error).split())
+                return None
+
+            try:
+                for row, fault in in_order(slides, fault_of, rows, window=2 * at_a_time):
+                    failed += [{**row, "reason": fault}] if fault else []
+                    on_progress(1)
+            finally:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error: slides under way are not finished
+        return failed

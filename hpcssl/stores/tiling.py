@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +38,7 @@ from hpcssl.slides.qc import qc_picture
 from hpcssl.slides.slide_list import mpp_from, mpp_to_go_by, write_failed
 from hpcssl.stores.index_writer import SlideEntry
 from hpcssl.stores.scan import BuildOptions, TileSource, tile_store_at, tile_target
-from hpcssl.stores.slide_records import Row, is_table_of, old_and_new, read_each, record_stem, with_facts
+from hpcssl.stores.slide_records import Row, SlideWork, is_table_of, old_and_new, record_stem, with_facts
 from hpcssl.stores.store_build import Build, Target
 from hpcssl.stores.tile_store import TileStore
 
@@ -98,100 +97,86 @@ def tile_slides(
     StoreError
         If `out` holds something else, or tiles that were cut otherwise.
     """
-    _claim(out, options)
+    work = Tiling(out, options)
+    work.claim()
     with alone(out / ".tiling" / "all"):
         base = _store_at(out)
-        old, rows = old_and_new(base, slides, options.cut.assume_mpp)
-        missing = _missing(rows, out, options)
+        old, rows = old_and_new(base, slides, work.assume_mpp)
+        missing = [row for row in rows if not work.record(row).exists()]
         on_total(len(missing))
-        failed = read_each(missing, partial(_cut_slide, out, options), threads=options.threads, on_progress=on_progress)
+        failed = work.read_each(missing, on_progress)
         lost = {row["slide_id"] for row in failed}
         whole = [row for row in rows if row["slide_id"] not in lost]
         if whole or (base and not is_table_of(base, old)):
-            _write_store(whole, out, base, old, options)
-        _finish(out, failed, {_file(out, row, options, ".json") for row in whole})
+            _write_store(whole, work, base, old)
+        _finish(out, failed, {work.record(row) for row in whole})
         return _store_at(out), failed
-
-
-def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
-    """Take the folder for a job array, and return the ids of the slides that are not cut yet."""
-    _claim(out, options)
-    _, rows = old_and_new(_store_at(out), slides, options.cut.assume_mpp)
-    return [row["slide_id"] for row in _missing(rows, out, options)]
-
-
-def cut_slides(slides: pd.DataFrame, out: Path, options: TilingOptions, slide_ids: Sequence[str]) -> None:
-    """Cut some of the slides, and leave the store to `tile_slides`: one task of a job array.
-
-    A slide that cannot be read is left to that, too, which tries it again and records it.
-    """
-    _claim(out, options)
-    _, rows = old_and_new(_store_at(out), slides, options.cut.assume_mpp)
-    missing = [row for row in _missing(rows, out, options) if row["slide_id"] in set(slide_ids)]
-    read_each(missing, partial(_cut_slide, out, options), threads=options.threads, on_progress=lambda n: None)
 
 
 def _store_at(out: Path) -> TileStore | None:
     return tile_store_at(out) if (out / "store.json").exists() else None
 
 
-def _missing(rows: Sequence[Row], out: Path, options: TilingOptions) -> list[Row]:
-    return [row for row in rows if not _file(out, row, options, ".json").exists()]
+class Tiling(SlideWork):
+    """Cutting slides into tiles."""
 
+    def __init__(self, out: Path, options: TilingOptions):
+        self.out, self.options = out, options
+        self.threads, self.assume_mpp = options.threads, options.cut.assume_mpp
 
-def _claim(out: Path, options: TilingOptions) -> None:
-    """Take the folder for these tiles; refuse one of something else, or of tiles that were cut otherwise."""
-    file, cut = out / "tiling.json", asdict(options.cut) | {"pack": options.pack, "shard_gb": options.shard_gb}
-    del cut["assume_mpp"]  # of single slides; their records say it
-    if not file.exists() and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise StoreError(f"{out}: not empty, and nothing of hpcssl tile; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    claim(
-        file,
-        cut,
-        made=f"{out}: tiles cut with",
-        now="asked for is",
-        advice="choose another --out",
-        error=StoreError,
-        damaged=f"remove {out} or choose another --out",
-    )
-    for folder in (out / "qc", out / ".tiling"):
-        folder.mkdir(exist_ok=True)
-
-
-def _file(out: Path, row: Row, options: TilingOptions, suffix: str) -> Path:
-    """Return a file of a slide that is cut; its name says from which row, so that a changed row is cut again.
-
-    So is one whose row has no MPP where another is to be assumed.
-
-    `.jpegs` are the tiles for a packed store, `.npy` their corners and sizes, and `.json`, written last, the facts.
-    """
-    cut_from = [str(row["organ"]), str(row["path"]), mpp_to_go_by(row, options.cut.assume_mpp)]
-    return out / ".tiling" / f"{record_stem(row, cut_from)}{suffix}"
-
-
-def _cut_slide(out: Path, options: TilingOptions, row: Row, pool: Executor) -> None:
-    """Cut one slide: first its picture, then the tiles, then where they are, last the record that it is done."""
-    cut = plan_cut(row, options.cut, pool, threads=options.threads)
-    write_atomic(out / "qc" / f"{row['slide_id']}.jpg", qc_picture(cut.foreground, cut.corners, cut.sampling.side))
-    if not len(cut.corners):
-        raise SlideError(
-            f"{row['path']}: no tile of which {100 * options.cut.min_tissue:g} % is tissue"
-            f" ({cut.foreground.tissue_mm2:.3f} mm² of tissue in it); see its picture in {out / 'qc'}"
+    def claim(self) -> TileStore | None:
+        """See `SlideWork.claim`; refuses tiles that were cut otherwise, too."""
+        out, options = self.out, self.options
+        file, cut = out / "tiling.json", asdict(options.cut) | {"pack": options.pack, "shard_gb": options.shard_gb}
+        del cut["assume_mpp"]  # of single slides; their records say it
+        if not file.exists() and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise StoreError(f"{out}: not empty, and nothing of hpcssl tile; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        claim(
+            file,
+            cut,
+            made=f"{out}: tiles cut with",
+            now="asked for is",
+            advice="choose another --out",
+            error=StoreError,
+            damaged=f"remove {out} or choose another --out",
         )
-    jpegs = cut.jpegs(pool, window=2 * options.threads)
-    if options.pack:
-        with atomic_file(_file(out, row, options, ".jpegs")) as temporary, temporary.open("wb") as stream:
-            sizes = _write_joined(jpegs, stream)
-    else:
-        folder = out / row["organ"] / row["slide_id"]
-        shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed before its record
-        with atomic_dir(folder) as partial:
-            sizes = _write_files(jpegs, cut, partial)
-    with atomic_file(_file(out, row, options, ".npy")) as temporary, temporary.open("wb") as stream:
-        np.save(stream, np.column_stack([cut.corners, sizes]))
-    record = {"organ": row["organ"]} | cut.facts | {"mpp_from": mpp_from(cut.slide, row)}
-    write_atomic(_file(out, row, options, ".json"), json.dumps(record) + "\n")
+        for folder in (out / "qc", out / ".tiling"):
+            folder.mkdir(exist_ok=True)
+        return _store_at(out)
+
+    def record(self, row: Row) -> Path:
+        """Return the file of the facts of a slide that is cut, written last.
+
+        Beside it are `.jpegs`, the tiles for a packed store, and `.npy`, their corners and sizes. The name says from
+        which row, so that a changed row is cut again; so is one without MPP where another is to be assumed.
+        """
+        cut_from = [str(row["organ"]), str(row["path"]), mpp_to_go_by(row, self.assume_mpp)]
+        return self.out / ".tiling" / f"{record_stem(row, cut_from)}.json"
+
+    def read(self, row: Row, pool: Executor) -> None:
+        """Cut a slide: first its picture, then the tiles, then where they are, last the record that it is done."""
+        out, options, record = self.out, self.options, self.record(row)
+        cut = plan_cut(row, options.cut, pool, threads=options.threads)
+        write_atomic(out / "qc" / f"{row['slide_id']}.jpg", qc_picture(cut.foreground, cut.corners, cut.sampling.side))
+        if not len(cut.corners):
+            raise SlideError(
+                f"{row['path']}: no tile of which {100 * options.cut.min_tissue:g} % is tissue"
+                f" ({cut.foreground.tissue_mm2:.3f} mm² of tissue in it); see its picture in {out / 'qc'}"
+            )
+        jpegs = cut.jpegs(pool, window=2 * options.threads)
+        if options.pack:
+            with atomic_file(record.with_suffix(".jpegs")) as temporary, temporary.open("wb") as stream:
+                sizes = _write_joined(jpegs, stream)
+        else:
+            folder = out / row["organ"] / row["slide_id"]
+            shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed before its record
+            with atomic_dir(folder) as partial:
+                sizes = _write_files(jpegs, cut, partial)
+        with atomic_file(record.with_suffix(".npy")) as temporary, temporary.open("wb") as stream:
+            np.save(stream, np.column_stack([cut.corners, sizes]))
+        facts = {"organ": row["organ"]} | cut.facts | {"mpp_from": mpp_from(cut.slide, row)}
+        write_atomic(record, json.dumps(facts) + "\n")
 
 
 def _write_joined(jpegs: Iterator[list[bytes]], stream: BinaryIO) -> list[int]:
@@ -213,15 +198,13 @@ def _write_files(jpegs: Iterator[list[bytes]], cut: Cut, folder: Path) -> list[i
     return sizes
 
 
-def _write_store(
-    rows: list[dict[str, Any]], out: Path, base: TileStore | None, old: pd.DataFrame, options: TilingOptions
-) -> None:
+def _write_store(rows: list[dict[str, Any]], work: Tiling, base: TileStore | None, old: pd.DataFrame) -> None:
     """Add the slides that are cut to the store, whose table becomes `old`."""
-    damaged = StoreError(f"{out}: damaged; choose another --out")
-    facts = [{"num_tiles": 1} | read_json(_file(out, row, options, ".json"), damaged) for row in rows]
-    target = tile_target(out, out, with_facts(old, rows, facts), base, options.build, in_place=True)
-    stems = [_file(out, row, options, "") for row in rows]
-    Build(target, _CutSlides(target, options.build, stems)).run()
+    out, options = work.out, work.options.build
+    records = [work.record(row) for row in rows]
+    facts = [{"num_tiles": 1} | read_json(r, StoreError(f"{out}: damaged; choose another --out")) for r in records]
+    target = tile_target(out, out, with_facts(old, rows, facts), base, options, in_place=True)
+    Build(target, _CutSlides(target, options, records)).run()
 
 
 def _finish(out: Path, failed: list[dict[str, Any]], used: set[Path]) -> None:
@@ -248,14 +231,14 @@ def _finish(out: Path, failed: list[dict[str, Any]], used: set[Path]) -> None:
 class _CutSlides(TileSource):
     """Slides that are cut: names and sizes are known, nothing is listed or opened."""
 
-    def __init__(self, target: Target, options: BuildOptions, stems: Sequence[Path]):
-        """`stems` are the files of the slides that the store lacks, without their suffix."""
+    def __init__(self, target: Target, options: BuildOptions, records: Sequence[Path]):
+        """`records` are those of the slides that the store lacks."""
         super().__init__(target.out, target, options)
-        self._stems = dict(enumerate(stems, len(target.slides) - len(stems)))
+        self._records = dict(enumerate(records, len(target.slides) - len(records)))
 
     def look(self, number: int) -> SlideEntry:
         """See `SlideSource.look`."""
-        table = np.load(f"{self._stems[number]}.npy").tolist()
+        table = np.load(self._records[number].with_suffix(".npy")).tolist()
         names = [tile_name(n, x, y).encode() for n, (x, y, _) in enumerate(table)]
         return SlideEntry(count=len(table), arrays={"sizes.npy": [size for _, _, size in table]}, names=names)
 
@@ -265,7 +248,7 @@ class _CutSlides(TileSource):
             slide, offsets = self.look(number), []
             if build.shards:
                 build.shards.begin_slide()
-                with open(f"{self._stems[number]}.jpegs", "rb") as stream:
+                with self._records[number].with_suffix(".jpegs").open("rb") as stream:
                     for start in range(0, slide.count, _TOGETHER):
                         some = slice(start, start + _TOGETHER)
                         jpegs = [stream.read(size) for size in slide.arrays["sizes.npy"][some]]

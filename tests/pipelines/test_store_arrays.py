@@ -22,7 +22,7 @@ from hpcssl.slides.cutting import CutOptions
 from hpcssl.slides.slide_list import slides_to_read
 from hpcssl.stores.kinds import open_store
 from hpcssl.stores.scan import BuildOptions, build_store
-from hpcssl.stores.tiling import TilingOptions, slides_to_cut
+from hpcssl.stores.tiling import Tiling, TilingOptions
 
 CUT = TilingOptions(cut=CutOptions(mpp=0.5, tile_px=64), threads=2)
 KINDS = ("tile", "online", "parts")
@@ -164,4 +164,5 @@ def test_tasks_cut_the_slides_of_a_folder_that_is_a_link_named_from_where_one_is
     submit(2, Path("skin"))
     monkeypatch.chdir("/")
     jobs[0][1][0]()
-    assert slides_to_cut(slides_to_read(tmp_path / "skin"), tmp_path / "out", CUT) == ["b", "d"]
+    missing = Tiling(tmp_path / "out", CUT).missing(slides_to_read(tmp_path / "skin"))
+    assert [row["slide_id"] for row in missing] == ["b", "d"]

@@ -69,7 +69,7 @@ def test_a_killed_build_goes_on(online, slides, store, tmp_path, monkeypatch) ->
 
 
 def test_what_was_begun_otherwise_is_told(online, slides, tmp_path) -> None:
-    online_build.slides_to_look_at(slides, tmp_path / "store", online.options_of())
+    online_build.Looking(tmp_path / "store", online.options_of()).claim()
     with pytest.raises(StoreError, match=r"begun with min_tissue = 0.4, now 0.6; give the same, or remove it"):
         online.build(tmp_path / "store", slides, min_tissue=0.6)
 
@@ -80,8 +80,8 @@ def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_fol
     with pytest.raises(StoreError, match="or say --assume-mpp"):
         online.build(tmp_path / "store", pd.DataFrame([row]))
     for assumed in (0.6, 0.5):
-        options = online.options_of(assume_mpp=assumed)
-        online_build.look_at_slides(pd.DataFrame([row]), tmp_path / "store", options, ["u"])
+        work = online_build.Looking(tmp_path / "store", online.options_of(assume_mpp=assumed))
+        work.read_some(pd.DataFrame([row]), ["u"])
     assert online.build(tmp_path / "store", pd.DataFrame([row]), assume_mpp=0.5).slides["mpp"].tolist() == [0.5]
 
 

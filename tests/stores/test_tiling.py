@@ -27,7 +27,7 @@ from hpcssl.slides.slide import Slide
 from hpcssl.slides.slide_list import slides_to_read
 from hpcssl.stores import tiling
 from hpcssl.stores.kinds import open_store
-from hpcssl.stores.tiling import TilingOptions, cut_slides, tile_slides
+from hpcssl.stores.tiling import Tiling, TilingOptions, tile_slides
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 TILE_PX = 64
@@ -193,7 +193,7 @@ def test_a_killed_slide_is_not_cut_twice(folder: Path, tmp_path: Path, monkeypat
 
 def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path) -> None:
     slides = slides_to_read(folder / "slides.csv")
-    cut_slides(slides, tmp_path / "out", LOOSE, list(SLIDES))
+    Tiling(tmp_path / "out", LOOSE).read_some(slides, list(SLIDES))
     begun: list[int] = []
     store, _ = tile_slides(slides.assign(mpp=["", "", "0.4"]), tmp_path / "out", LOOSE, on_total=begun.append)
     assert begun == [1]
@@ -214,12 +214,16 @@ def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_fol
         assert "or say --assume-mpp" in failed[0]["reason"]
         begun: list[int] = []
         for assumed in (0.4, 0.25):
-            assert tiling.slides_to_cut(held, out, assuming(assumed)) == ["u"]
-            cut_slides(held, out, assuming(assumed), held["slide_id"].tolist())
+            assert slides_to_cut(held, out, assuming(assumed)) == ["u"]
+            Tiling(out, assuming(assumed)).read_some(held, held["slide_id"].tolist())
         tiled, failed = tile_slides(held, out, assuming(0.25), on_total=begun.append)
         assert (failed, begun) == ([], [0])
         assert tiled.slides["mpp"].iloc[-1] == 0.25
         tiled.verify(deep=True)
+
+
+def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
+    return [row["slide_id"] for row in Tiling(out, options).missing(slides)]
 
 
 def assuming(mpp: float) -> TilingOptions:
@@ -231,7 +235,7 @@ def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, 
     slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
     former = slides.assign(organ=["skin", "lung", "colon"])
     new = slides.iloc[:1].assign(slide_id="gone")
-    cut_slides(pd.concat([former, new], ignore_index=True), out, LOOSE, [*SLIDES, "gone"])
+    Tiling(out, LOOSE).read_some(pd.concat([former, new], ignore_index=True), [*SLIDES, "gone"])
     assert (out / "skin" / "gone").is_dir()
     assert (out / "colon" / "c").is_dir()
     (out / "skin" / "notes").mkdir()
@@ -355,9 +359,9 @@ def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
     with pytest.raises(StoreError, match=told):
         tile_slides(corrected, tiled, LOOSE, on_total=begun.append)
     with pytest.raises(StoreError, match=told):
-        tiling.slides_to_cut(corrected, tiled, LOOSE)
+        slides_to_cut(corrected, tiled, LOOSE)
     assert begun == []
-    assert tiling.slides_to_cut(corrected.iloc[1:], tiled, LOOSE) == ["new"]
+    assert slides_to_cut(corrected.iloc[1:], tiled, LOOSE) == ["new"]
     assert files(tiled) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -111,15 +110,6 @@ def test_no_check_takes_what_the_check_refuses(store: Callable, tiles: Path, tmp
     assert code == 2
     assert "1 of 15 tiles cannot be decoded; first: " in error
     assert "lung-0/text.jpg (not a JPEG)" in error
-
-
-def test_a_damaged_shard_is_told_by_name(store: Callable, tiles: Path, tmp_path: Path) -> None:
-    out = tmp_path / "store"
-    assert store("build", tiles, "--out", out, "--pack")[0] == 0
-    os.truncate(out / "tiles-000000.tar", 1000)
-    code, _, error = store("verify", out)
-    assert code == 2
-    assert f"{out / 'tiles-000000.tar'}: 1000 bytes, not " in error
 
 
 def test_a_schedule_of_the_loose_store_is_exported_with_the_places_in_the_shards(

@@ -118,14 +118,9 @@ def test_slides_are_added_behind_those_that_are_there(online, slides, store, tmp
 
 def test_an_extension_refuses_corrected_rows_and_takes_other_columns(online, slides, tmp_path) -> None:
     first = online.build(tmp_path / "store", slides.iloc[:2])
-    for change, told in (
-        ({"organ": "skin"}, "slide s0 has organ breast in it, asked for is skin"),
-        ({"mpp": "0.7"}, "slide s0 has mpp 0.5 in it, asked for is 0.7"),
-        ({"path": "/else/s0.tif"}, r"slide s0 has path \S+/s0.tif in it, asked for is /else/s0.tif"),
-    ):
-        corrected = pd.concat([slides.iloc[:1].assign(**change), slides.iloc[1:]], ignore_index=True)
-        with pytest.raises(StoreError, match=told):
-            online.build(tmp_path / "store", corrected, append=True)
+    corrected = pd.concat([slides.iloc[:1].assign(mpp="0.7"), slides.iloc[1:]], ignore_index=True)
+    with pytest.raises(StoreError, match=r"slide s0 has mpp 0.5 in it, asked for is 0.7"):
+        online.build(tmp_path / "store", corrected, append=True)
     for table, grades in ((slides.iloc[1:2], ["", "3"]), (slides.iloc[:3], ["3", "3", "3"])):
         grown = online.build(tmp_path / "store", table.assign(grade="3"), append=True)
         assert grown.slides["grade"].tolist() == grades

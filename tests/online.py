@@ -67,12 +67,18 @@ def draw_slides(folder: Path, *, count: int = 4) -> pd.DataFrame:
     return table.assign(path=[str(folder / path) for path in table["path"]])
 
 
-def build(out: Path, table: pd.DataFrame, *mpps: float, share: Any = None, append: bool = False, **options: Any) -> Any:
-    """Build or extend an online store of 64 px tiles and return it opened, None for a share of it."""
-    from hpcssl.stores.online_build import OnlineOptions, build_online
+def options_of(*mpps: float, **options: Any) -> Any:
+    """Return the options of an online store of 64 px tiles."""
+    from hpcssl.stores.online_build import OnlineOptions
 
-    options = {"mpps": mpps or (MPP, 2 * MPP), "tile_px": TILE_PX, "threads": 2, **options}
-    return build_online(table, out, OnlineOptions(**options), share=share, append=append)
+    return OnlineOptions(**{"mpps": mpps or (MPP, 2 * MPP), "tile_px": TILE_PX, "threads": 2, **options})
+
+
+def build(out: Path, table: pd.DataFrame, *mpps: float, append: bool = False, **options: Any) -> Any:
+    """Build or extend an online store of 64 px tiles and return it opened."""
+    from hpcssl.stores.online_build import build_online
+
+    return build_online(table, out, options_of(*mpps, **options), append=append)
 
 
 def build_schedule_of(store: Any, out: Path, **settings: Any) -> Any:

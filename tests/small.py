@@ -41,9 +41,9 @@ class Data:
     @property
     def store(self) -> Any:
         """The opened store."""
-        from hpcssl.stores.store import Store
+        from hpcssl.stores.kinds import open_store
 
-        return Store.open(self.store_path)
+        return open_store(self.store_path)
 
     @property
     def schedule(self) -> Any:

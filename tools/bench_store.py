@@ -11,7 +11,6 @@ Prints one JSON object last; of every figure the median, and the least and the l
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -21,9 +20,11 @@ import numpy as np
 import pandas as pd
 from measuring import clocks, machine, options, print_figures, repeated, summary
 
-from hpcssl.stores.index_writer import StoreWriter
+from hpcssl.stores.index_writer import IndexWriter, seal
+from hpcssl.stores.kinds import open_store
+from hpcssl.stores.loose import LooseStore
 from hpcssl.stores.scan import THREADS, BuildOptions, build_store
-from hpcssl.stores.store import FORMAT, Store, identity
+from hpcssl.stores.store_build import write_header
 from hpcssl.stores.tile_files import Tiles
 
 SIZES = {"slides": 5, "tiles_per_slide": 40, "tile_bytes": 15_000, "open_tiles": 20_000, "repeats": 1}
@@ -42,21 +43,14 @@ def write_tiles(folder: Path, slides: int, tiles: int, tile_bytes: int) -> None:
 
 def write_index(folder: Path, num_tiles: int) -> None:
     """Write a loose store of that many tiles that are not there, 10,000 a slide."""
-    writer = StoreWriter(folder, None, about={}, root=folder, bad_list=folder / "bad_tiles.csv")
-    writer.begin(None)
+    writer = IndexWriter(folder, LooseStore.layout)
     counts = [min(10_000, num_tiles - first) for first in range(0, num_tiles, 10_000)]
     for slide, count in enumerate(counts):
         names = [f"tile_x{tile * 224}_y0.jpg".encode() for tile in range(count)]
-        writer.add(f"organ/slide-{slide:06d}", Tiles(names=names, sizes=[15_000] * count), [])
-    found = writer.finish()
+        writer.add(f"organ/slide-{slide:06d}", Tiles(names=names, sizes=[15_000] * count).entry)
     slides = pd.DataFrame({"slide_id": [f"slide-{i:06d}" for i in range(len(counts))], "organ": "organ"})
-    slides = slides.assign(num_tiles=found, first_tile=np.cumsum(found) - found)
-    slides.to_parquet(folder / "slides.parquet", index=False)
-    files = writer.digests()
-    writer.forget()
-    header = {"format": FORMAT, "kind": "loose", "root": str(folder), "num_slides": len(slides), "files": files}
-    header |= {"num_tiles": num_tiles, **identity(slides, files)}
-    (folder / "store.json").write_text(json.dumps(header))
+    slides = slides.assign(num_tiles=writer.finish())
+    write_header(folder, seal(folder, LooseStore, slides, {"root": str(folder)}))
 
 
 def tar(tiles: Path, out: Path) -> None:
@@ -90,7 +84,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         row["pack_s"], _ = build(BuildOptions(pack=True))
         row["pack_1_thread_s"], _ = build(BuildOptions(pack=True, threads=1))
         row["pack_vs_tar"] = row["pack_s"] / row["tar_s"]
-        row["open_s"], _ = clocks(lambda: Store.open(folder / "large"))
+        row["open_s"], _ = clocks(lambda: open_store(folder / "large"))
         shard.unlink()
         return row
 

@@ -15,7 +15,6 @@ few real ones, packed. Prints one JSON object last; of every figure the median, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -24,15 +23,18 @@ import numpy as np
 import pandas as pd
 from measuring import in_process, machine, options, print_figures, repeated, summary
 
-from hpcssl.core.atomic import digest_file
 from hpcssl.core.world import World
 from hpcssl.loader.stream import LoaderConfig, TileStream
 from hpcssl.plan.recipe import dino_augment
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
+from hpcssl.stores.index_writer import seal
+from hpcssl.stores.kinds import open_store
+from hpcssl.stores.packed import PackedStore
 from hpcssl.stores.scan import BuildOptions, build_store
-from hpcssl.stores.store import Store, identity, index_files
+from hpcssl.stores.store import Store
+from hpcssl.stores.store_build import write_header
 
 GLOBAL_BATCH, RANKS, STEPS = 1080, 12, 9
 PER_SLIDE, ORGANS = 10_000, 10
@@ -56,20 +58,16 @@ def write_large_store(folder: Path, base: Store, num_tiles: int) -> None:
     first = np.arange(0, num_tiles, PER_SLIDE)
     counts = np.minimum(PER_SLIDE, num_tiles - first)
     slides = pd.DataFrame({"slide_id": [f"slide-{i}" for i in range(len(first))]})
-    slides = slides.assign(organ=[f"organ-{i % ORGANS}" for i in range(len(first))], num_tiles=counts, first_tile=first)
-    slides.to_parquet(folder / "slides.parquet", index=False)
+    slides = slides.assign(organ=[f"organ-{i % ORGANS}" for i in range(len(first))], num_tiles=counts)
     folders = [f"{row.organ}/{row.slide_id}".encode() for row in slides.itertuples()]
     (folder / "folders.bin").write_bytes(b"".join(folders))
     np.save(folder / "folders.npy", np.cumsum([len(name) for name in folders]).astype("<u8"))
-    files = {name: digest_file(folder / name) for name in index_files(packed=True)}
-    header = {key: base.header[key] for key in ("format", "kind", "shards")} | {"files": files}
-    header |= {"num_tiles": num_tiles, "num_slides": len(slides), **identity(slides, files)}
-    (folder / "store.json").write_text(json.dumps(header))
+    write_header(folder, seal(folder, PackedStore, slides, {"shards": base.header["shards"]}))
 
 
 def make_schedule(store: Path, out: Path, pseudo_epochs: int, positions: int) -> None:
     """Build a schedule of a store."""
-    slides = Store.open(store).slides
+    slides = open_store(store).slides
     repeats = -(-5 * positions // int(slides["num_tiles"].sum())) * 4
     spec = ScheduleSpec(
         num_pseudo_epochs=pseudo_epochs, positions_per_pseudo_epoch=positions, num_groups=5, max_repeats=repeats
@@ -81,7 +79,7 @@ def first_steps(store: Path, schedule: Path, start_step: int) -> dict[str, float
     """Open everything, take the first batch and some more."""
     begun = time.perf_counter()
     stream = TileStream(
-        store=Store.open(store),
+        store=open_store(store),
         schedule=Schedule.open(schedule),
         recipe=dino_augment(),
         seed=0,

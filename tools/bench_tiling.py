@@ -39,6 +39,7 @@ from hpcssl.loader import cpu
 from hpcssl.plan.draw import draw_plan
 from hpcssl.plan.recipe import dino_augment
 from hpcssl.slides.cutting import CutOptions
+from hpcssl.stores.kinds import open_store
 from hpcssl.stores.online_build import OnlineOptions, build_online
 from hpcssl.stores.store import Store
 from hpcssl.stores.tiling import TilingOptions, tile_slides
@@ -104,7 +105,7 @@ def tiling_row(slides: pd.DataFrame, folder: Path, threads: int) -> dict[str, fl
     megabytes = sum(Path(path).stat().st_size for path in slides["path"]) / 1e6
     options = TilingOptions(cut=CUT, threads=threads)
     row["tile_s"], row["tile_cpu_s"] = clocks(lambda: tile_slides(slides, out, options))
-    store = Store.open(out)
+    store = open_store(out)
     row |= {"slides_per_s": len(slides) / row["tile_s"], "tiles_per_s": store.num_tiles / row["tile_s"]}
     row["mb_per_s"] = megabytes / row["tile_s"]
     for name, opened in (("openslide", openslide.OpenSlide), ("tiffslide", tiffslide and tiffslide.TiffSlide)):
@@ -144,7 +145,7 @@ def of_kind(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, obje
     table = draw(folder, kind, (args.width, args.height), args.slides)
     threads = numbers_of_threads(args)
     tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
-    loose = Store.open(folder / "loose")
+    loose = open_store(folder / "loose")
     online = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,))).drawn_by(0, {})
 
     def take() -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hpcssl.jobs.profile import Profile
+    from hpcssl.pipelines.stage import StageJobs
 
 
 def add_array_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,3 +56,13 @@ def tell_job(job: str, out: Path, what: str) -> None:
         f"  its logs:  {shlex.quote(f'{out}/logs')}\n"
         f"  stop it:   scancel {job}"
     )
+
+
+def tell_stage(jobs: StageJobs, out: Path, *, array: str, last: str) -> None:
+    """Print which jobs of a stage were submitted; `array` and `last` say what these do, as in "builds the parts"."""
+    if jobs.array and jobs.array.tasks:
+        tell_job(jobs.array.job, out, f"submitted: {jobs.array.tasks} tasks {array}")
+    elif jobs.array:
+        tell_job(jobs.array.job, out, "is under way already; nothing is submitted beside it")
+    if jobs.last:
+        tell_job(jobs.last.job, out, last if jobs.last.tasks else f"is under way already: it {last}")

@@ -144,13 +144,13 @@ class Demo:
     def build_store(self) -> None:
         """Index the tiles and check that they are as indexed."""
         from hpcssl.cli.progress import progress
+        from hpcssl.stores.kinds import open_store
         from hpcssl.stores.scan import build_store
-        from hpcssl.stores.store import Store
 
         _stage(2, "tile store")
         if not self._store_path.exists():
             build_store(self._tiles, self._store_path)
-        store = Store.open(self._store_path)
+        store = open_store(self._store_path)
         with progress("verifying the store", total=store.num_tiles, unit="tiles") as advance:
             store.verify(advance)
 
@@ -318,9 +318,9 @@ class Demo:
     @cached_property
     def store(self) -> Store:
         """The tile store."""
-        from hpcssl.stores.store import Store
+        from hpcssl.stores.kinds import open_store
 
-        return Store.open(self._store_path)
+        return open_store(self._store_path)
 
     @cached_property
     def schedule(self) -> Schedule:

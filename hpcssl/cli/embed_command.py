@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
     """Embed, here or in a job array."""
     from hpcssl.cli.progress import progress
     from hpcssl.embed.embedding import embed_store, source_of
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.kinds import open_store
 
     profile = array_profile(args)
     if profile:
         return _submit(args, profile)
-    store, source = Store.open(args.store), source_of(args.encoder, args.weights)
+    store, source = open_store(args.store), source_of(args.encoder, args.weights)
     threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
     with progress(f"embedding {args.encoder}", total=store.num_slides, unit="slides") as advance:
         embed_store(store, source, args.out, threads=threads, tile_px=args.tile_px, on_progress=advance)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
-from hpcssl.cli.tile_command import share_of
+from hpcssl.cli.array_arguments import tell_stage
 
-_OF_TILES = ("pack", "no_check", "shard_gb", "slides", "array", "profile")  # and not of slides
-_OF_SLIDES = ("mpp", "grid", "tile_px", "min_tissue", "assume_mpp", "share")
+if TYPE_CHECKING:
+    from hpcssl.jobs.profile import Profile
+
+_OF_TILES = ("pack", "no_check", "shard_gb", "slides")  # and not of slides
+_OF_SLIDES = ("mpp", "grid", "tile_px", "min_tissue", "assume_mpp")
 
 
 def add_online_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +39,6 @@ def add_online_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-tissue", type=float, metavar="SHARE", help="of a tile that must be tissue (default 0.4)")
     group.add_argument(
         "--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says"
-    )
-    group.add_argument(
-        "--share",
-        type=share_of,
-        metavar="K/N",
-        help="look only at the K-th of N shares of the slides; the command without it then writes the store",
     )
 
 
@@ -70,12 +68,12 @@ def check_kind(args: argparse.Namespace) -> None:
         )
 
 
-def build_from_slides(args: argparse.Namespace) -> int:
-    """Build the store; slides that failed are an error, after the others are done."""
-    from hpcssl.cli.progress import progress
-    from hpcssl.core.errors import SlideError
-    from hpcssl.slides.slide_list import FAILED, slides_to_read
-    from hpcssl.stores.online_build import OnlineOptions, build_online
+def build_online(args: argparse.Namespace, profile: Profile | None) -> int:
+    """Build the store, here or by a job array; slides that failed are an error, after the others are done."""
+    from hpcssl.cli.late_progress import late_progress
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.pipelines.build_store import build_from_slides, submit_from_slides
+    from hpcssl.stores.online_build import OnlineOptions
 
     given = {"tile_px": args.tile_px, "min_tissue": args.min_tissue, "assume_mpp": args.assume_mpp}
     options = OnlineOptions(
@@ -84,23 +82,21 @@ def build_from_slides(args: argparse.Namespace) -> int:
         threads=len(os.sched_getaffinity(0)) if args.threads is None else args.threads,
         **{name: value for name, value in given.items() if value is not None},
     )
-    slides = slides_to_read(args.tiles)
-    number = len(slides) if args.share is None else len(slides[args.share[0] :: args.share[1]])
-    with progress("looking at slides", total=number, unit="slides") as advance:
-        store = build_online(slides, args.out, options, append=args.append, share=args.share, on_progress=advance)
-    if store is None:
-        print(f"{args.out}: this share is looked at; the command without --share writes the store")
+    if profile:
+        if args.threads is not None:
+            raise ConfigError("--threads: the tasks of an array have theirs; leave it out")
+        jobs = submit_from_slides(args.tiles, args.out, options, profile=profile, num_tasks=args.array)
+        does, ends = f"look at the slides of {args.out}", "writes the store, and lists the slides that failed"
+        tell_stage(jobs, args.out, array=does, last=ends)
         return 0
+    with late_progress("looking at slides", "slides") as shown:
+        built = build_from_slides(args.tiles, args.out, options, append=args.append, **shown)
+    store = built.store
     where = "on a grid" if options.of_grid else "at places drawn by the position"
     print(
         f"{args.out}: {store.num_slides} slides, {store.slides['tissue_mm2'].sum():.1f} mm² of tissue, worth"
         f" {store.num_tiles} tiles of {options.tile_px} px at {options.mpps[0]:g} MPP; tiles {where}, MPP"
         f" {', '.join(f'{mpp:g}' for mpp in options.mpps)}"
     )
-    lost = (~slides["slide_id"].isin(store.slides["slide_id"])).sum()
-    if lost:
-        raise SlideError(
-            f"{lost} of {len(slides)} slides failed (all are in {args.out / FAILED}); mend them, then add them with"
-            " --append"
-        )
+    built.check()
     return 0

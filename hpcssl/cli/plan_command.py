@@ -90,12 +90,12 @@ def _draw(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import ConfigError
     from hpcssl.loader.sheet import MOST_ROWS, contact_sheet
     from hpcssl.schedule.file import Schedule, check_matches
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.kinds import open_store
 
     _check_count(args.positions, MOST_ROWS)
     if args.out.suffix.lower() != ".png":
         raise ConfigError(f"--out {args.out}: a contact sheet is a PNG; expected a name that ends in .png")
-    store, schedule = Store.open(args.store), Schedule.open(args.schedule)
+    store, schedule = open_store(args.store), Schedule.open(args.schedule)
     check_matches(schedule, store.slides, store=args.store)
     tiles = schedule.tiles_at(args.positions.start, args.positions.stop).tolist()
     recipe, seed, plan = _drawn(args)
@@ -105,9 +105,9 @@ def _draw(args: argparse.Namespace) -> int:
         f"position {position}  ·  tile {tile}  ·  {store.name_of(position, tile)}"
         for position, tile in zip(args.positions, tiles, strict=True)
     ]
-    jpegs = [store.fetch(position, tile) for position, tile in zip(args.positions, tiles, strict=True)]
+    data = [store.fetch(position, tile) for position, tile in zip(args.positions, tiles, strict=True)]
     title = f"{_title(args, seed)}  ·  plan digest {plan.digest()[:16]} …"
-    sheet = contact_sheet(title, captions, jpegs, [str(file) for file in files], recipe.augment, plan)
+    sheet = contact_sheet(title, captions, data, [str(file) for file in files], recipe.augment, plan)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(args.out) as temporary:
         sheet.save(temporary, "PNG")

@@ -177,14 +177,14 @@ def _checked(
     from hpcssl.core.atomic import digest_file
     from hpcssl.core.errors import StoreError
     from hpcssl.schedule.file import Schedule, check_matches
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.kinds import open_store
     from hpcssl.train.objective import check_recipe
     from hpcssl.train.pretrain_config import Timeline, load_recipe
 
     recipe = load_recipe(recipe_name, overrides)
     if recipe.initial_weights:  # a job may start in another folder
         recipe = replace(recipe, initial_weights=str(Path(recipe.initial_weights).resolve()))
-    opened_store, opened_schedule = Store.open(store), Schedule.open(schedule)
+    opened_store, opened_schedule = open_store(store), Schedule.open(schedule)
     check_matches(opened_schedule, opened_store.slides, store=store)
     opened_store.drawn_by(opened_schedule.seed, opened_schedule.mpp_weights)  # or says why not
     if not opened_store.root.is_dir():

@@ -181,7 +181,7 @@ def _export(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import ScheduleError
     from hpcssl.schedule.csv_export import export_csv
     from hpcssl.schedule.file import Schedule, check_matches
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.kinds import open_store
 
     schedule = Schedule.open(args.schedule)
     numbers = list(range(schedule.num_pseudo_epochs)) if args.only is None else args.only
@@ -189,7 +189,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ScheduleError(
             f"--only {numbers[-1]}: {args.schedule} ends at pseudo-epoch {schedule.num_pseudo_epochs - 1}"
         )
-    store = Store.open(args.store) if args.store else None
+    store = open_store(args.store) if args.store else None
     if store:
         check_matches(schedule, store.slides, store=args.store)
     folder = args.schedule.resolve()

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpcssl.cli.actions import Actions
-from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_job
-from hpcssl.cli.online_arguments import add_online_arguments, build_from_slides, check_kind
-
-if TYPE_CHECKING:
-    from hpcssl.jobs.profile import Profile
-    from hpcssl.stores.scan import BuildOptions
+from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_stage
+from hpcssl.cli.online_arguments import add_online_arguments, build_online, check_kind
 
 SUMMARY = "build, verify and describe a tile store"
 EXAMPLE = "hpcssl store build TILES --out STORE --slides slides.csv"
@@ -75,97 +69,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from hpcssl.cli.progress import progress
+    from hpcssl.cli.late_progress import late_progress
     from hpcssl.core.errors import StoreError
+    from hpcssl.pipelines.build_store import submit_parts
+    from hpcssl.stores.kinds import open_store
+    from hpcssl.stores.packed import PackedStore
+    from hpcssl.stores.parts import parts_folder
     from hpcssl.stores.scan import BuildOptions, build_store
-    from hpcssl.stores.store import Store
 
     check_kind(args)
     profile = array_profile(args)
-    alone = next((name for name in ("append", "online") if getattr(args, name)), None)
-    if profile and alone:
-        raise StoreError(f"--{alone} is done by one process; leave out --cluster slurm")
+    if profile and args.append:
+        raise StoreError("--append is done by one process; leave out --cluster slurm")
     if args.online:
-        return build_from_slides(args)
+        return build_online(args, profile)
     if args.shard_gb is not None and not (args.pack or args.append):
         raise StoreError("--shard-gb is of a packed store; give --pack, too")
-    before = Store.open(args.out) if args.append and args.out.exists() else None
-    if before and args.pack and not before.packed:
+    before = open_store(args.out) if args.append and args.out.exists() else None
+    if before and args.pack and not isinstance(before, PackedStore):
         raise StoreError(f"{args.out}: a loose store; it cannot be extended with --pack: pack it into another --out")
     given = {"shard_gb": args.shard_gb, "threads": args.threads}
     options = BuildOptions(pack=args.pack, check=not args.no_check, **{k: v for k, v in given.items() if v is not None})
+    source = {"table": args.slides, "options": options}
     if profile:
-        return _submit(args, options, profile)
-    with ExitStack() as stack:
-        advance = [lambda n: None]
-
-        def begin(total: int) -> None:
-            advance[0] = stack.enter_context(progress("indexing", total=total, unit="slides"))
-
-        store = build_store(
-            args.tiles,
-            args.out,
-            table=args.slides,
-            options=options,
-            append=args.append,
-            on_total=begin,
-            on_progress=lambda n: advance[0](n),
-        )
+        jobs = submit_parts(args.tiles, args.out, **source, profile=profile, num_tasks=args.array)
+        does = f"build the parts of {args.out} that are missing"
+        tell_stage(jobs, parts_folder(args.out), array=does, last="joins the parts")
+        return 0
+    with late_progress("indexing", "slides") as shown:
+        store = build_store(args.tiles, args.out, **source, append=args.append, **shown)
     new = f" ({store.num_slides - before.num_slides} slides new)" if before else ""
-    shards = f" in {len(store.header['shards'])} shards" if store.packed else ""
+    shards = f" in {len(store.header['shards'])} shards" if isinstance(store, PackedStore) else ""
     print(f"{args.out}: {store.num_slides} slides, {store.num_tiles} tiles{shards}{new}")
-    return 0
-
-
-def _submit(args: argparse.Namespace, options: BuildOptions, profile: Profile) -> int:
-    from hpcssl.jobs.stages import submit_store_build
-    from hpcssl.stores.parts import parts_folder
-
-    array, join = submit_store_build(
-        args.tiles, args.out, table=args.slides, options=options, profile=profile, num_tasks=args.array
-    )
-    folder = parts_folder(args.out)
-    if array and array.tasks:
-        tell_job(array.job, folder, f"submitted: {array.tasks} tasks build the parts of {args.out} that are missing")
-    elif array:
-        tell_job(array.job, folder, "is under way already; nothing is submitted beside it")
-    if join:
-        tell_job(join.job, folder, f"{'joins' if join.tasks else 'is under way already: it joins'} the parts")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
     from hpcssl.core.errors import StoreError
+    from hpcssl.stores.kinds import open_store
     from hpcssl.stores.scan import THREADS
-    from hpcssl.stores.store import Store
 
     threads = THREADS if args.threads is None else args.threads
     if threads < 1:
         raise StoreError(f"{threads} threads; expected at least 1")
-    store = Store.open(args.store)
+    store = open_store(args.store)
     with progress("verifying", total=store.num_tiles, unit="tiles") as advance:
         store.verify(advance, deep=args.deep, threads=threads)
-    if store.header["kind"] == "slides":
-        there = f"all {store.num_slides} slides there with their sizes"
-    elif store.packed:
-        there = f"all {len(store.header['shards'])} shards of {store.num_tiles} tiles there with their sizes"
-    else:
-        there = f"all {store.num_tiles} tile files there with their sizes"
-    print(f"{args.store}: index whole, {there}{', every tile decodes' if args.deep else ''}")
+    decoded = ", every tile decodes" if args.deep else ""
+    print(f"{args.store}: index whole, {store.describe_tiles()} there with their sizes{decoded}")
     return 0
 
 
 def _stats(args: argparse.Namespace) -> int:
+    from hpcssl.stores.kinds import open_store
+    from hpcssl.stores.online import OnlineStore
     from hpcssl.stores.stats import per_organ, spread_of, tissue_per_organ
-    from hpcssl.stores.store import Store
+    from hpcssl.stores.tile_store import TileStore
 
-    store = Store.open(args.store)
-    if store.header["kind"] == "slides":
+    store = open_store(args.store)
+    if isinstance(store, OnlineStore):
         print(f"{'organ':<20}{'slides':>10}{'tiles':>16}{'mm² of tissue':>22}")
         for row in tissue_per_organ(store).itertuples(index=False):
             print(f"{row.organ:<20}{row.slides:>10,}{row.tiles:>16,}{row.tissue_mm2:>22,.1f}")
         return 0
+    assert isinstance(store, TileStore), store
     print(f"{'organ':<20}{'slides':>10}{'tiles':>16}{'bytes':>22}")
     for row in per_organ(store).itertuples(index=False):
         print(f"{row.organ:<20}{row.slides:>10,}{row.tiles:>16,}{row.bytes:>22,}")

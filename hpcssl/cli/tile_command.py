@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_job
-
-if TYPE_CHECKING:
-    from hpcssl.jobs.profile import Profile
-    from hpcssl.stores.tiling import TilingOptions
+from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_stage
 
 SUMMARY = "cut whole slides into JPEG tiles at a target MPP, and write their store"
 EXAMPLE = (
@@ -55,36 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --pack: a shard ends with the slide that fills it (%(default)s)",
     )
     parser.add_argument(
-        "--share",
-        type=share_of,
-        metavar="K/N",
-        help="cut only the K-th of N shares of the slides; the command without it then writes the store",
-    )
-    parser.add_argument(
         "--threads", type=int, metavar="N", help="that decode and encode (default: one a core; not on SLURM)"
     )
     add_array_arguments(parser)
 
 
-def share_of(text: str) -> tuple[int, int]:
-    """Return (K - 1, N) of `K/N`.
-
-    >>> share_of("3/16")
-    (2, 16)
-    """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected K/N, such as 3/16")
-    return int(found[1]) - 1, int(found[2])
-
-
 def run(args: argparse.Namespace) -> int:
     """Tile the slides; slides that failed are an error, after the others are done."""
-    from hpcssl.cli.progress import progress
-    from hpcssl.core.errors import SlideError
+    from hpcssl.cli.late_progress import late_progress
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.pipelines.tile import submit_tiling, tile
     from hpcssl.slides.cutting import CutOptions
-    from hpcssl.slides.slide_list import FAILED, slides_to_read
-    from hpcssl.stores.tiling import TilingOptions, describe_failed, tile_slides
+    from hpcssl.stores.tiling import TilingOptions
 
     profile = array_profile(args)
     cut = CutOptions(
@@ -97,46 +72,24 @@ def run(args: argparse.Namespace) -> int:
     threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
     options = TilingOptions(cut=cut, pack=args.pack, shard_gb=args.shard_gb, threads=threads)
     if profile:
-        return _submit(args, options, profile)
-    slides = slides_to_read(args.slides)
-    with ExitStack() as stack:
-        advance = [lambda n: None]
-
-        def begin(total: int) -> None:
-            advance[0] = stack.enter_context(progress("tiling", total=total, unit="slides"))
-
-        store, failed = tile_slides(
-            slides, args.out, options, share=args.share, on_total=begin, on_progress=lambda n: advance[0](n)
+        if args.threads is not None:
+            raise ConfigError("--threads: the tasks of an array have theirs; leave it out")
+        jobs = submit_tiling(args.slides, args.out, options, profile=profile, num_tasks=args.array)
+        tell_stage(
+            jobs,
+            args.out,
+            array=f"cut the slides that are missing in {args.out}",
+            last="writes the store, and lists the slides that failed",
         )
-    if store:
-        counted = f"{store.num_slides} slide{'s' * (store.num_slides > 1)}, {store.num_tiles} tiles"
-        area = store.slides["tissue_mm2"].sum()
+        return 0
+    with late_progress("tiling", "slides") as shown:
+        tiled = tile(args.slides, args.out, options, **shown)
+    if tiled.store:
+        counted = f"{tiled.store.num_slides} slide{'s' * (tiled.store.num_slides > 1)}, {tiled.store.num_tiles} tiles"
+        area = tiled.store.slides["tissue_mm2"].sum()
         print(
             f"{args.out}: {counted} of {args.tile_px} px at {args.mpp:g} MPP, {area:.1f} mm² of tissue;"
             f" look at {args.out / 'qc'}"
         )
-    elif args.share:
-        print(f"{args.out}: this share is cut; the command without --share writes the store")
-    if failed:
-        next_time = "the command without --share tries them again"
-        where = next_time if args.share else f"all are in {args.out / FAILED}"
-        raise SlideError(describe_failed(failed, len(slides), where))
-    return 0
-
-
-def _submit(args: argparse.Namespace, options: TilingOptions, profile: Profile) -> int:
-    from hpcssl.core.errors import ConfigError
-    from hpcssl.jobs.tiling import submit_tiling
-
-    for name in ("threads", "share"):
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name}: the tasks of an array have theirs; leave it out")
-    array, last = submit_tiling(args.slides, args.out, options=options, profile=profile, num_tasks=args.array)
-    if array and array.tasks:
-        tell_job(array.job, args.out, f"submitted: {array.tasks} tasks cut the slides that are missing in {args.out}")
-    elif array:
-        tell_job(array.job, args.out, "is under way already; nothing is submitted beside it")
-    if last:
-        what = "writes the store" if last.tasks else "is under way already: it writes the store"
-        tell_job(last.job, args.out, f"{what}, and lists the slides that failed")
+    tiled.check()
     return 0

@@ -18,6 +18,7 @@ from hpcssl.embed.sources import Embedder, Source, best_device
 from hpcssl.features.feature_files import SUFFIX, write_slide
 from hpcssl.features.feature_folder import INDEX_NAME, write_index
 from hpcssl.loader.pillow import whole_tile
+from hpcssl.stores.kinds import open_store
 from hpcssl.stores.store import Store
 
 _BATCH = 128  # tiles of one slide in a forward pass; batches never mix slides, so a slide's features depend on it alone
@@ -103,7 +104,7 @@ def embed_share(
     slides: Sequence[int],
 ) -> None:
     """Embed some slides of a store: one task of a job array."""
-    embed_store(Store.open(store), source_of(encoder, weights), out, threads=threads, tile_px=tile_px, slides=slides)
+    embed_store(open_store(store), source_of(encoder, weights), out, threads=threads, tile_px=tile_px, slides=slides)
 
 
 def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = None) -> list[int]:

@@ -106,7 +106,7 @@ def load_bench(path: Path) -> Bench:
     for head in bench.head:
         if head not in presets.HEADS:
             raise ConfigError(f"bench {path}: head {head}; {config.nearest(head, list(presets.HEADS))}")
-    store = importlib.import_module("hpcssl.stores.store").Store.open(Path(bench.store))
+    store = importlib.import_module("hpcssl.stores.kinds").open_store(Path(bench.store))
     # both for what they refuse: a slide that the store lacks, a machine without SLURM
     importlib.import_module("hpcssl.embed.embedding").missing_slides(store, path.parent, _slides_of(bench))
     jobs_under_way("hpcssl-bench")
@@ -151,7 +151,7 @@ def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitte
     bench = _bench_of(run)
     profile, slides = load_profile(bench.profile), _slides_of(bench)
     embedding = importlib.import_module("hpcssl.embed.embedding")
-    store = importlib.import_module("hpcssl.stores.store").Store.open(Path(bench.store))
+    store = importlib.import_module("hpcssl.stores.kinds").open_store(Path(bench.store))
     results, done = _folder(run) / "results", _done(_folder(run) / "results")
     submitted = []
     steps, tried = measured_steps(run, every=bench.every), _tried(run)
@@ -271,7 +271,7 @@ def _fits(
         "device": bench.device,
     }
     return [
-        Call("hpcssl.jobs.follow:measure", shared | {"splits": Path(splits)})
+        Call(measure, shared | {"splits": Path(splits)})
         for splits in bench.splits
         if any((task_name(Path(splits)), head, str(step)) not in done for head in bench.head)
     ]

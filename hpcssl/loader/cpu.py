@@ -19,24 +19,27 @@ from hpcssl.loader import pillow, pixels
 from hpcssl.loader.stain import planned_jitter
 from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
 from hpcssl.plan.recipe import AugmentRecipe
+from hpcssl.stores.store import TileData
 
 _PASSES = 3  # box blurs that make Pillow's Gaussian one
 
 
-def decode(jpeg: bytes, *, name: str) -> NDArray[np.uint8]:
-    """Return (H, W, 3) uint8; BadTileError naming the tile where the bytes cannot be decoded."""
+def decode(tile: TileData, *, name: str) -> NDArray[np.uint8]:
+    """Return (H, W, 3) uint8 of a JPEG or of pixels; BadTileError naming the tile where bytes cannot be decoded."""
+    if not isinstance(tile, bytes):
+        return tile
     try:
-        image: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, "RGB")
+        image: NDArray[np.uint8] = simplejpeg.decode_jpeg(tile, "RGB")
         return image
     except ValueError:  # CMYK, or damaged: Pillow knows more kinds, and says what is wrong
-        return np.array(pillow.decode(jpeg, name=name))
+        return np.array(pillow.decode(tile, name=name))
 
 
 def execute(
-    jpeg: bytes, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
+    tile: TileData, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
 ) -> None:
-    """Decode and augment an encoded tile; `name` is for the error."""
-    augment(decode(jpeg, name=name), recipe, plan, index, out)
+    """Decode and augment a tile; `name` is for the error."""
+    augment(decode(tile, name=name), recipe, plan, index, out)
 
 
 def augment(

@@ -27,6 +27,7 @@ from hpcssl.loader import cpu, pillow
 from hpcssl.loader.colour import change_colours, colours_of
 from hpcssl.plan.draw import Plan
 from hpcssl.plan.recipe import AugmentRecipe
+from hpcssl.stores.store import TileData
 
 _END_OF_IMAGE = b"\xff\xd9"
 
@@ -44,23 +45,25 @@ class Undecodable(Exception):
     """DALI could not decode a batch; it does not tell which tile."""
 
 
-def decode(jpeg: bytes, *, name: str) -> Encoded:
+def decode(tile: TileData, *, name: str) -> Encoded:
     """Return what is handed to DALI: the JPEG itself, after a look at its header and end.
 
-    What is no plain JPEG goes through `decode_fully`, and raises BadTileError as there.
+    Pixels, and what is no plain JPEG, go through `decode_fully`, and raise BadTileError as there.
     """
+    if not isinstance(tile, bytes):
+        return decode_fully(tile, name=name)
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(tile)
     except ValueError:
-        return decode_fully(jpeg, name=name)
-    if colours not in ("YCbCr", "Gray") or not jpeg.endswith(_END_OF_IMAGE):
-        return decode_fully(jpeg, name=name)
-    return Encoded(jpeg, width, height)
+        return decode_fully(tile, name=name)
+    if colours not in ("YCbCr", "Gray") or not tile.endswith(_END_OF_IMAGE):
+        return decode_fully(tile, name=name)
+    return Encoded(tile, width, height)
 
 
-def decode_fully(jpeg: bytes, *, name: str) -> Encoded:
+def decode_fully(tile: TileData, *, name: str) -> Encoded:
     """Return a tile that Pillow decoded, as a BMP file; BadTileError naming the tile where it cannot."""
-    image, stream = pillow.decode(jpeg, name=name), io.BytesIO()
+    image, stream = pillow.decode(tile, name=name), io.BytesIO()
     image.save(stream, "BMP")
     return Encoded(stream.getvalue(), *image.size)
 

@@ -19,7 +19,7 @@ from hpcssl.core.errors import ConfigError
 from hpcssl.plan.draw import Plan
 from hpcssl.plan.recipe import AugmentRecipe
 
-Decode = Callable[..., Any]  # decode(jpeg, name=…)
+Decode = Callable[..., Any]  # decode(tile, name=…)
 Source = Callable[
     [int, Decode], tuple[Any, float, float]
 ]  # (index, decode) → the tile, seconds of reading and decoding

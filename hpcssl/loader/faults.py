@@ -16,15 +16,15 @@ from typing import BinaryIO
 from hpcssl.core.errors import StoreError
 from hpcssl.core.rng import below, uniforms
 from hpcssl.schedule.file import Schedule
-from hpcssl.stores.store import Store
+from hpcssl.stores.store import Store, TileData
 
 COLUMNS = ("tile", "position", "file", "reason")
 _PAUSES_S = (0.1, 0.5, 2.0)
 _MOST_SUBSTITUTES = 16
 
 
-def read_patiently(store: Store, position: int, tile: int) -> bytes:
-    """Return a tile's bytes; an error of the file system is tried again three times.
+def read_patiently(store: Store, position: int, tile: int) -> TileData:
+    """Return a tile; an error of the file system is tried again three times.
 
     Raises
     ------

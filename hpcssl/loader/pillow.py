@@ -13,15 +13,18 @@ from hpcssl.core.errors import BadTileError
 from hpcssl.loader.stain import planned_jitter
 from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
 from hpcssl.plan.recipe import AugmentRecipe
+from hpcssl.stores.store import TileData
 
 _SOLARIZE_FROM = 128
 _TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # counter-clockwise
 
 
-def decode(jpeg: bytes, *, name: str) -> Image.Image:
-    """Return an RGB image; BadTileError naming the tile where the bytes cannot be decoded."""
+def decode(tile: TileData, *, name: str) -> Image.Image:
+    """Return an RGB image of a JPEG or of pixels; BadTileError naming the tile where the bytes cannot be decoded."""
+    if not isinstance(tile, bytes):
+        return Image.fromarray(tile)
     try:
-        image: Image.Image = Image.open(io.BytesIO(jpeg))
+        image: Image.Image = Image.open(io.BytesIO(tile))
         if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow would cut it at 255
             image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -33,17 +36,17 @@ def decode(jpeg: bytes, *, name: str) -> Image.Image:
         ) from None
 
 
-def whole_tile(jpeg: bytes, px: int, *, name: str) -> NDArray[np.uint8]:
+def whole_tile(tile: TileData, px: int, *, name: str) -> NDArray[np.uint8]:
     """Return the whole tile at `px` pixels a side, unaugmented, (px, px, 3) uint8; bicubic where the size differs."""
-    image = decode(jpeg, name=name)
+    image = decode(tile, name=name)
     return np.asarray(image if image.size == (px, px) else image.resize((px, px), Image.Resampling.BICUBIC))
 
 
 def execute(
-    jpeg: bytes, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
+    tile: TileData, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
 ) -> None:
-    """Decode and augment an encoded tile; `name` is for the error."""
-    augment(decode(jpeg, name=name), recipe, plan, index, out)
+    """Decode and augment a tile; `name` is for the error."""
+    augment(decode(tile, name=name), recipe, plan, index, out)
 
 
 def augment(tile: Image.Image, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]]) -> None:

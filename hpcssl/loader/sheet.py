@@ -16,6 +16,7 @@ from hpcssl.loader import pillow
 from hpcssl.plan.describe import view_names
 from hpcssl.plan.draw import Plan
 from hpcssl.plan.recipe import AugmentRecipe
+from hpcssl.stores.store import TileData
 
 MOST_ROWS = 64
 _INK, _PAPER, _HIDDEN = (40, 40, 40), (255, 255, 255), (150, 150, 150)
@@ -26,7 +27,12 @@ _LEAST_TILE_PX = 160  # what is smaller is enlarged, so that outlines can be tol
 
 
 def contact_sheet(
-    title: str, captions: Sequence[str], jpegs: Sequence[bytes], names: Sequence[str], recipe: AugmentRecipe, plan: Plan
+    title: str,
+    captions: Sequence[str],
+    tiles: Sequence[TileData],
+    names: Sequence[str],
+    recipe: AugmentRecipe,
+    plan: Plan,
 ) -> Image.Image:
     """Draw a row for each of the plan's positions: the tile, the tile with its crops outlined, then every view.
 
@@ -36,22 +42,22 @@ def contact_sheet(
     ----------
     title : heads the sheet, broken into lines as needed
     captions : (P,) line above each row
-    jpegs, names : (P,) the encoded tiles, and their names for errors
+    tiles, names : (P,) the tiles, and their names for errors
     recipe, plan : whose views are drawn; at most `MOST_ROWS` positions
     """
-    assert len(captions) == len(jpegs) == len(names) == len(plan.positions) <= MOST_ROWS
+    assert len(captions) == len(tiles) == len(names) == len(plan.positions) <= MOST_ROWS
     cells, (row_w, row_h) = _layout(recipe, masked=plan.mask is not None)
     row_w = max(row_w, *(int(_font(13).getlength(caption)) + 1 for caption in captions))
     lines = _wrapped(title, row_w)
     rows_y = _MARGIN + len(lines) * _LINE + _GAP
-    sheet = Image.new("RGB", (2 * _MARGIN + row_w, rows_y + len(jpegs) * (row_h + _GAP) + _MARGIN), _PAPER)
+    sheet = Image.new("RGB", (2 * _MARGIN + row_w, rows_y + len(tiles) * (row_h + _GAP) + _MARGIN), _PAPER)
     for i, line in enumerate(lines):
         ImageDraw.Draw(sheet).text((_MARGIN, _MARGIN + i * _LINE), line, fill=_INK, font=_font(13))
-    out = [np.empty((k.count, len(jpegs), k.view_px, k.view_px, 3), np.uint8) for k in recipe.kinds]
-    for p, (jpeg, name) in enumerate(zip(jpegs, names, strict=True)):
-        pillow.execute(jpeg, recipe, plan, p, out, name=name)
-        tile = pillow.decode(jpeg, name=name)
-        pictures = [tile, _outlined(tile, cells[1].px, plan, p)]
+    out = [np.empty((k.count, len(tiles), k.view_px, k.view_px, 3), np.uint8) for k in recipe.kinds]
+    for p, (tile, name) in enumerate(zip(tiles, names, strict=True)):
+        image = pillow.decode(tile, name=name)
+        pillow.augment(image, recipe, plan, p, out)
+        pictures = [image, _outlined(image, cells[1].px, plan, p)]
         pictures += [Image.fromarray(view) for kind in out for view in kind[:, p]]
         if plan.mask is not None:
             pictures.append(_masked(out[0][0, p], plan.mask[p]))

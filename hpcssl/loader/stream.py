@@ -27,7 +27,7 @@ from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
 from hpcssl.plan.draw import Plan, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
-from hpcssl.stores.store import Store
+from hpcssl.stores.store import Store, TileData
 
 _MOST_UNREACHABLE = 3  # tiles tried at a position; each may take a minute, and then no server answers
 BACKENDS = {"auto": "cpu", "cpu": "cpu", "pillow": "pillow", "dali": "dali"}
@@ -204,10 +204,10 @@ class TileStream:
             places.sort(key=lambda place: place[0])
         readers.submit(self._store.expect, [tile for tile, _, _ in places])
         for tile, r, index in places:
-            r.jpegs[index] = readers.submit(self._timed_read, int(r.positions[index]), tile)
+            r.data[index] = readers.submit(self._timed_read, int(r.positions[index]), tile)
         return reads
 
-    def _timed_read(self, position: int, tile: int) -> tuple[bytes, float]:
+    def _timed_read(self, position: int, tile: int) -> tuple[TileData, float]:
         begun = time.perf_counter()
         return read_patiently(self._store, position, tile), time.perf_counter() - begun
 
@@ -220,11 +220,11 @@ class TileStream:
             if (candidate, position) in self._bad:
                 continue
             try:
-                ahead = reads.jpegs[index].result() if candidate == tile else None
-                jpeg, seconds = ahead or self._timed_read(position, candidate)
+                ahead = reads.data[index].result() if candidate == tile else None
+                data, seconds = ahead or self._timed_read(position, candidate)
                 read_s += seconds
                 begun = time.perf_counter()
-                image = decode(jpeg, name=str(self._store.file_of(candidate)))
+                image = decode(data, name=str(self._store.file_of(candidate)))
                 return image, read_s, decode_s + time.perf_counter() - begun
             except BadTileError as error:
                 self._bad.add(candidate, position, self._store.files_of(np.array([candidate]))[0], str(error))
@@ -259,4 +259,4 @@ class _Reads:
 
     def __init__(self, step: int, positions: np.ndarray, tiles: np.ndarray):
         self.step, self.positions, self.tiles = step, positions, tiles
-        self.jpegs: dict[int, Future[tuple[bytes, float]]] = {}
+        self.data: dict[int, Future[tuple[TileData, float]]] = {}

@@ -12,7 +12,7 @@ from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.eligible import HoldOut
 from hpcssl.schedule.spec import ScheduleSpec, load_spec
 from hpcssl.slides.slide_table import read_slides
-from hpcssl.stores.store import Store
+from hpcssl.stores.kinds import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def plan_schedule(
     """
     resolved = load_spec(spec, overrides)
     if is_store:
-        slides = Store.open(source).drawn_by(resolved.seed, resolved.mpp_weights).slides
+        slides = open_store(source).drawn_by(resolved.seed, resolved.mpp_weights).slides
     else:
         slides = read_slides(source)
     hold_out = HoldOut.read(Path(resolved.hold_out)).describe(slides) if resolved.hold_out else ""

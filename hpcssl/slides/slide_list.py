@@ -86,10 +86,10 @@ def _stated_mpp(row: Mapping[str, Any], where: str) -> float | None:
     return mpp
 
 
-def told_mpp(row: Mapping[str, Any], assumed: float | None) -> str:
+def mpp_to_go_by(row: Mapping[str, Any], assumed: float | None) -> str:
     """Return what there is to go by for the MPP of a row's slide, besides its file; blank where there is nothing.
 
-    >>> told_mpp({"mpp": "0.25"}, 0.5), told_mpp({"mpp": ""}, 0.5), told_mpp({"mpp": ""}, None)
+    >>> mpp_to_go_by({"mpp": "0.25"}, 0.5), mpp_to_go_by({"mpp": ""}, 0.5), mpp_to_go_by({"mpp": ""}, None)
     ('0.25', 'assumed 0.5', '')
     """
     return str(row["mpp"]).strip() or ("" if assumed is None else f"assumed {assumed}")
@@ -117,7 +117,7 @@ def mpp_from(slide: Slide, row: Mapping[str, Any]) -> str:
     return "table" if str(row["mpp"]).strip() else "file" if slide.mpp else "assumed"
 
 
-def write_failed(folder: Path, failed: Sequence[Mapping[str, str]]) -> None:
+def write_failed(folder: Path, failed: Sequence[Mapping[str, Any]]) -> None:
     """Write `failed_slides.csv`: slide_id, organ, path, reason; where nothing failed, only the header."""
     table = pd.DataFrame(list(failed), columns=_FAILED_COLUMNS).fillna("")
     write_atomic(folder / FAILED, table.to_csv(index=False))

@@ -12,20 +12,20 @@ import pandas as pd
 from hpcssl.core.errors import StoreError
 from hpcssl.core.ordered import in_order
 from hpcssl.slides.slide_table import REQUIRED
+from hpcssl.stores.packed import PackedStore
 from hpcssl.stores.store import Store
 from hpcssl.stores.tile_files import Tiles, list_tiles
+from hpcssl.stores.tile_store import TileStore
 
-HELD = ("organ", "path", "mpp")  # of a whole slide: what it was read by
+READ_BY = ("organ", "path", "mpp")  # what a whole slide was read by
 
 
-def extended(base: Store, slides: pd.DataFrame, tiles: Path, *, counted: bool) -> pd.DataFrame:
+def extended(base: TileStore, slides: pd.DataFrame, tiles: Path, *, counted: bool) -> pd.DataFrame:
     """Return the store's slides in their order, then those that it lacks.
 
     Of a slide that both know, the other columns are the new table's; one that the table does not list keeps its own.
     """
-    if base.header["kind"] == "slides":
-        raise StoreError(f"{base.path}: a store of slides; to extend it with slides, give --online, too")
-    if not base.packed and tiles.resolve() != base.root:
+    if not isinstance(base, PackedStore) and tiles.resolve() != base.root:
         raise StoreError(f"{base.path}: its tiles are below {base.root}; extend it with tiles below that, not {tiles}")
     old = base.slides.drop(columns="first_tile")
     known = slides["slide_id"].isin(old["slide_id"])
@@ -57,19 +57,18 @@ def relabelled(base: Store, slides: pd.DataFrame, assume_mpp: float | None) -> p
     old = base.slides.drop(columns="first_tile")
     given = slides[slides["slide_id"].isin(old["slide_id"])].set_index("slide_id").reindex(old["slide_id"])
     assumed = old["mpp_from"] == "assumed" if "mpp_from" in old else np.zeros(len(old), bool)
-    rows = zip(old["slide_id"], old["organ"], old["path"], old["mpp"], assumed, *(given[c] for c in HELD), strict=True)
-    for slide_id, organ, path, mpp, was_assumed, new_organ, new_path, stated in rows:
-        if pd.isna(new_organ):
+    before, now = (zip(*(table[column] for column in READ_BY)) for table in (old, given))
+    for slide_id, was, (organ, path, stated), was_assumed in zip(old["slide_id"], before, now, assumed, strict=True):
+        if pd.isna(organ):
             continue
-        now = str(stated).strip() or (assume_mpp if was_assumed else None) or mpp
-        held = {"organ": (organ, new_organ), "path": (path, new_path), "mpp": (mpp, float(now))}
-        for column, (was, asked) in held.items():
-            if was != asked:
+        mpp = str(stated).strip() or (assume_mpp if was_assumed else None) or was[-1]
+        for column, stored, requested in zip(READ_BY, was, (organ, path, float(mpp)), strict=True):
+            if stored != requested:
                 raise StoreError(
-                    f"{base.path}: slide {slide_id} has {column} {was} in it, asked for is {asked}; a store is only"
-                    " extended: leave the row out, or choose another --out"
+                    f"{base.path}: slide {slide_id} has {column} {stored} in it, asked for is {requested}; a store is"
+                    " only extended: leave the row out, or choose another --out"
                 )
-    return _with_columns(old, given, slides.columns.difference([*REQUIRED, *HELD], sort=False))
+    return _with_columns(old, given, slides.columns.difference([*REQUIRED, *READ_BY], sort=False))
 
 
 def _with_columns(old: pd.DataFrame, given: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
@@ -81,7 +80,7 @@ def _with_columns(old: pd.DataFrame, given: pd.DataFrame, columns: pd.Index) -> 
     return old
 
 
-def check_unchanged(base: Store, tiles: Path, *, threads: int, on_progress: Callable[[int], None]) -> None:
+def check_unchanged(base: TileStore, tiles: Path, *, threads: int, on_progress: Callable[[int], None]) -> None:
     """Raise StoreError for the first slide of the store whose folder holds other names or sizes than it says.
 
     The tiles of a packed store are in its shards: a folder that is gone since is no change.
@@ -91,10 +90,10 @@ def check_unchanged(base: Store, tiles: Path, *, threads: int, on_progress: Call
     def differs(slide: int) -> str | None:
         folder = base.folder_of_slide(slide)
         if not (tiles / folder).is_dir():
-            return None if base.packed else "its folder is gone"
-        found = list_tiles(tiles, folder)
+            return None if isinstance(base, PackedStore) else "its folder is gone"
+        there = list_tiles(tiles, folder)
         first, count = base.tiles_of_slide(slide)
-        return describe_difference(found, base.names_of(first, count), base.sizes[first : first + count].tolist())
+        return describe_difference(there, base.names_of(first, count), base.sizes[first : first + count].tolist())
 
     with ThreadPoolExecutor(threads) as pool:
         for slide, difference in in_order(pool, differs, range(len(table)), window=4 * threads):
@@ -106,19 +105,19 @@ def check_unchanged(base: Store, tiles: Path, *, threads: int, on_progress: Call
             on_progress(1)
 
 
-def describe_difference(found: Tiles, names: list[bytes], sizes: list[int]) -> str | None:
+def describe_difference(there: Tiles, names: list[bytes], sizes: list[int]) -> str | None:
     """Say what is other in a folder than in the index, or None.
 
     >>> describe_difference(Tiles(names=[b"a.jpg", b"c.jpg"], sizes=[1, 2]), [b"a.jpg", b"b.jpg"], [1, 2])
     '1 tile gone, 1 new; first: b.jpg'
     """
-    if found.bad:
-        return f"{found.bad[0][0]}: {found.bad[0][1]}"
-    if found.names == names and found.sizes == sizes:
+    if there.bad:
+        return f"{there.bad[0][0]}: {there.bad[0][1]}"
+    if there.names == names and there.sizes == sizes:
         return None
-    gone, new = set(names) - set(found.names), set(found.names) - set(names)
+    gone, new = set(names) - set(there.names), set(there.names) - set(names)
     if gone or new:
         first = sorted(gone or new)[0].decode()
         return f"{len(gone)} tile{'s' * (len(gone) != 1)} gone, {len(new)} new; first: {first}"
-    name, was, now = next(t for t in zip(names, sizes, found.sizes) if t[1] != t[2])
+    name, was, now = next(t for t in zip(names, sizes, there.sizes) if t[1] != t[2])
     return f"{name.decode()} has {now} bytes, not {was}"

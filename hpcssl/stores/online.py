@@ -1,6 +1,6 @@
 """Online stores: tiles straight from the slides, at a place that the position draws.
 
-An online store is a folder like those of `hpcssl.stores.store`, with
+Its folder has, beside what every store has,
 
     store.json        kind "slides", MPPs, side of a tile, least share of tissue, whether it is one of the grid alone,
                       SHA-256 of the index files, and their folder in the store
@@ -19,10 +19,7 @@ place of its own on the slide of tile t, a function of position and t, so that a
 from __future__ import annotations
 
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,29 +29,16 @@ from numpy.typing import NDArray
 
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import BadTileError, SlideError, StoreError, UnreachableTileError
-from hpcssl.core.ordered import in_order
 from hpcssl.core.rng import uniforms
-from hpcssl.slides.opening import open_slide
+from hpcssl.slides.open_slides import OpenSlides
 from hpcssl.slides.ranges import Ranges, is_remote
 from hpcssl.slides.sampling import read_tile, sample
-from hpcssl.slides.slide import Slide
 from hpcssl.slides.slide_table import digest_slides, slide_of
 from hpcssl.stores.online_places import Runs, choose, draw_corner, whole_weights
-from hpcssl.stores.store import Store, Texts
+from hpcssl.stores.store import IndexLayout, Store, Texts, sum_faults
 
-ARRAYS = {"corners.npy": "<u4", "run_starts.npy": "<u4", "run_ends.npy": "<u4", "areas.npy": "<u8"}
-INDEX_FILES = ("slides.parquet", "paths.bin", "paths.npy", *ARRAYS)
 _MOST_OPEN = 64  # slides; each holds a file and a table of its blocks
 _MOST_HELD = 1 << 27  # bytes of these tables; a slide of 200,000 blocks has about 4 MB
-
-
-def identity_of(slides: pd.DataFrame, header: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of a store: of its slides, and of all that tiles depend on, but not where the slides lie."""
-    slides_digest = digest_slides(slides)
-    settings = {key: header[key] for key in ("mpps", "tile_px", "of_grid")}
-    files = {name: header["files"][name] for name in ARRAYS}
-    whole = json.dumps([slides_digest, settings, files, slides["bytes"].tolist(), slides["mpp"].tolist()])
-    return {"slides_digest": slides_digest, "digest": digest_bytes(whole.encode())}
 
 
 class Place(NamedTuple):
@@ -65,51 +49,8 @@ class Place(NamedTuple):
     y: int
     mpp: float
 
-    @property
-    def told(self) -> str:
-        """As it is told to people."""
+    def __str__(self) -> str:
         return f"x {self.x}, y {self.y}, MPP {self.mpp:g}"
-
-
-class OpenSlides:
-    """The slides that were used last, at most `most` and of `most_bytes`, or one that is larger.
-
-    One that is let go is closed when no thread reads from it any more.
-    Threads that want the same slide wait for one opening of it, and share its failure.
-    """
-
-    def __init__(self, most: int, most_bytes: int):
-        self._most, self._most_bytes, self._lock = most, most_bytes, threading.Lock()
-        self._slides: OrderedDict[str, Future[Slide]] = OrderedDict()
-
-    def get(self, path: str) -> Slide:
-        """Return an opened slide; raises as `open_slide`."""
-        with self._lock:
-            found = self._slides.get(path)
-            opens = found is None
-            if found is None:
-                found = self._slides[path] = Future()
-                self._let_go()
-            self._slides.move_to_end(path)
-        if opens:
-            try:
-                found.set_result(open_slide(path))
-                with self._lock:
-                    self._let_go()
-            except BaseException as error:
-                with self._lock:
-                    if self._slides.get(path) is found:
-                        del self._slides[path]
-                found.set_exception(error)
-                raise
-        return found.result()
-
-    def _let_go(self) -> None:
-        """Forget those used longest ago, until the others are few and small enough."""
-        held = [slide.result().held_bytes if slide.done() else 0 for slide in self._slides.values()]
-        while len(held) > 1 and (len(held) > self._most or sum(held) > self._most_bytes):
-            self._slides.popitem(last=False)
-            held.pop(0)
 
 
 class _Draws(NamedTuple):
@@ -129,25 +70,38 @@ class OnlineStore(Store):
     of_grid : built to give the tiles of the grid, whatever the position
     """
 
-    mpps: list[float]
-    tile_px: int
-    of_grid: bool
+    kind = "slides"
+    layout = IndexLayout(
+        texts=("paths",),
+        arrays={"corners.npy": "<u4", "run_starts.npy": "<u4", "run_ends.npy": "<u4", "areas.npy": "<u8"},
+        ends_in={"areas.npy": "run_ends.npy"},
+    )
     _draws: _Draws | None = None
 
-    def _open_index(self) -> None:
-        self.mpps, self.tile_px = self.header["mpps"], self.header["tile_px"]
-        self.of_grid = self.header["of_grid"]
-        self.root = self.path
+    def __init__(self, path: Path, header: dict[str, Any]):
+        super().__init__(path, header)
+        self.mpps: list[float] = header["mpps"]
+        self.tile_px: int = header["tile_px"]
+        self.of_grid: bool = header["of_grid"]
         self._paths = Texts(self.index, "paths", self.num_slides)
-        self._areas = self._array("areas.npy", "<u8", self.num_slides * (1 + len(self.mpps)))
+        self._areas = self._array("areas.npy", self.num_slides * (1 + len(self.mpps)))
         num_runs = int(self._areas[-1]) if self.num_slides else 0
-        self._run_starts = self._array("run_starts.npy", "<u4", num_runs)
-        self._run_ends = self._array("run_ends.npy", "<u4", num_runs)
-        self._corners = self._array("corners.npy", "<u4", 2 * self.num_tiles)
+        self._run_starts = self._array("run_starts.npy", num_runs)
+        self._run_ends = self._array("run_ends.npy", num_runs)
+        self._corners = self._array("corners.npy", 2 * self.num_tiles)
         self._open = OpenSlides(_MOST_OPEN, _MOST_HELD)
         self._columns = self.slides["mask_columns"].to_numpy(np.int64)
         self._cell = self.slides["mask_cell"].to_numpy(np.float64)
         self._slide_mpp = self.slides["mpp"].to_numpy(np.float64)
+
+    @classmethod
+    def sealed(cls, header: Mapping[str, Any], slides: pd.DataFrame, files: Mapping[str, str]) -> dict[str, Any]:
+        """See `Store.sealed`; the digest is that of all that tiles depend on, but not where the slides lie."""
+        slides_digest = digest_slides(slides)
+        settings = {key: header[key] for key in ("mpps", "tile_px", "of_grid")}
+        arrays = {name: files[name] for name in cls.layout.arrays}
+        whole = json.dumps([slides_digest, settings, arrays, slides["bytes"].tolist(), slides["mpp"].tolist()])
+        return {**header, "files": files, "slides_digest": slides_digest, "digest": digest_bytes(whole.encode())}
 
     @property
     def drawn(self) -> bool:
@@ -157,23 +111,19 @@ class OnlineStore(Store):
     def drawn_by(self, seed: int, mpp_weights: Mapping[float, float]) -> Store:
         """See `Store.drawn_by`; a slide that lacks an MPP shares its weight among the others."""
         unknown = [mpp for mpp in mpp_weights if mpp not in self.mpps]
-        told = ", ".join(map(str, self.mpps))
         if unknown:
-            raise StoreError(f"{self.path}: mpp_weights names MPP {unknown[0]}; this store has places at {told}")
+            known = ", ".join(map(str, self.mpps))
+            raise StoreError(f"{self.path}: mpp_weights names MPP {unknown[0]}; this store has places at {known}")
         if self.of_grid:
             return self
         weights = whole_weights([mpp_weights.get(mpp, 0) if mpp_weights else 1 for mpp in self.mpps])
         self._check_places(weights)
-        return self._with(_Draws(seed, weights))
-
-    def _with(self, draws: _Draws | None) -> OnlineStore:
-        """Return a store that shares all with this one but how it draws."""
-        store = type(self).__new__(type(self))
-        vars(store).update(vars(self), _draws=draws)
+        store = type(self).__new__(type(self))  # shares all with this one but how it draws
+        vars(store).update(vars(self), _draws=_Draws(seed, weights))
         return store
 
-    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, ...]]:
-        return _reopened, (self.path, self._draws)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"_draws": self._draws})
 
     def _check_places(self, weights: list[int]) -> None:
         """Refuse weights that leave a slide without a place to draw from."""
@@ -194,7 +144,7 @@ class OnlineStore(Store):
 
     def place_of(self, position: int, tile: int) -> Place:
         """Return where the tile at a position is."""
-        slide = int(slide_of(tile, self.first_tiles))
+        slide = self.slide_of(tile)
         if self._draws is None:
             return Place(slide, int(self._corners[2 * tile]), int(self._corners[2 * tile + 1]), self.mpps[0])
         words = uniforms(self._draws.seed, "place", position, view=tile % 2**32, stream=tile >> 32).tolist()
@@ -203,8 +153,8 @@ class OnlineStore(Store):
         x, y = draw_corner(areas[number], words[1:], int(self._columns[slide]), float(self._cell[slide]))
         return Place(slide, x, y, self.mpps[number])
 
-    def fetch(self, position: int, tile: int) -> bytes:
-        """Return a tile's pixels as a PPM image, which is a short header and the pixels themselves.
+    def fetch(self, position: int, tile: int) -> NDArray[np.uint8]:
+        """Return a tile's pixels, (tile_px, tile_px, 3) RGB.
 
         Raises
         ------
@@ -220,29 +170,24 @@ class OnlineStore(Store):
         place = self.place_of(position, tile)
         path = self._paths[place.slide]
         try:
-            pixels = self._read(path, place)
+            return self._read(path, place)
         except SlideError as error:
             if not is_remote(path) and not Path(path).parent.is_dir():  # not a slide that is missing, but a disk
                 raise StoreError(f"{Path(path).parent}: no such folder; is its file system mounted?") from None
-            raise BadTileError(f"{error} ({place.told})") from None
+            raise BadTileError(f"{error} ({place})") from None
         except OSError as error:
             if not is_remote(path):
                 raise
-            raise UnreachableTileError(f"{path}: {error.strerror or error} ({place.told})") from None
-        height, width = pixels.shape[:2]
-        return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
+            raise UnreachableTileError(f"{path}: {error.strerror or error} ({place})") from None
 
     def _read(self, path: str, place: Place) -> NDArray[np.uint8]:
         slide, slide_mpp = self._open.get(path), float(self._slide_mpp[place.slide])
         sampling = sample(slide, slide_mpp=slide_mpp, mpp=place.mpp, tile_px=self.tile_px)
         return read_tile(slide, sampling, place.x, place.y)
 
-    def expect(self, tiles: Iterable[int]) -> None:
-        """Do nothing: which places will be read follows from positions."""
-
     def file_of(self, tile: int) -> Path:
         """Return the file of a tile's slide."""
-        return Path(self._paths[int(slide_of(tile, self.first_tiles))])
+        return Path(self._paths[self.slide_of(tile)])
 
     def files_of(self, tiles: NDArray[np.int64]) -> list[str]:
         """Return the files of the slides of many tiles, as text."""
@@ -252,47 +197,38 @@ class OnlineStore(Store):
         """See `Store.name_of`; with the place that the position draws."""
         place = self.place_of(position, tile)
         organ, slide_id = self.slides[["organ", "slide_id"]].iloc[place.slide]
-        return f"{organ}/{slide_id} at {place.told}"
+        return f"{organ}/{slide_id} at {place}"
 
     def coordinates_of(self, tile: int) -> tuple[int, int]:
         """Return the corner (x, y) of a tile of the grid in level-0 pixels."""
         return int(self._corners[2 * tile]), int(self._corners[2 * tile + 1])
 
-    def _identity(self) -> dict[str, str]:
-        return identity_of(self.slides, self.header)
+    def describe_tiles(self) -> str:
+        """See `Store.describe_tiles`."""
+        return f"all {self.num_slides} slides"
 
     def _check_tiles(self, on_progress: Callable[[int], None], *, deep: bool, threads: int) -> None:
         """Check that every slide is there with its size, and with `deep` that every tile of the grid can be read."""
         sizes = self.slides["bytes"].tolist()
 
-        def faults_of(slide: int) -> tuple[int, str | None]:
+        def changes(slide: int) -> tuple[int, list[str]]:
             first, count = self.tiles_of_slide(slide)
             try:
                 size = Ranges.open(self._paths[slide]).size
                 if size != sizes[slide]:
-                    return count, f"{self._paths[slide]} has {size} bytes, not {sizes[slide]}"
+                    return count, [f"{self._paths[slide]} has {size} bytes, not {sizes[slide]}"]
                 if deep:
                     for tile in range(first, first + count):
                         self.fetch(tile, tile)
             except UnreachableTileError:  # tells nothing of the slide
                 raise
             except (SlideError, StoreError) as error:
-                return count, str(error)
-            return count, None
+                return count, [str(error)]
+            return count, []
 
-        faults = []
-        with ThreadPoolExecutor(threads) as pool:
-            for _, (count, fault) in in_order(pool, faults_of, range(self.num_slides), window=4 * threads):
-                faults += [fault] if fault else []
-                on_progress(count)
-        if faults:
+        total, first = sum_faults(changes, range(self.num_slides), on_progress, threads)
+        if total:
             raise StoreError(
-                f"{self.path}: {len(faults)} of {self.num_slides} slides changed since it was built; first:"
-                f" {faults[0]}; put them back or build the store anew"
+                f"{self.path}: {total} of {self.num_slides} slides changed since it was built; first: {first};"
+                " put them back or build the store anew"
             )
-
-
-def _reopened(path: Path, draws: _Draws | None) -> Store:
-    store = Store.open(path)
-    assert isinstance(store, OnlineStore), store
-    return store._with(draws)

@@ -25,21 +25,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.arrays import map_array, npy_header
-from hpcssl.core.atomic import alone, atomic_file, digest_bytes, digest_file, read_json, sync_dir, write_atomic
-from hpcssl.core.config import first_difference
+from hpcssl.core.atomic import alone, atomic_file, digest_bytes, read_json, write_atomic
+from hpcssl.core.claim import check_same
 from hpcssl.core.errors import StoreError
 from hpcssl.core.ordered import in_order
+from hpcssl.stores.index_writer import IndexWriter, seal
+from hpcssl.stores.kinds import KINDS, open_store
 from hpcssl.stores.scan import BuildOptions, build_store
-from hpcssl.stores.shards import pack_places
-from hpcssl.stores.store import FORMAT, Store, identity, index_files
-from hpcssl.stores.tar import shard_name
+from hpcssl.stores.store import FORMAT, TABLE, Store, read_header
+from hpcssl.stores.store_build import move_synced, write_header
+from hpcssl.stores.tar import pack_offset, shard_name
 from hpcssl.stores.tile_files import list_names, slides_below
 
-_TEXTS = ("folders", "names")  # bytes of all entries, and an array of where each ends
-_DTYPES = {"folders.npy": "<u8", "names.npy": "<u8", "sizes.npy": "<u4", "offsets.npy": "<u8"}
 _FREE = ("threads", "commit_s")  # how, not what is built
-_CHUNK = 1 << 20  # entries of an array that are held at a time
 
 
 def parts_folder(out: Path) -> Path:
@@ -74,10 +72,8 @@ def plan_parts(tiles: Path, out: Path, *, table: Path | None, options: BuildOpti
     }
     folder = parts_folder(out)
     if (folder / "plan.json").exists():
-        difference = first_difference(_plan_of(out) | {key: plan[key] for key in _FREE}, plan)
-        if difference:
-            key, before, now = difference
-            raise StoreError(f"{folder}: begun with {key} = {before}, now {now}; give the same, or remove it")
+        stored = _plan_of(out) | {key: plan[key] for key in _FREE}
+        check_same(stored, plan, made=f"{folder}: begun with", advice="give the same, or remove it", error=StoreError)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "slides.parquet") as temporary:
         slides.to_parquet(temporary, index=False)
@@ -124,24 +120,30 @@ def join_parts(out: Path) -> Store:
         headers = [_header_of(part) for part in parts]
         joined = folder / "joined"
         joined.mkdir(exist_ok=True)
-        shards = [header.get("shards", []) for header in headers]
-        files = _join_index(joined, parts, [len(sizes) for sizes in shards], packed=plan["pack"])
-        _move_shards(joined, parts, [len(sizes) for sizes in shards])
-        slides = pd.read_parquet(joined / "slides.parquet")
-        kept = ("format", "kind", "root")
-        header: dict[str, Any] = {key: headers[0][key] for key in kept if key in headers[0]}
-        if plan["pack"]:
-            header["shards"] = [size for sizes in shards for size in sizes]
-        header |= {"num_slides": len(slides), "num_tiles": int(slides["num_tiles"].sum())}
-        header |= identity(slides, files) | {"files": files}
-        write_atomic(joined / "store.json", json.dumps(header, indent=1) + "\n")
-        sync_dir(joined)
-        os.replace(joined, out)
-        sync_dir(out.parent)
+        _join(joined, parts, headers)
+        move_synced(joined, out)
         for path in folder.iterdir():
             if path.name != "logs":  # a job that does this still writes there
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Store.open(out)
+    return open_store(out)
+
+
+def _join(joined: Path, parts: Sequence[Path], headers: Sequence[dict[str, Any]]) -> None:
+    """Write the index of the whole store, and give the parts' shards their numbers in it."""
+    kind = KINDS[headers[0]["kind"]]
+    index = IndexWriter(joined, kind.layout)
+    shards: list[int] = []
+    for part, header in zip(parts, headers, strict=True):
+        first = len(shards)
+        index.add_index(part, offset=pack_offset(first, 0))
+        for number in range(len(header.get("shards", []))):
+            if not (joined / shard_name(first + number)).exists():  # else a killed try has moved it
+                os.replace(part / shard_name(number), joined / shard_name(first + number))
+        shards += header.get("shards", [])
+    index.finish()
+    slides = pd.concat([pd.read_parquet(part / TABLE) for part in parts], ignore_index=True)
+    about = {"root": headers[0]["root"]} if "root" in headers[0] else {"shards": shards}
+    write_header(joined, seal(joined, kind, slides, about))
 
 
 def _ends(weights: np.ndarray, num_parts: int) -> list[int]:
@@ -171,10 +173,9 @@ def _plan_of(out: Path) -> dict[str, Any]:
 
 
 def _header_of(part: Path) -> dict[str, Any]:
-    try:
-        return read_json(part / "store.json", StoreError(f"{part / 'store.json'}: damaged; remove {part}"))
-    except FileNotFoundError:
-        raise StoreError(f"{part}: not built yet; the same hpcssl store build … --array N builds it") from None
+    if not (part / "store.json").exists():
+        raise StoreError(f"{part}: not built yet; the same hpcssl store build … --array N builds it")
+    return read_header(part)
 
 
 def _counts(tiles: Path, slides: pd.DataFrame, threads: int) -> list[int]:
@@ -184,50 +185,3 @@ def _counts(tiles: Path, slides: pd.DataFrame, threads: int) -> list[int]:
         return [
             max(1, len(names)) for _, names in in_order(pool, partial(list_names, tiles), folders, window=4 * threads)
         ]
-
-
-def _join_index(joined: Path, parts: Sequence[Path], num_shards: Sequence[int], *, packed: bool) -> dict[str, str]:
-    """Write the index of the whole store; returns the digest of every file."""
-    before: dict[str, list[int]] = {}  # what is added to the entries of each part
-    for text in _TEXTS:
-        sizes = [(part / f"{text}.bin").stat().st_size for part in parts]
-        before[f"{text}.npy"] = _sums_before(sizes)
-    before["offsets.npy"] = [int(pack_places([(first, 0)])[0]) for first in _sums_before(num_shards)]
-    for name in index_files(packed=packed):
-        sources = [part / name for part in parts]
-        with (joined / name).open("wb") as target:
-            if name in _DTYPES:
-                arrays = [map_array(source) for source in sources]
-                target.write(npy_header(_DTYPES[name], sum(map(len, arrays))))
-                for array, more in zip(arrays, before.get(name, [0] * len(parts)), strict=True):
-                    for start in range(0, len(array), _CHUNK):
-                        moved = array[start : start + _CHUNK] + np.array(more, array.dtype)
-                        target.write(moved.astype(_DTYPES[name]).tobytes())
-            elif name == "slides.parquet":
-                table = pd.concat([pd.read_parquet(source) for source in sources], ignore_index=True)
-                counts = table["num_tiles"]
-                table.assign(first_tile=counts.cumsum() - counts).to_parquet(target, index=False)
-            else:
-                for source in sources:
-                    with source.open("rb") as stream:
-                        shutil.copyfileobj(stream, target)
-            target.flush()
-            os.fsync(target.fileno())
-    return {name: digest_file(joined / name) for name in index_files(packed=packed)}
-
-
-def _move_shards(joined: Path, parts: Sequence[Path], num_shards: Sequence[int]) -> None:
-    """Give the parts' shards their numbers in the whole store; those that a killed try has moved are there."""
-    for part, first, count in zip(parts, _sums_before(num_shards), num_shards, strict=True):
-        for number in range(count):
-            if not (joined / shard_name(first + number)).exists():
-                os.replace(part / shard_name(number), joined / shard_name(first + number))
-
-
-def _sums_before(numbers: Sequence[int]) -> list[int]:
-    """Return for each number the sum of those in front of it.
-
-    >>> _sums_before([3, 1, 2])
-    [0, 3, 4]
-    """
-    return [sum(numbers[:i]) for i in range(len(numbers))]

@@ -8,40 +8,21 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
-
 from hpcssl.core.errors import StoreError
-from hpcssl.stores.tar import shard_name
+from hpcssl.stores.tar import shard_name, unpack_offset
 
-_OFFSET_BITS = 40  # a place is shard << 40 | offset: shards of up to 1 TiB, 16 million of them
-MOST_SHARD_BYTES = 1 << _OFFSET_BITS
 _MOST_OPEN = 4000
 
 
-def pack_places(places: list[tuple[int, int]]) -> np.ndarray:
-    """Return (shard, offset) pairs as the uint64 that the index holds."""
-    pairs = np.array(places, np.uint64).reshape(-1, 2)
-    return (pairs[:, 0] << np.uint64(_OFFSET_BITS)) | pairs[:, 1]
-
-
-def unpack_place(place: int) -> tuple[int, int]:
-    """Return (shard, offset) of an index entry.
-
-    >>> unpack_place(int(pack_places([(3, 512)])[0]))
-    (3, 512)
-    """
-    return place >> _OFFSET_BITS, place & (MOST_SHARD_BYTES - 1)
-
-
-def _room_for(wanted: int) -> int:
-    """Return how many files may stay open, at most `wanted`, having asked the system for twice as many."""
+def _room_for(files: int) -> int:
+    """Return how many of so many files may stay open, having asked the system for twice as many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return max(1, wanted)
-    if soft < 2 * wanted:
-        soft = 2 * wanted if hard == resource.RLIM_INFINITY else max(soft, min(2 * wanted, hard))
+        return max(1, files)
+    if soft < 2 * files:
+        soft = 2 * files if hard == resource.RLIM_INFINITY else max(soft, min(2 * files, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(wanted, soft // 2))
+    return max(1, min(files, soft // 2))
 
 
 class _Descriptor:
@@ -77,19 +58,19 @@ class Shards:
         """Raise StoreError for the first shard that is missing or has not its size."""
         for number, size in enumerate(self._sizes):
             try:
-                found = self.path(number).stat().st_size
+                there = self.path(number).stat().st_size
             except FileNotFoundError:
                 raise self._gone(number) from None
-            if found != size:
+            if there != size:
                 raise StoreError(
-                    f"{self.path(number)}: {found} bytes, not {size}; copy the shard again or build the store anew"
+                    f"{self.path(number)}: {there} bytes, not {size}; copy the shard again or build the store anew"
                 )
 
-    def read(self, place: int, size: int) -> bytes:
-        """Return `size` bytes from a place of the index, by one read; StoreError if the shard is gone or ends early."""
-        number, offset = unpack_place(place)
-        held = self._descriptor(number)  # in a variable: it must not be closed before the read is done
-        data = os.pread(held.fd, size, offset)
+    def read(self, packed: int, size: int) -> bytes:
+        """Return `size` bytes at an offset of the index, by one read; StoreError if the shard is gone or ends early."""
+        number, offset = unpack_offset(packed)
+        descriptor = self._descriptor(number)  # in a variable: it must not be closed before the read is done
+        data = os.pread(descriptor.fd, size, offset)
         if len(data) != size:
             raise StoreError(
                 f"{self.path(number)}: ends within the tile at byte {offset} (truncated);"
@@ -97,26 +78,26 @@ class Shards:
             )
         return data
 
-    def expect(self, place: int, size: int) -> None:
+    def expect(self, packed: int, size: int) -> None:
         """Have the system read ahead what `read` will ask for; where it cannot, nothing happens."""
         if hasattr(os, "posix_fadvise"):
-            number, offset = unpack_place(place)
-            held = self._descriptor(number)
-            os.posix_fadvise(held.fd, offset, size, os.POSIX_FADV_WILLNEED)
+            number, offset = unpack_offset(packed)
+            descriptor = self._descriptor(number)
+            os.posix_fadvise(descriptor.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, number: int) -> _Descriptor:
         with self._lock:
-            found = self._open.get(number)
-            if found is None:
+            descriptor = self._open.get(number)
+            if descriptor is None:
                 try:
-                    found = self._open[number] = _Descriptor(self.path(number))
+                    descriptor = self._open[number] = _Descriptor(self.path(number))
                 except FileNotFoundError:
                     raise self._gone(number) from None
                 if len(self._open) > self._most_open:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(number)
-            return found
+            return descriptor
 
     def _gone(self, number: int) -> StoreError:
         return StoreError(f"{self.path(number)}: the shard is missing; copy it again or build the store anew")

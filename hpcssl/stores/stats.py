@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from hpcssl.stores.store import Store
+from hpcssl.stores.online import OnlineStore
+from hpcssl.stores.tile_store import TileStore
 
 _CHUNK = 1 << 22
 
@@ -21,7 +22,7 @@ class Spread(NamedTuple):
     largest: int
 
 
-def per_organ(store: Store) -> pd.DataFrame:
+def per_organ(store: TileStore) -> pd.DataFrame:
     """Return a row an organ: `organ, slides, tiles, bytes`, by organ."""
     slides, sizes = store.slides, store.sizes
     spans = zip(slides["first_tile"].tolist(), slides["num_tiles"].tolist())
@@ -30,7 +31,7 @@ def per_organ(store: Store) -> pd.DataFrame:
     return grouped[["slides", "tiles", "bytes"]].sum()
 
 
-def tissue_per_organ(store: Store) -> pd.DataFrame:
+def tissue_per_organ(store: OnlineStore) -> pd.DataFrame:
     """Return a row an organ of a store of slides: `organ, slides, tiles, tissue_mm2`, by organ."""
     slides = store.slides
     grouped = slides.assign(slides=1, tiles=slides["num_tiles"]).groupby("organ", as_index=False)

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
+_OFFSET_BITS = 40  # shard << 40 | offset: shards of up to 1 TiB, 16 million of them
+MOST_SHARD_BYTES = 1 << _OFFSET_BITS
 _TIME = 946_684_800  # 1 January 2000: tar warns of files from 1970
 _MOST_NAME, _MOST_PREFIX = 100, 155
 # what is the same in every header: mode, owner, group; time; type, link, magic, names of the owner, device
@@ -57,6 +59,20 @@ def shard_name(number: int) -> str:
     return f"tiles-{number:06d}.tar"
 
 
+def pack_offset(shard: int, offset: int) -> int:
+    """Return the number that the index holds for an offset in a shard.
+
+    >>> unpack_offset(pack_offset(3, 512))
+    (3, 512)
+    """
+    return shard << _OFFSET_BITS | offset
+
+
+def unpack_offset(packed: int) -> tuple[int, int]:
+    """Return (shard, offset) of an index entry."""
+    return packed >> _OFFSET_BITS, packed & (MOST_SHARD_BYTES - 1)
+
+
 class ShardWriter:
     """Writes members into shards one after the other; a shard ends with the slide that fills it.
 
@@ -73,30 +89,32 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._end = 0
 
-    def state(self) -> dict:
-        """Return what `resume` needs; to be asked between two slides, after `sync`."""
-        return {"sizes": self.sizes, "number": self.number, "end": self._end}
+    def skip(self, folder: str, names: list[bytes], sizes: list[int]) -> list[int] | None:
+        """Pass over a slide that an earlier try wrote; returns what `write` did, None where its bytes are not there."""
+        number, end, before = self.number, self._end, self.sizes
+        if end >= self._shard_bytes:
+            number, end, before = number + 1, 0, [*before, end + len(END)]
+        offsets = []
+        for name, size in zip(names, sizes, strict=True):
+            path = folder.encode() + b"/" + name
+            end += BLOCK if len(path) <= _MOST_NAME else len(header(path, size))
+            offsets.append(pack_offset(number, end))
+            end += size + -size % BLOCK
+        for shard, size in ((number, end), *(((number - 1, before[-1]),) if number > self.number else ())):
+            file = self._folder / shard_name(shard)
+            if not file.is_file() or file.stat().st_size < size:
+                return None
+        self.number, self._end, self.sizes = number, end, before
+        return offsets
 
     def begin(self) -> None:
-        """Begin with the first shard, removing what an earlier try left of it and of those behind it."""
+        """Begin behind what was skipped, dropping what an earlier try wrote there."""
         self.abandon()
-        self.number, self.sizes, self._end = self._first, [], 0
-        self.drop_from(self._first)
-
-    def resume(self, state: dict) -> bool:
-        """Go on where `state` was taken, dropping what was written after it; False where its bytes are not there."""
-        self.number, self.sizes, self._end = state["number"], state["sizes"], state["end"]
-        held = [*self.sizes, *([self._end] if self._end else [])]
-        for number, size in enumerate(held, self._first):
-            path = self._folder / shard_name(number)
-            if not path.is_file() or path.stat().st_size < size:
-                return False
-        self.drop_from(self._first + len(held))
+        self.drop_from(self.number + bool(self._end))
         if self._end:
             self._file = (self._folder / shard_name(self.number)).open("r+b")
             self._file.truncate(self._end)
             self._file.seek(self._end)
-        return True
 
     def drop_from(self, number: int) -> None:
         """Remove the shards from this number on: an earlier try left them."""
@@ -111,21 +129,21 @@ class ShardWriter:
         if self._file is None:
             self._file = (self._folder / shard_name(self.number)).open("wb")
 
-    def write(self, folder: str, names: list[bytes], contents: list[bytes]) -> list[tuple[int, int]]:
-        """Append some tiles of one slide; returns for every one (shard, offset of its bytes)."""
+    def write(self, folder: str, names: list[bytes], contents: list[bytes]) -> list[int]:
+        """Append some tiles of one slide; returns for every one where its bytes are, as the index holds it."""
         assert self._file is not None
         parts: list[bytes] = []
-        places: list[tuple[int, int]] = []
+        offsets: list[int] = []
         end, start = self._end, folder.encode() + b"/"
         for name, content in zip(names, contents, strict=True):
             head = header(start + name, len(content))
-            places.append((self.number, end + len(head)))
+            offsets.append(pack_offset(self.number, end + len(head)))
             padding = bytes(-len(content) % BLOCK)
             parts += head, content, padding
             end += len(head) + len(content) + len(padding)
         self._file.write(b"".join(parts))
         self._end = end
-        return places
+        return offsets
 
     def sync(self) -> None:
         """Make what was written durable."""

@@ -11,6 +11,7 @@ import pandas as pd
 
 from hpcssl.core.errors import StoreError
 from hpcssl.slides.slide_table import check_slides, read_slides
+from hpcssl.stores.index_writer import SlideEntry
 
 _SUFFIXES = (b".jpg", b".jpeg")
 _JPEG_START = b"\xff\xd8\xff"
@@ -36,6 +37,11 @@ class Tiles:
     sizes: list[int] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def entry(self) -> SlideEntry:
+        """What the index of a store holds of them."""
+        return SlideEntry(count=len(self.names), arrays={"sizes.npy": self.sizes}, names=self.names, bad=self.bad)
 
 
 def slides_below(tiles: Path, table: Path | None, *, out: Path | None = None) -> tuple[pd.DataFrame, bool]:
@@ -83,10 +89,10 @@ def list_tiles(root: Path, folder: str) -> Tiles:
     sizes = [size for _, size in pairs]
     if _decodable([name for name, _ in pairs]) and min(sizes, default=1) > 0 and max(sizes, default=1) <= _MOST_BYTES:
         return Tiles(names=[name for name, _ in pairs], sizes=sizes)
-    found = Tiles()
+    tiles = Tiles()
     for name, size in pairs:
-        _add(found, folder, name, size, _name_fault(name) or _size_fault(size))
-    return found
+        _add(tiles, folder, name, size, _name_fault(name) or _size_fault(size))
+    return tiles
 
 
 def sizes_in(root: Path, folder: str) -> dict[bytes, int]:
@@ -99,7 +105,7 @@ def sizes_in(root: Path, folder: str) -> dict[bytes, int]:
 
 def check_tiles(root: Path, folder: str) -> Tiles:
     """Return names and sizes of a slide's JPEG files, having looked at both ends of each."""
-    found = Tiles()
+    tiles = Tiles()
     start = f"{root / folder}/"
     for name in list_names(root, folder):
         fault, size = _name_fault(name), 0
@@ -115,13 +121,13 @@ def check_tiles(root: Path, folder: str) -> Tiles:
                     )
                 finally:
                     os.close(fd)
-        _add(found, folder, name, size, fault)
-    return found
+        _add(tiles, folder, name, size, fault)
+    return tiles
 
 
 def read_tiles(root: Path, folder: str, names: list[bytes], *, check: bool) -> Tiles:
     """Return these files of a slide with their bytes; every file is opened once."""
-    found = Tiles()
+    tiles = Tiles()
     start = f"{root / folder}/"
     for name in names:
         fault, content = _name_fault(name), b""
@@ -133,9 +139,9 @@ def read_tiles(root: Path, folder: str, names: list[bytes], *, check: bool) -> T
                 with open(fd, "rb", buffering=0) as stream:
                     content = stream.readall()
                 fault = _size_fault(len(content)) or (jpeg_fault(content[:3], content[-PADDING:]) if check else None)
-        if _add(found, folder, name, len(content), fault):
-            found.contents.append(content)
-    return found
+        if _add(tiles, folder, name, len(content), fault):
+            tiles.contents.append(content)
+    return tiles
 
 
 def jpeg_fault(start: bytes, end: bytes) -> str | None:
@@ -145,13 +151,13 @@ def jpeg_fault(start: bytes, end: bytes) -> str | None:
     return None if _JPEG_END in end else "truncated"
 
 
-def _add(found: Tiles, folder: str, name: bytes, size: int, fault: str | None) -> bool:
+def _add(tiles: Tiles, folder: str, name: bytes, size: int, fault: str | None) -> bool:
     """Note a file as a tile or as bad; returns whether it is a tile."""
     if fault:
-        found.bad.append((f"{folder}/{name.decode(errors='replace')}", fault))
+        tiles.bad.append((f"{folder}/{name.decode(errors='replace')}", fault))
         return False
-    found.names.append(name)
-    found.sizes.append(size)
+    tiles.names.append(name)
+    tiles.sizes.append(size)
     return True
 
 

@@ -19,7 +19,7 @@ from hpcssl.core.world import World, check_divides
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.run_folder import Generation, read_config, record_start
 from hpcssl.schedule.file import Schedule
-from hpcssl.stores.store import Store
+from hpcssl.stores.kinds import open_store
 from hpcssl.train.execution import dtype_name, resolve_precision
 from hpcssl.train.loop import train
 from hpcssl.train.pretrain_config import PretrainConfig
@@ -59,7 +59,7 @@ def pretrain(
     settings.pop("derived")
     recipe = build(PretrainConfig, settings, where=str(run / "config.yaml"))
     check_divides(world.size, recipe.global_batch)
-    store, schedule = Store.open(Path(data["store"])), Schedule.open(Path(data["schedule"]))
+    store, schedule = open_store(Path(data["store"])), Schedule.open(Path(data["schedule"]))
     saved = checkpoint_steps(run)
     found = {"store": store.digest, "schedule": schedule.digest}
     if recipe.initial_weights and not saved:

@@ -20,6 +20,7 @@ def command(data, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         given = {
             "embed": ("embed", "--store", data.store_path, "--encoder", "timm:resnet18:random"),
             "build": ("store", "build", data.tiles),
+            "online": ("store", "build", tmp_path, "--online"),
         }[which]
         code = main([*map(str, given), "--out", str(tmp_path / "out"), *more])
         out, err = capsys.readouterr()
@@ -56,6 +57,8 @@ def test_arguments_that_lack_each_other(command, tmp_path, which, more, words):
         ("embed", ("--weights", "none.pth"), "random weights and --weights none.pth"),
         ("build", ("--append",), "--append is done by one process; leave out --cluster slurm"),
         ("build", ("--shard-gb", "1"), "give --pack, too"),
+        ("online", ("--append",), "--append is done by one process; leave out --cluster slurm"),
+        ("online", ("--threads", "2"), "the tasks of an array have theirs; leave it out"),
     ],
 )
 def test_what_an_array_cannot_do(command, tmp_path, which, more, words):

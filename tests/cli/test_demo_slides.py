@@ -10,7 +10,7 @@ import pytest
 from hpcssl.cli.demo_command import Demo
 from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError, SlideError
-from hpcssl.stores.store import Store
+from hpcssl.stores.kinds import open_store
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 
@@ -33,7 +33,7 @@ def test_tiles_are_cut_once_and_what_cannot_be_read_is_told(
     demo.prepare_tiles()
     demo.build_store()
     assert "1 of 3 slides are left out" in capsys.readouterr().err
-    store = Store.open(tmp_path / "demo" / "store")
+    store = open_store(tmp_path / "demo" / "store")
     assert store.slides[["slide_id", "organ", "label"]].to_numpy().tolist() == [
         ["a", "skin", "benign"],
         ["b", "colon", "malignant"],

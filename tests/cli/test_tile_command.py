@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hpcssl.cli.main import main
-from hpcssl.stores.store import Store
+from hpcssl.stores.kinds import open_store
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 SMALL = ("--tile-px", "64", "--threads", "2")
@@ -30,7 +30,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_slides_done_is_exit_0(slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["tile", str(slides.parent), "--out", str(tmp_path / "t"), "--assume-mpp", "0.25", *SMALL]
     assert main(command) == 0
-    store = Store.open(tmp_path / "t")
+    store = open_store(tmp_path / "t")
     assert store.slides["organ"].tolist() == ["skin", "skin"]
     told = capsys.readouterr().out
     assert f"2 slides, {store.num_tiles} tiles of 64 px at 0.5 MPP" in told
@@ -50,7 +50,7 @@ def test_a_slide_that_fails_is_told_after_the_others_are_done(
     assert "b.tif: no MPP in its metadata" in line
     assert "--assume-mpp" in line
     assert pd.read_csv(out / "failed_slides.csv")["slide_id"].tolist() == ["b"]
-    assert Store.open(out).slides["slide_id"].tolist() == ["a"]
+    assert open_store(out).slides["slide_id"].tolist() == ["a"]
 
 
 def test_an_array_needs_its_arguments(slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,14 +58,10 @@ def test_an_array_needs_its_arguments(slides: Path, tmp_path: Path, capsys: pyte
     for more, told in (
         (["--array", "3"], "--array is of a job array; give --cluster slurm, too"),
         (["--cluster", "slurm"], "--cluster slurm: no --array"),
-        (["--share", "3/2"], "--share 3/2; expected K/N with K from 1 to N"),
+        (["--cluster", "slurm", "--array", "2", "--profile", "local"], "--threads: the tasks of an array have theirs"),
     ):
-        assert main([*command, *more]) == 2
+        assert main([*command, "--threads", "2", *more]) == 2
         assert told in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--share", "half"])
-    assert ended.value.code == 2
-    assert "'half'; expected K/N, such as 3/16" in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
 
 
@@ -75,12 +71,12 @@ def test_real_slides(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 of 4 slides failed" in capsys.readouterr().err
     failed = pd.read_csv(out / "failed_slides.csv")
     assert failed["slide_id"].tolist() == ["TCGA-XK-AAJU-01A-01-TS1_columnmajor"]
-    table = Store.open(out).slides.set_index("slide_id")
+    table = open_store(out).slides.set_index("slide_id")
     assert table["mpp"].tolist() == [0.499, 0.5, 0.5]
     counts = table["num_tiles"].tolist()
     for found, expected in zip(counts, (47, 197, 50), strict=True):  # as looked at in the pictures
         assert abs(found - expected) <= 3
-    store = Store.open(out)
+    store = open_store(out)
     for number, name in enumerate(table.index):
         through = openslide.OpenSlide(table["path"].iloc[number])
         first, count = store.tiles_of_slide(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_a_slurm_that_does_not_answer_is_told(squeue, monkeypatch: pytest.Monkey
 def test_nothing_is_submitted_beside_what_is_under_way(squeue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = []
     monkeypatch.setattr(array, "submit_array", lambda calls, *rest, **more: given.append(list(calls)) or "42")
-    call = Call("builtins:print")
+    call = Call(print)
     squeue("echo 17")
     assert submit_calls([call], tmp_path, Profile(), kind="embed") == Submitted(job="17", tasks=0)
     assert given == []
@@ -91,8 +92,8 @@ def test_nothing_is_submitted_beside_what_is_under_way(squeue, monkeypatch: pyte
     assert given == [[call, call]]
 
 
-def test_a_call_reaches_its_function_by_name(tmp_path: Path) -> None:
-    Call("shutil:rmtree", {"path": tmp_path})()
+def test_a_call_does_the_work_of_its_function(tmp_path: Path) -> None:
+    Call(shutil.rmtree, {"path": tmp_path})()
     assert not tmp_path.exists()
 
 

@@ -114,8 +114,6 @@ def test_weights_that_the_store_cannot_meet_stop_before_anything_is_read(online,
 
 def write_tiles(store: OnlineStore, folder: Path, quality: int) -> Store:
     """Write the tiles of the grid as JPEG files, as `hpcssl tile` does, and index them."""
-    import io
-
     from PIL import Image
 
     for slide, row in enumerate(store.slides.itertuples()):
@@ -124,7 +122,7 @@ def write_tiles(store: OnlineStore, folder: Path, quality: int) -> Store:
         for tile in range(first, first + count):
             x, y = store.coordinates_of(tile)
             name = f"{tile - first:05d}_x{x}_y{y}.jpg"
-            image = Image.open(io.BytesIO(store.fetch(0, tile)))
+            image = Image.fromarray(store.fetch(0, tile))
             image.save(folder / row.organ / row.slide_id / name, quality=quality, subsampling=0)
     table = folder / "slides.csv"
     store.slides[["slide_id", "organ", "num_tiles"]].to_csv(table, index=False)
@@ -189,7 +187,7 @@ class Failing(OnlineStore):
     failing: frozenset[int]
     scheduled: list[int]
 
-    def fetch(self, position: int, tile: int) -> bytes:
+    def fetch(self, position: int, tile: int) -> np.ndarray:
         if position in self.failing and tile == self.scheduled[position]:
             raise BadTileError(f"position {position}: gone")
         return super().fetch(position, tile)

@@ -13,7 +13,7 @@ import pytest
 
 from hpcssl.runs.trace import read_metrics
 from hpcssl.schedule.file import Schedule
-from hpcssl.stores.store import Store
+from hpcssl.stores.kinds import open_store
 
 PAIR = ("--nodes", 2, "--gpus-per-node", 1)
 OFTEN = ("--set", "checkpoint.every_min=1e-5")  # after every step
@@ -90,7 +90,7 @@ def test_out_of_time_it_goes_on(small, submit, make_pretraining, hold, thaw, und
     profile = "gpus_per_node: 0\ncpus_per_gpu: 1\nsignal_lead_s: 20\ntimeout_min: "
     for minutes in (1, 60):
         (make_pretraining(tmp_path / str(minutes)) / "profile.yaml").write_text(f"{profile}{minutes}\n")
-    tiles = Store.open(tmp_path / "1" / "store"), Schedule.open(tmp_path / "1" / "schedule").tiles_at(0, 1)
+    tiles = open_store(tmp_path / "1" / "store"), Schedule.open(tmp_path / "1" / "schedule").tiles_at(0, 1)
     tile = tiles[0].file_of(int(tiles[1][0]))
     content = tile.read_bytes()
     tile.unlink()

@@ -20,8 +20,8 @@ from hpcssl.evaluate.mil.benchmark import read_results
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import read_slide
 from hpcssl.jobs.array import shares
+from hpcssl.stores.kinds import open_store
 from hpcssl.stores.scan import build_store
-from hpcssl.stores.store import Store
 
 SLIDES, TASKS = 397, 3
 PROFILE = "gpus_per_node: 0\ncpus_per_gpu: 1\ntimeout_min: 60\nenvironment: {OMP_NUM_THREADS: '1'}\n"
@@ -94,7 +94,7 @@ def _written(out: Path) -> dict[str, int]:
 
 
 def test_397_slides_with_a_task_killed_then_only_what_is_missing(hpcssl, tell, work):
-    store, out = Store.open(work / "store"), work / "features"
+    store, out = open_store(work / "store"), work / "features"
     share = shares(store.slides["num_tiles"].tolist(), TASKS)[1]
     hangs = len(share) // 2  # of the second task's slides, the one at which it waits for ever
     tile = store.file_of(int(store.first_tiles[share[hangs]]))
@@ -138,7 +138,7 @@ def test_397_slides_with_a_task_killed_then_only_what_is_missing(hpcssl, tell, w
 @pytest.mark.long
 def test_a_task_that_slurm_warns_goes_on_by_itself(hpcssl, tell, work):
     """What happens before the time limit and before preemption."""
-    store, out = Store.open(work / "store"), work / "warned"
+    store, out = open_store(work / "store"), work / "warned"
     tile = store.file_of(0)
     content = tile.read_bytes()
     tile.unlink()
@@ -177,8 +177,8 @@ def test_a_store_in_parts_one_of_which_fails_at_first(hpcssl, tell, work):
     second = hpcssl(*build, *array)
     assert re.match(r"job \d+ submitted: 1 tasks", second.stdout), (second.stdout, second.stderr)
     _wait(_gone(tell, *re.findall(r"^job (\d+) ", second.stdout, re.MULTILINE)), "the parts are joined")
-    store = Store.open(work / "packed")
-    assert store.digest == Store.open(work / "store").digest
+    store = open_store(work / "packed")
+    assert store.digest == open_store(work / "store").digest
     store.verify(deep=True)
     third = hpcssl(*build, *array)
     assert third.returncode == 2
@@ -188,7 +188,7 @@ def test_a_store_in_parts_one_of_which_fails_at_first(hpcssl, tell, work):
 def test_the_benchmark_follows_a_run(small, hpcssl, tell, work):
     """Its own job submits the rest: checkpoints are embedded and measured while it trains, and once it is over."""
     small.write_recipe(work / "recipe.yaml", small.dino_recipe())
-    slides = Store.open(work / "pretraining" / "store").slides
+    slides = open_store(work / "pretraining" / "store").slides
     make_splits(slides, "organ", 2).to_csv(work / "organ.csv", index=False)
     bench = (
         "store: pretraining/store\nsplits: [organ.csv]\nprofile: profile.yaml\npreset: mccv-demo\nevery: 4\narray: 1\n"

@@ -1,4 +1,4 @@
-"""Tiling whole slides as a job array on a real SLURM: the store of one process; a bad slide is listed."""
+"""Whole slides on a real SLURM, as tiles or read online: the store of one process; a bad slide is listed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpcssl.slides.cutting import CutOptions
-from hpcssl.slides.slide_list import slides_to_read
-from hpcssl.stores.store import Store
-from hpcssl.stores.tiling import TilingOptions, tile_slides
+from hpcssl.cli.main import main
+from hpcssl.stores.kinds import open_store
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 PROFILE = "gpus_per_node: 0\ncpus_per_gpu: 1\ntimeout_min: 60\nenvironment: {OMP_NUM_THREADS: '1'}\n"
@@ -23,7 +21,19 @@ JOBS_S = 200  # for the array and the job after it, on a busy machine
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-def test_an_array_tiles_slides_as_one_process_does(hpcssl_in: Callable, slurm: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "options", "does"),
+    [(("tile",), ("--pack",), "cut the slides that are missing"), (("store", "build"), ("--online",), "look at the")],
+    ids=["tile", "online"],
+)
+def test_an_array_over_slides_makes_the_store_of_one_process(
+    hpcssl_in: Callable,
+    slurm: dict[str, str],
+    tmp_path: Path,
+    command: tuple[str, ...],
+    options: tuple[str, ...],
+    does: str,
+) -> None:
     slides = tmp_path / "slides" / "skin"
     slides.mkdir(parents=True)
     for seed in range(4):
@@ -31,19 +41,18 @@ def test_an_array_tiles_slides_as_one_process_does(hpcssl_in: Callable, slurm: d
     (slides / "bad.tif").write_bytes(b"no slide")
     (tmp_path / "profile.yaml").write_text(PROFILE)
     array = ("--cluster", "slurm", "--array", "2", "--profile", "profile.yaml")
-    done = hpcssl_in(tmp_path, "tile", "slides", "--out", "tiles", "--tile-px", 64, "--pack", *array)
+    done = hpcssl_in(tmp_path, *command, "slides", "--out", "tiles", "--tile-px", 64, *options, *array)
     assert done.returncode == 0, done.stderr
-    assert "2 tasks cut the slides that are missing" in done.stdout
+    assert f"2 tasks {does}" in done.stdout
     assert len(set(re.findall(r"^job (\d+)", done.stdout, re.MULTILINE))) == 2
     until = time.monotonic() + JOBS_S
     while subprocess.run(["squeue", "--noheader"], env=slurm, check=True, capture_output=True, text=True).stdout:
         assert time.monotonic() < until
         time.sleep(0.5)
-    store = Store.open(tmp_path / "tiles")
+    store = open_store(tmp_path / "tiles")
     store.verify(deep=True)
     assert pd.read_csv(tmp_path / "tiles" / "failed_slides.csv")["slide_id"].tolist() == ["bad"]
-    options = TilingOptions(cut=CutOptions(tile_px=64), pack=True, threads=2)
-    alone, _ = tile_slides(slides_to_read(tmp_path / "slides"), tmp_path / "alone", options)
-    assert alone is not None
-    assert store.digest == alone.digest
-    assert store.header["shards"] == alone.header["shards"]
+    alone = tmp_path / "alone"
+    assert main([*command, str(tmp_path / "slides"), "--out", str(alone), "--tile-px", "64", *options]) == 2
+    assert store.digest == open_store(alone).digest
+    assert store.header.get("shards") == open_store(alone).header.get("shards")

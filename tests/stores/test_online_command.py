@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hpcssl.cli.main import main
-from hpcssl.stores.store import Store
+from hpcssl.stores.kinds import open_store
 
 BUILD = ["--online", "--mpp", "0.5,1.0", "--tile-px", "64"]
 
@@ -54,27 +54,17 @@ def test_slides_that_failed_are_an_error_after_the_others_are_done(folder, tmp_p
     code, _, err = run(capsys, "store", "build", table, "--out", tmp_path / "store", *BUILD)
     assert code == 2
     assert "1 of 2 slides failed (all are in" in err
-    assert Store.open(tmp_path / "store").num_slides == 1
+    assert open_store(tmp_path / "store").num_slides == 1
     (tmp_path / "gone.tif").write_bytes((folder / "s1.tif").read_bytes())
     code, out, _ = run(capsys, "store", "build", table, "--out", tmp_path / "store", *BUILD, "--append")
     assert (code, "2 slides" in out) == (0, True)
-
-
-def test_shares_are_looked_at_one_by_one(folder, store, tmp_path, capsys) -> None:
-    arguments = ("store", "build", folder / "slides.csv", "--out", tmp_path / "store", *BUILD)
-    for share in ("1/2", "2/2"):
-        code, out, _ = run(capsys, *arguments, "--share", share)
-        assert (code, "this share is looked at; the command without --share writes the store" in out) == (0, True)
-    assert run(capsys, *arguments)[0] == 0
-    assert Store.open(tmp_path / "store").digest == Store.open(store).digest
-    assert "expected K/N with K from 1 to N" in run(capsys, *arguments, "--share", "3/2")[2]
 
 
 def test_a_store_of_slides_is_not_extended_with_tiles(data, store, capsys) -> None:
     code, _, err = run(capsys, "store", "build", data.tiles, "--out", store, "--append")
     assert code == 2
     assert "a store of slides; to extend it with slides, give --online, too" in err
-    assert Store.open(store).num_slides == 2
+    assert open_store(store).num_slides == 2
 
 
 @pytest.mark.parametrize(
@@ -148,7 +138,7 @@ def test_pretrain_and_embed_take_a_store_of_slides(small, store, schedule, tmp_p
     data = ("--store", store, "--schedule", schedule, "--cluster", "none", "--set", "stop_after=1")
     assert run(capsys, "pretrain", recipe, *data, "--out", run_folder)[0] == 0
     assert run(capsys, "embed", "--store", store, "--encoder", run_folder, "--tile-px", 32, "--out", features)[0] == 0
-    opened = Store.open(store)
+    opened = open_store(store)
     with h5py.File(features / "s1.h5") as file:
         first, count = opened.tiles_of_slide(1)
         assert file["coords"][:].tolist() == [list(opened.coordinates_of(t)) for t in range(first, first + count)]

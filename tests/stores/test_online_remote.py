@@ -19,6 +19,7 @@ from hpcssl.loader.stream import LoaderConfig, TileStream
 from hpcssl.slides import ranges
 from hpcssl.slides.opening import open_slide
 from hpcssl.slides.ranges import Ranges
+from hpcssl.stores.kinds import open_store
 from hpcssl.stores.online import OnlineStore
 from hpcssl.stores.store import Store
 
@@ -62,7 +63,7 @@ def check_same_tiles(remote: Store, local: Store) -> None:
     for position in range(30):
         tile = position * 11 % local.num_tiles
         assert a.place_of(position, tile) == b.place_of(position, tile)
-        assert a.fetch(position, tile) == b.fetch(position, tile)
+        assert (a.fetch(position, tile) == b.fetch(position, tile)).all()
 
 
 def test_tiles_by_http_are_the_local_ones_and_only_their_blocks_are_read(
@@ -70,7 +71,7 @@ def test_tiles_by_http_are_the_local_ones_and_only_their_blocks_are_read(
 ) -> None:
     remote = online.build(tmp_path / "store", table_of(server.url))
     check_same_tiles(remote, local)
-    fresh, size = Store.open(remote.path), (folder / "s0.tif").stat().st_size
+    fresh, size = open_store(remote.path), (folder / "s0.tif").stat().st_size
     fresh.fetch(0, 0)
     server.sent_bytes = 0
     for tile in range(10):
@@ -100,7 +101,7 @@ def test_tiles_by_s3_are_the_local_ones(online, local, folder, tmp_path, monkeyp
         check_same_tiles(remote, local)
         files.rm("slides/s0.tif")
         with pytest.raises(BadTileError, match=r"s3://slides/s0.tif"):
-            Store.open(remote.path).fetch(0, 0)
+            open_store(remote.path).fetch(0, 0)
     finally:
         server.stop()
 
@@ -110,7 +111,7 @@ def test_the_command_takes_a_table_of_urls(server, local, tmp_path) -> None:
     out = tmp_path / "store"
     arguments = ["store", "build", str(tmp_path / "slides.csv"), "--out", str(out), "--online", "--mpp", "0.5,1.0"]
     assert main([*arguments, "--tile-px", "64"]) == 0
-    assert Store.open(out).digest == local.digest
+    assert open_store(out).digest == local.digest
 
 
 @pytest.fixture
@@ -124,12 +125,12 @@ def test_a_server_that_fails_for_a_while_is_asked_again(
     remote, local, server, quick, fault, opened, monkeypatch
 ) -> None:
     monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
-    store = Store.open(remote.path)
+    store = open_store(remote.path)
     if opened:
         store.fetch(0, 0)
     server.requests = 0
     server.fault_of = lambda number: fault if number < 2 else None
-    assert store.fetch(0, 0) == local.fetch(0, 0)
+    assert (store.fetch(0, 0) == local.fetch(0, 0)).all()
     assert server.requests >= 3
 
 
@@ -138,7 +139,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(
 def test_a_server_that_goes_on_failing_gives_a_bad_tile_within_the_bound(
     small, remote, server, quick, fault, opened
 ) -> None:
-    store = Store.open(remote.path)
+    store = open_store(remote.path)
     if opened:
         store.fetch(0, 0)
     server.fault_of = lambda number: fault
@@ -163,12 +164,12 @@ def test_without_the_bound_a_stalled_server_would_hang(remote, server, quick, mo
     server.fault_of = lambda number: "stall"
     begun = time.monotonic()
     with pytest.raises(BadTileError):
-        Store.open(remote.path).fetch(0, 0)
+        open_store(remote.path).fetch(0, 0)
     assert time.monotonic() - begun > 3
 
 
 def test_a_slide_that_the_server_does_not_have_is_a_bad_tile_at_once(remote, server, folder, small) -> None:
-    store = Store.open(remote.path)
+    store = open_store(remote.path)
     server.folder = folder / "elsewhere"
     with small.within(10), pytest.raises(BadTileError, match="no such slide"):
         store.fetch(0, 0)
@@ -177,7 +178,7 @@ def test_a_slide_that_the_server_does_not_have_is_a_bad_tile_at_once(remote, ser
 @pytest.mark.parametrize("opened", [True, False])
 def test_a_slide_that_may_not_be_read_is_told_so_at_once(remote, server, opened) -> None:
     """As one that cannot be reached: where a password has run out, a run ends and does not replace all its tiles."""
-    store = Store.open(remote.path)
+    store = open_store(remote.path)
     if opened:
         store.fetch(0, 0)
     server.requests = 0
@@ -209,7 +210,7 @@ def test_verify_does_not_take_a_server_that_fails_for_changed_slides(remote, ser
 
     server.fault_of_file = fault_of_file
     with pytest.raises((OSError, UnreachableTileError), match="does not answer after 3 tries"):
-        Store.open(remote.path).verify(deep=deep)
+        open_store(remote.path).verify(deep=deep)
 
 
 def test_a_server_that_gives_no_parts_of_files_is_told_so_and_not_asked_for_them(online, tmp_path) -> None:
@@ -271,7 +272,7 @@ def stream_of(small: Any, store: Store, schedule: Any, **more: Any) -> TileStrea
 def test_a_run_stops_where_no_server_answers(online, small, remote, server, quick, tmp_path) -> None:
     schedule = online.build_schedule_of(remote, tmp_path / "schedule", num_groups=1)
     server.fault_of = lambda number: "stall"
-    stream = stream_of(small, Store.open(remote.path), schedule)
+    stream = stream_of(small, open_store(remote.path), schedule)
     with small.within(40), pytest.raises(StoreError, match=r"neither its tile nor 2 substitutes can be reached; last:"):
         list(stream)
 
@@ -282,7 +283,7 @@ def test_a_run_goes_on_where_one_slide_cannot_be_read(
     """Tiles of the stalled slide are replaced by others of the schedule, and recorded."""
     schedule = online.build_schedule_of(remote, tmp_path / "schedule", num_groups=1)
     server.fault_of_file = lambda name: "stall" if name == "s1.tif" else None
-    stream = stream_of(small, Store.open(remote.path), schedule, bad_tiles=tmp_path / "bad_tiles.csv")
+    stream = stream_of(small, open_store(remote.path), schedule, bad_tiles=tmp_path / "bad_tiles.csv")
     monkeypatch.setattr(ranges, "TRIES", 1)
     monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
     with small.within(30):

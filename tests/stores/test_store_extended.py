@@ -55,7 +55,7 @@ def test_new_slides_come_behind_and_tile_numbers_stay(store: Store, tiles: Path,
     told: list[int] = []
     extended = build_store(tiles, store.path, append=True, on_total=told.append, on_progress=told.append)
     assert told == [6, *[1] * 6]
-    assert extended.packed == store.packed
+    assert extended.kind == store.kind
     assert extended.slides["slide_id"].tolist() == ["breast-0", "breast-1", "lung-0", "lung-1", "a1", "lung-9"]
     assert extended.slides["first_tile"].tolist() == [0, 3, 7, 10, 14, 16]
     assert content(extended, len(before)) == before
@@ -172,10 +172,10 @@ def test_what_cannot_be_extended_is_told_and_stays(store: Store, tiles: Path, ch
 def test_the_tiles_of_a_packed_store_may_be_gone_and_those_of_a_loose_one_not(
     store: Store, tiles: Path, small: ModuleType
 ) -> None:
-    before = [store.fetch(t, t) for t in range(7)] if store.packed else []
+    before = [store.fetch(t, t) for t in range(7)] if store.kind == "packed" else []
     shutil.rmtree(tiles / "breast")
     add_slide(tiles, "zzz/z1", [small.jpeg(3)])
-    if not store.packed:
+    if store.kind == "loose":
         with pytest.raises(StoreError, match=r"slide breast-0 is not what it was .*its folder is gone"):
             extend(store, tiles)
         return
@@ -186,7 +186,7 @@ def test_the_tiles_of_a_packed_store_may_be_gone_and_those_of_a_loose_one_not(
 
 def test_tiles_elsewhere_extend_a_packed_store_alone(store: Store, tmp_path: Path, small: ModuleType) -> None:
     add_slide(tmp_path / "elsewhere", "lung/n", [small.jpeg(4)])
-    if store.packed:
+    if store.kind == "packed":
         assert extend(store, tmp_path / "elsewhere").fetch(0, 14) == small.jpeg(4)
     else:
         with pytest.raises(StoreError, match=r"its tiles are below .*tiles; extend it with tiles below that"):

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from hpcssl.core.errors import BadTileError, ScheduleError, StoreError
+from hpcssl.stores.kinds import open_store
+from hpcssl.stores.packed import PackedStore
 from hpcssl.stores.scan import BuildOptions, build_store
-from hpcssl.stores.shards import Shards, unpack_place
-from hpcssl.stores.store import Store, index_files
-from hpcssl.stores.tar import END, header, shard_name
+from hpcssl.stores.shards import Shards
+from hpcssl.stores.store import Store
+from hpcssl.stores.tar import END, header, shard_name, unpack_offset
 
 SMALL_SHARDS = BuildOptions(pack=True, shard_gb=10e-6)  # every shard takes two slides
 
@@ -61,8 +63,8 @@ def members(store: Store) -> list[tuple[str, bytes]]:
 
 
 def test_it_is_the_loose_store_in_shards(loose: Store, packed: Store, tiles: Path) -> None:
-    assert Store.open(packed.path).packed
-    assert not Store.open(loose.path).packed
+    assert open_store(packed.path).kind == "packed"
+    assert open_store(loose.path).kind == "loose"
     assert packed.digest == loose.digest
     assert packed.slides.equals(loose.slides)
     assert len(shards_of(packed)) == 3, "some shard is not the first"
@@ -80,8 +82,8 @@ def test_it_needs_the_loose_tiles_no_more_and_may_be_moved(packed: Store, tiles:
     content = [packed.fetch(0, t) for t in range(packed.num_tiles)]
     tiles.rename(tiles.with_name("gone"))
     moved = packed.path.rename(packed.path.with_name("moved"))
-    assert [Store.open(moved).fetch(0, t) for t in range(packed.num_tiles)] == content
-    Store.open(moved).verify()
+    assert [open_store(moved).fetch(0, t) for t in range(packed.num_tiles)] == content
+    open_store(moved).verify()
 
 
 def test_shards_are_plain_tar_slide_after_slide(packed: Store, loose: Store) -> None:
@@ -106,7 +108,7 @@ def test_two_packings_are_the_same_bytes(packed: Store, tiles: Path, tmp_path: P
     again = build_store(tiles, tmp_path / "again", options=BuildOptions(pack=True, shard_gb=10e-6, threads=1))
     names = sorted(p.name for p in packed.path.iterdir())
     assert names == sorted(p.name for p in again.path.iterdir())
-    assert names == sorted([*index_files(packed=True), "store.json", *(shard_name(i) for i in range(3))])
+    assert names == sorted([*PackedStore.layout.files, "store.json", *(shard_name(i) for i in range(3))])
     for name in names:
         assert (again.path / name).read_bytes() == (packed.path / name).read_bytes(), name
 
@@ -144,14 +146,6 @@ def test_members_are_padded_to_blocks(size: int, tmp_path: Path) -> None:
     store = build_store(tmp_path / "t", tmp_path / "s", options=BuildOptions(pack=True, check=False))
     assert [content for _, content in members(store)] == [store.fetch(0, t) for t in range(2)]
     assert store.fetch(0, 1) == b"b" * size
-
-
-def test_bad_tiles_are_counted_and_nothing_but_their_list_stays(tiles: Path, tmp_path: Path) -> None:
-    (tiles / "breast" / "breast-0" / "tile-0.jpg").write_bytes(b"text")
-    (tiles / "lung" / "ü 1" / "é_x1_y2.JPEG").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"2 of 15 tile files are no whole JPEG; first: .*tile-0.jpg \(not a JPEG\)"):
-        build_store(tiles, tmp_path / "s", options=SMALL_SHARDS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bad_tiles.csv", "tiles"]
 
 
 def test_a_schedule_of_the_loose_store_takes_the_packed_one(loose: Store, packed: Store, tmp_path: Path) -> None:
@@ -240,18 +234,18 @@ def test_a_damaged_shard_is_told_at_open(packed: Store, shard: int) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(StoreError, match=f"{path.name}: {len(whole) - 1} bytes, not {len(whole)}"):
-        Store.open(packed.path)
+        open_store(packed.path)
     path.unlink()
     with pytest.raises(StoreError, match=f"{path.name}: the shard is missing"):
-        Store.open(packed.path)
+        open_store(packed.path)
     path.write_bytes(whole)
-    Store.open(packed.path).verify()
+    open_store(packed.path).verify()
 
 
 def test_a_shard_damaged_after_opening_is_told_by_fetch(packed: Store) -> None:
     last = packed.num_tiles - 1
     path = shards_of(packed)[-1]
-    os.truncate(path, unpack_place(int(packed._offsets[last]))[1] + 10)
+    os.truncate(path, unpack_offset(int(packed.offsets[last]))[1] + 10)
     with pytest.raises(StoreError, match=f"{path.name}: ends within the tile at byte") as caught:
         packed.fetch(0, last)
     assert not isinstance(caught.value, BadTileError), "no loader takes another tile for it: many are lost"
@@ -262,21 +256,21 @@ def test_a_shard_damaged_after_opening_is_told_by_fetch(packed: Store) -> None:
         packed.fetch(0, 0)
 
 
-@pytest.mark.parametrize("name", index_files(packed=True))
+@pytest.mark.parametrize("name", PackedStore.layout.files)
 def test_verify_finds_a_changed_index(packed: Store, name: str) -> None:
     path = packed.path / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if name == "slides.parquet" else -1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(StoreError, match=name.replace(".bin", "").replace(".npy", "")):
-        Store.open(packed.path).verify()
+        open_store(packed.path).verify()
 
 
 def test_a_store_of_another_kind_is_refused(packed: Store) -> None:
     text = (packed.path / "store.json").read_text()
     (packed.path / "store.json").write_text(text.replace('"packed"', '"online"'))
     with pytest.raises(StoreError, match="a store of kind 'online'; this version reads loose, packed and slides"):
-        Store.open(packed.path)
+        open_store(packed.path)
 
 
 def spoil(store: Store, tile: int, begin: int, end: int | None) -> None:
@@ -284,10 +278,10 @@ def spoil(store: Store, tile: int, begin: int, end: int | None) -> None:
     jpeg = bytearray(store.fetch(0, tile))
     jpeg[begin:end] = bytes(len(jpeg[begin:end]))
     spoiled = bytes(jpeg)
-    if store.shards is None:
+    if store.kind == "loose":
         store.file_of(tile).write_bytes(spoiled)
         return
-    shard, offset = unpack_place(int(store._offsets[tile]))
+    shard, offset = unpack_offset(int(store.offsets[tile]))
     with store.shards.path(shard).open("r+b") as stream:
         stream.seek(offset)
         stream.write(spoiled)
@@ -301,17 +295,13 @@ def test_deep_verify_decodes_every_tile(kind: str, request: pytest.FixtureReques
     assert sum(seen) == store.num_tiles
     spoil(store, 11, 500, None)  # as a copy leaves it that was interrupted on some file systems
     spoil(store, 4, 3, -2)  # both ends are a JPEG's
-    store.verify()
+    seen.clear()
+    store.verify(seen.append)
+    assert sum(seen) == store.num_tiles
     with pytest.raises(StoreError) as caught:
         store.verify(deep=True)
     assert f"2 of {store.num_tiles} tiles cannot be decoded; first: {store.file_of(4)} (" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_plain_verify_counts_the_tiles_of_a_packed_store(packed: Store) -> None:
-    seen: list[int] = []
-    packed.verify(seen.append)
-    assert sum(seen) == packed.num_tiles
 
 
 def test_real_tiles_are_the_same_in_shards(real_data: Path, tmp_path: Path) -> None:
@@ -331,10 +321,10 @@ def test_what_is_expected_is_read_ahead_and_a_missing_shard_told(
     packed.expect([3, 0])
     assert [size for _, size, _ in advised] == [int(packed.sizes[3]), int(packed.sizes[0])]
     assert {advice for *_, advice in advised} == {os.POSIX_FADV_WILLNEED}
-    assert advised[1][0] == unpack_place(int(np.load(packed.index / "offsets.npy")[0]))[1]
+    assert advised[1][0] == unpack_offset(int(np.load(packed.index / "offsets.npy")[0]))[1]
     loose.expect([3, 0])  # every tile is a file of its own: there is nothing to say
     assert len(advised) == 2
-    again = Store.open(packed.path)
+    again = open_store(packed.path)
     shards_of(packed)[0].unlink()
     with pytest.raises(StoreError, match="the shard is missing"):
         again.expect([0])

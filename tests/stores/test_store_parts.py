@@ -13,8 +13,9 @@ import pytest
 
 from hpcssl.core.errors import StoreError
 from hpcssl.stores import parts
+from hpcssl.stores.loose import LooseStore
 from hpcssl.stores.scan import BuildOptions, build_store
-from hpcssl.stores.store import Store, index_files
+from hpcssl.stores.store import Store
 
 PACKED = BuildOptions(pack=True, shard_gb=10e-6)  # every shard takes one slide or two
 
@@ -53,7 +54,7 @@ def assert_same_store(store: Store, whole: Store) -> None:
 def test_a_loose_store_in_parts_is_the_same_files(tiles: Path, tmp_path: Path, in_parts: Callable, num: int) -> None:
     whole, store = build_store(tiles, tmp_path / "whole"), in_parts(num, BuildOptions())
     assert_same_store(store, whole)
-    for name in (*index_files(packed=False)[1:], "store.json"):
+    for name in (*LooseStore.layout.files[1:], "store.json"):
         if name != "store.json":
             assert (store.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     same = {k: v for k, v in store.header.items() if k != "files"}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import builtins
-import json
 import os
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +14,15 @@ import pandas as pd
 import pytest
 
 from hpcssl.core import atomic
-from hpcssl.core.errors import StoreError
+from hpcssl.core.errors import StoreError, UserError
 from hpcssl.core.ordered import in_order
-from hpcssl.stores import scan
-from hpcssl.stores.index_writer import StoreWriter
+from hpcssl.stores import loose, scan
+from hpcssl.stores.index_writer import IndexWriter, SlideEntry, seal
+from hpcssl.stores.kinds import open_store
+from hpcssl.stores.loose import LooseStore
 from hpcssl.stores.scan import BuildOptions, build_store
 from hpcssl.stores.stats import per_organ, spread_of
-from hpcssl.stores.store import FORMAT, Store, identity
+from hpcssl.stores.store_build import write_header
 from hpcssl.stores.tile_files import Tiles, list_tiles
 
 MIB = 1 << 20
@@ -31,19 +31,13 @@ MIB = 1 << 20
 def write_index(folder: Path, num_tiles: int, per_slide: int = 1000) -> Path:
     """Write the index of a loose store whose tiles are not there."""
     folder.mkdir()
-    writer = StoreWriter(folder, None, about={}, root=folder, bad_list=folder / "bad_tiles.csv")
-    writer.begin(None)
+    writer = IndexWriter(folder, LooseStore.layout)
     names = [f"tile_x{tile * 224}_y0.jpg".encode() for tile in range(per_slide)]
     for slide in range(num_tiles // per_slide):
-        writer.add(f"organ/slide-{slide}", Tiles(names=names, sizes=[15_000] * per_slide), [])
+        writer.add(f"organ/slide-{slide}", Tiles(names=names, sizes=[15_000] * per_slide).entry)
     counts = writer.finish()
     slides = pd.DataFrame({"slide_id": [f"slide-{i}" for i in range(len(counts))], "organ": "organ"})
-    slides = slides.assign(num_tiles=counts, first_tile=np.cumsum(counts) - counts)
-    slides.to_parquet(folder / "slides.parquet", index=False)
-    files = writer.digests()
-    writer.forget()
-    header = {"format": FORMAT, "kind": "loose", "root": str(folder), "num_slides": len(slides), "files": files}
-    (folder / "store.json").write_text(json.dumps(header | {"num_tiles": num_tiles} | identity(slides, files)))
+    write_header(folder, seal(folder, LooseStore, slides.assign(num_tiles=counts), {"root": str(folder)}))
     return folder
 
 
@@ -56,16 +50,11 @@ def peak_mib(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
-def test_a_store_of_a_million_tiles_opens_in_no_time(tmp_path: Path) -> None:
+def test_a_store_of_a_million_tiles_opens_without_reading_its_index(tmp_path: Path) -> None:
     folder = write_index(tmp_path / "store", 1_000_000)
-    taken = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        store = Store.open(folder)
-        taken.append(time.perf_counter() - begun)
+    store = open_store(folder)
     assert store.num_tiles == 1_000_000
-    assert min(taken) < 0.2
-    assert peak_mib(lambda: Store.open(folder)) < 0.5
+    assert peak_mib(lambda: open_store(folder)) < 0.5
     assert str(store.file_of(999_999)) == f"{folder}/organ/slide-999/tile_x{999 * 224}_y0.jpg"
     assert store.coordinates_of(123_456) == (456 * 224, 0)
 
@@ -90,7 +79,7 @@ def build_stand_in(
     options = BuildOptions(pack=pack, check=False, threads=2, commit_s=0.05)
     out = tmp_path / f"store-{slides}"
     peak = peak_mib(lambda: build_store(tmp_path / f"tiles-{slides}", out, options=options))
-    assert Store.open(out).num_tiles == slides * per_slide
+    assert open_store(out).num_tiles == slides * per_slide
     return peak
 
 
@@ -106,13 +95,13 @@ def test_the_memory_of_a_build_does_not_grow_with_its_tiles(
 
 def test_a_build_that_keeps_a_number_a_tile_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[np.ndarray] = []
-    real = StoreWriter.add
+    real = IndexWriter.add
 
-    def keeping(self: StoreWriter, folder: str, found: Tiles, places: list[tuple[int, int]]) -> None:
-        kept.append(np.array(found.sizes, np.uint64))
-        real(self, folder, found, places)
+    def keeping(self: IndexWriter, key: str, slide: SlideEntry, *rest: object) -> None:
+        kept.append(np.array(slide.arrays["sizes.npy"], np.uint64))
+        real(self, key, slide, *rest)
 
-    monkeypatch.setattr(StoreWriter, "add", keeping)
+    monkeypatch.setattr(IndexWriter, "add", keeping)
     build_stand_in(tmp_path, monkeypatch, 5)
     kept.clear()
     before = build_stand_in(tmp_path, monkeypatch, 50)
@@ -121,11 +110,9 @@ def test_a_build_that_keeps_a_number_a_tile_would_be_noticed(tmp_path: Path, mon
 
 
 def test_verify_and_stats_do_not_grow_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpcssl.stores import tile_checks as verify
-
     names = {f"tile_x{tile * 224}_y0.jpg".encode(): 15_000 for tile in range(1000)}
-    monkeypatch.setattr(verify, "sizes_in", lambda root, folder: names)
-    store = Store.open(write_index(tmp_path / "store", 200_000))
+    monkeypatch.setattr(loose, "sizes_in", lambda root, folder: names)
+    store = open_store(write_index(tmp_path / "store", 200_000))
     seen: list[int] = []
     assert peak_mib(lambda: store.verify(seen.append, threads=2)) < 8, "4 MiB are the buffer of the checksums"
     assert sum(seen) == 200_000
@@ -162,15 +149,6 @@ def test_without_the_check_no_tile_is_opened(
     monkeypatch.undo()
     store.verify()
     assert store.digest == build_store(tiles, tmp_path / "again").digest
-
-
-def test_without_the_check_an_empty_file_is_told_and_a_text_is_not(small: ModuleType, tmp_path: Path) -> None:
-    tiles = small.make_tiles(tmp_path / "tiles")
-    (tiles / "lung/lung-0/text.jpg").write_bytes(b"text")
-    assert build_store(tiles, tmp_path / "store", options=BuildOptions(check=False)).num_tiles == 31
-    (tiles / "lung/lung-0/none.jpg").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"none.jpg \(zero bytes\)"):
-        build_store(tiles, tmp_path / "other", options=BuildOptions(check=False))
 
 
 def test_a_file_of_4_gib_is_told(small: ModuleType, tmp_path: Path) -> None:
@@ -220,5 +198,5 @@ def test_sums_per_organ(small: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"shard_gb": 0}, {"shard_gb": float("nan")}, {"shard_gb": 2000}, {"threads": 0}])
 def test_options_that_make_no_sense_are_refused(options: dict) -> None:
-    with pytest.raises(StoreError, match="expected"):
+    with pytest.raises(UserError, match="expected"):
         BuildOptions(pack=True, **options)

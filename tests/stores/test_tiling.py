@@ -26,8 +26,8 @@ from hpcssl.slides.sampling import read_tile, sample
 from hpcssl.slides.slide import Slide
 from hpcssl.slides.slide_list import slides_to_read
 from hpcssl.stores import tiling
-from hpcssl.stores.store import Store
-from hpcssl.stores.tiling import TilingOptions, tile_slides
+from hpcssl.stores.kinds import open_store
+from hpcssl.stores.tiling import Tiling, TilingOptions, tile_slides
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 TILE_PX = 64
@@ -64,7 +64,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_tile_is_the_slides_pixels_within_the_error_of_the_jpeg(tiled: Path) -> None:
-    store = Store.open(tiled)
+    store = open_store(tiled)
     store.verify(deep=True)
     assert store.slides["slide_id"].tolist() == ["a", "b", "c"]
     errors = []
@@ -88,7 +88,7 @@ def test_a_tile_is_the_slides_pixels_within_the_error_of_the_jpeg(tiled: Path) -
 
 
 def test_the_slide_table_says_what_reading_told(tiled: Path) -> None:
-    table = pd.read_parquet(Store.open(tiled).index / "slides.parquet").set_index("slide_id")
+    table = pd.read_parquet(open_store(tiled).index / "slides.parquet").set_index("slide_id")
     assert table["mpp"].tolist() == pytest.approx([0.25, 0.499, 0.31], rel=1e-4)
     assert table["scanner"].tolist() == ["", "Aperio DRAWN", ""]
     assert table["reader"].tolist() == ["tiff"] * 3
@@ -105,9 +105,9 @@ def test_the_slide_table_says_what_reading_told(tiled: Path) -> None:
 
 def test_packed_is_the_same_store(folder: Path, tiled: Path, tmp_path: Path) -> None:
     packed, failed = tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / "packed", PACKED)
-    loose = Store.open(tiled)
+    loose = open_store(tiled)
     assert failed == []
-    assert packed.packed
+    assert packed.kind == "packed"
     assert len(packed.header["shards"]) == 3
     packed.verify(deep=True)
     assert packed.digest == loose.digest
@@ -149,7 +149,7 @@ STEPS += ["failed_slides.csv", "slides.csv"]
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [(LOOSE, [*STEPS, "skin/a", "lung/b"]), (PACKED, [*STEPS, ".tiling/b-*.jpegs", "state.json"])],
+    [(LOOSE, [*STEPS, "skin/a", "lung/b"]), (PACKED, [*STEPS, ".tiling/b-*.jpegs"])],
     ids=["loose", "packed"],
 )
 def test_killed_anywhere_and_run_again_it_is_the_same_byte_for_byte(
@@ -161,7 +161,7 @@ def test_killed_anywhere_and_run_again_it_is_the_same_byte_for_byte(
     out = tmp_path / "killed"
     for step in steps:
         assert killed_before(step, lambda: tile_slides(slides, out, options)), step
-        assert not (out / "store.json").exists() or Store.open(out).num_slides == 2
+        assert not (out / "store.json").exists() or open_store(out).num_slides == 2
         tile_slides(slides, out, options)
         assert files(out) == whole, f"killed before {step}"
         shutil.rmtree(out)
@@ -193,7 +193,7 @@ def test_a_killed_slide_is_not_cut_twice(folder: Path, tmp_path: Path, monkeypat
 
 def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path) -> None:
     slides = slides_to_read(folder / "slides.csv")
-    tile_slides(slides, tmp_path / "out", LOOSE, share=(0, 1))
+    Tiling(tmp_path / "out", LOOSE).read_some(slides, list(SLIDES))
     begun: list[int] = []
     store, _ = tile_slides(slides.assign(mpp=["", "", "0.4"]), tmp_path / "out", LOOSE, on_total=begun.append)
     assert begun == [1]
@@ -204,7 +204,7 @@ def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path
 def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_folder(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Also from share to share: a slide cut with another assumption is cut again, and no other."""
+    """Also from task to task: a slide cut with another assumption is cut again, and no other."""
     draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
     row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
     slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
@@ -214,11 +214,16 @@ def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_fol
         assert "or say --assume-mpp" in failed[0]["reason"]
         begun: list[int] = []
         for assumed in (0.4, 0.25):
-            tile_slides(held, out, assuming(assumed), on_total=begun.append, share=(0, 1))
+            assert slides_to_cut(held, out, assuming(assumed)) == ["u"]
+            Tiling(out, assuming(assumed)).read_some(held, held["slide_id"].tolist())
         tiled, failed = tile_slides(held, out, assuming(0.25), on_total=begun.append)
-        assert (failed, begun) == ([], [1, 1, 0])
+        assert (failed, begun) == ([], [0])
         assert tiled.slides["mpp"].iloc[-1] == 0.25
         tiled.verify(deep=True)
+
+
+def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
+    return [row["slide_id"] for row in Tiling(out, options).missing(slides)]
 
 
 def assuming(mpp: float) -> TilingOptions:
@@ -230,7 +235,7 @@ def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, 
     slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
     former = slides.assign(organ=["skin", "lung", "colon"])
     new = slides.iloc[:1].assign(slide_id="gone")
-    tile_slides(pd.concat([former, new], ignore_index=True), out, LOOSE, share=(0, 1))
+    Tiling(out, LOOSE).read_some(pd.concat([former, new], ignore_index=True), [*SLIDES, "gone"])
     assert (out / "skin" / "gone").is_dir()
     assert (out / "colon" / "c").is_dir()
     (out / "skin" / "notes").mkdir()
@@ -239,7 +244,7 @@ def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, 
     assert files(out).keys() - {"qc/gone.jpg"} == files(tiled).keys()
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [".tiling", "index-000001", "lung", "qc", "skin"]
     tile_slides(pd.concat([slides, new], ignore_index=True).assign(organ=["skin", "lung", "skin", "x"]), out, LOOSE)
-    Store.open(out).verify()
+    open_store(out).verify()
 
 
 def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp_path: Path) -> None:
@@ -270,7 +275,7 @@ def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp
     assert "no such slide" in reasons["absent"]
     assert (tmp_path / "out" / "qc" / "blank.jpg").exists(), "to see why"
     assert pd.read_csv(tmp_path / "out" / "failed_slides.csv")["slide_id"].tolist() == bad
-    assert store.digest == Store.open(tiled).digest
+    assert store.digest == open_store(tiled).digest
     loose = {name: data for name, data in files(tmp_path / "out").items() if name.startswith(("skin", "lung"))}
     assert loose == {name: data for name, data in files(tiled).items() if name.startswith(("skin", "lung"))}
 
@@ -354,9 +359,9 @@ def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
     with pytest.raises(StoreError, match=told):
         tile_slides(corrected, tiled, LOOSE, on_total=begun.append)
     with pytest.raises(StoreError, match=told):
-        tiling.slides_to_cut(corrected, tiled, LOOSE)
+        slides_to_cut(corrected, tiled, LOOSE)
     assert begun == []
-    assert tiling.slides_to_cut(corrected.iloc[1:], tiled, LOOSE) == ["new"]
+    assert slides_to_cut(corrected.iloc[1:], tiled, LOOSE) == ["new"]
     assert files(tiled) == before
 
 
@@ -389,17 +394,6 @@ def test_other_columns_are_those_of_the_table(folder: Path, tmp_path: Path, opti
     assert grown.slides["grade"].tolist() == ["4"] * 3
     assert grown.slides["slide_id"].tolist() == ["a", "b", "c"]
     grown.verify(deep=True)
-
-
-def test_shares_give_the_store_of_one_call(folder: Path, tiled: Path, tmp_path: Path) -> None:
-    slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
-    for k in (1, 0):
-        store, _ = tile_slides(slides, out, LOOSE, share=(k, 2))
-        assert store is None
-    begun: list[int] = []
-    tile_slides(slides, out, LOOSE, on_total=begun.append)
-    assert begun == [0]
-    assert files(out) == files(tiled)
 
 
 def test_another_cut_or_another_folder_is_refused(folder: Path, tiled: Path, tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""`store build`: an index of tiles, shards of them, or a store of slides, in this process or by a job array.
+
+An array builds parts of a store of tiles, and a job after it joins them; of a store of slides, it looks at the slides,
+and the job after it writes the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hpcssl.core.errors import SlideError
+from hpcssl.jobs.array import Call
+from hpcssl.jobs.profile import Profile
+from hpcssl.pipelines.stage import Stage, StageJobs, submit_stage
+from hpcssl.pipelines.tile import share_out
+from hpcssl.slides.slide_list import FAILED, slides_to_read
+from hpcssl.stores.online import OnlineStore
+from hpcssl.stores.online_build import Looking, OnlineOptions, build_online
+from hpcssl.stores.parts import build_part, join_parts, parts_folder, plan_parts
+from hpcssl.stores.scan import BuildOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltOnline:
+    """What came of building a store of slides.
+
+    Attributes
+    ----------
+    store : of the slides that can be used
+    num_slides, num_failed : in the table, and of these, not in the store
+    """
+
+    store: OnlineStore
+    num_slides: int
+    num_failed: int
+
+    def check(self) -> None:
+        """Raise SlideError, with how many slides failed, where any did."""
+        if self.num_failed:
+            raise SlideError(
+                f"{self.num_failed} of {self.num_slides} slides failed (all are in {self.store.path / FAILED});"
+                " mend them, then add them with --append"
+            )
+
+
+def build_from_slides(
+    source: Path,
+    out: Path,
+    options: OnlineOptions,
+    *,
+    append: bool = False,
+    on_total: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[int], None] = lambda n: None,
+) -> BuiltOnline:
+    """Build a store of a table or a folder of slides; parameters and errors as `build_online`."""
+    slides = slides_to_read(source)
+    on_total(len(slides))
+    store = build_online(slides, out, options, append=append, on_progress=on_progress)
+    failed = ~slides["slide_id"].isin(store.slides["slide_id"])
+    return BuiltOnline(store=store, num_slides=len(slides), num_failed=int(failed.sum()))
+
+
+def submit_from_slides(
+    source: Path, out: Path, options: OnlineOptions, *, profile: Profile, num_tasks: int
+) -> StageJobs:
+    """Submit an array that looks at the slides not looked at yet, and a job after it that writes the store.
+
+    Parameters
+    ----------
+    source, out, options : as for `build_from_slides`; threads are the profile's
+    num_tasks : of the array, at most
+
+    Raises
+    ------
+    UserError
+        For a table or folder that cannot be used, if the store exists, and where SLURM refuses a job.
+    """
+    work = Looking(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
+    calls, shared = share_out(work, source, num_tasks)
+    last = ("store-write", Call(_write_store, shared))
+    return submit_stage(Stage(kind="store-look", out=out, calls=calls, last=last), profile)
+
+
+def submit_parts(
+    tiles: Path, out: Path, *, table: Path | None, options: BuildOptions, profile: Profile, num_tasks: int
+) -> StageJobs:
+    """Submit an array that builds the parts of a store that are missing, and a job after it that joins them.
+
+    Parameters
+    ----------
+    tiles, out, table, options : as for `hpcssl.stores.scan.build_store`
+    num_tasks : parts, at most
+
+    Raises
+    ------
+    UserError
+        If the store exists, its parts were begun with other settings, or SLURM refuses a job.
+    """
+    missing = plan_parts(tiles, out, table=table, options=options, num_parts=num_tasks)
+    whole = {"out": out.resolve()}
+    return submit_stage(
+        Stage(
+            kind="store-parts",
+            out=parts_folder(out),
+            calls=[Call(build_part, {**whole, "number": number}) for number in missing],
+            last=("store-join", Call(join_parts, whole)),
+        ),
+        profile,
+    )
+
+
+def _write_store(source: Path, work: Looking) -> None:
+    build_from_slides(source, work.out, work.options).check()

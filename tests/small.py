@@ -104,12 +104,13 @@ def dino_recipe(**changes: Any) -> Any:
     """Return a DINO recipe of two blocks on 32 and 16 px, drop-path on."""
     from hpcssl.models.encoder import EncoderConfig
     from hpcssl.models.heads import DinoHeadConfig
+    from hpcssl.objectives.dino.dino_objective import DinoConfig
     from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
-    from hpcssl.train.pretrain_config import DinoConfig, OptimConfig, PretrainConfig, TrainConfig
+    from hpcssl.train.pretrain_config import OptimConfig, PretrainConfig, TrainConfig
 
     colour = {"jitter": 0.8, "grey": 0.2}
     recipe = PretrainConfig(
-        objective="dino",
+        objective=DinoConfig(head=DinoHeadConfig(out_dim=64, hidden_dim=32, bottleneck_dim=16), momentum=0.9),
         global_batch=GLOBAL_BATCH,
         encoder=EncoderConfig(
             name="vit_tiny_patch16_224", image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2, drop_path=0.3
@@ -121,7 +122,6 @@ def dino_recipe(**changes: Any) -> Any:
             local_views=ViewRecipe(count=2, view_px=16, scale=(0.1, 0.4), blur=(0.5, 0.5), **colour),
         ),
         optim=OptimConfig(lr_per_256=0.005, warmup_pseudo_epochs=1, clip=1.0),
-        dino=DinoConfig(head=DinoHeadConfig(out_dim=64, hidden_dim=32, bottleneck_dim=16), momentum=0.9),
         train=TrainConfig(threads=1),
     )
     return replace(recipe, **changes)
@@ -130,16 +130,16 @@ def dino_recipe(**changes: Any) -> Any:
 def mae_recipe(**changes: Any) -> Any:
     """Return an MAE recipe of two blocks and one decoder block on 32 px."""
     from hpcssl.models.decoder import MaeDecoderConfig
+    from hpcssl.objectives.mae.mae_objective import MaeConfig
     from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
     from hpcssl.train.pretrain_config import OptimConfig
 
     dino = dino_recipe()
     recipe = replace(
         dino,
-        objective="mae",
+        objective=MaeConfig(decoder=MaeDecoderConfig(embed_dim=16, depth=1, num_heads=2)),
         encoder=replace(dino.encoder, drop_path=0.0),
         augment=AugmentRecipe(global_views=ViewRecipe(count=1, view_px=32, scale=(0.2, 1.0)), mask_ratio=0.75),
-        decoder=MaeDecoderConfig(embed_dim=16, depth=1, num_heads=2),
         optim=OptimConfig(lr_per_256=0.02, final_lr=0.0, weight_decay=0.05, final_weight_decay=0.05, betas=(0.9, 0.95)),
     )
     return replace(recipe, **changes)
@@ -181,7 +181,7 @@ def train_here(
     """Train a run in this process to its end, as rank 0 (a new `Claim`) or as another (False); returns what it said."""
     import torch
 
-    from hpcssl.train.loop import train
+    from hpcssl.train.loop import Surroundings, train
     from hpcssl.train.reduce import Collectives
 
     said: list[str] = []
@@ -192,42 +192,72 @@ def train_here(
         schedule=data.schedule,
         collectives=collectives or Collectives(),
         device=torch.device("cpu"),
-        generation=Claim() if claim is None else claim or None,
-        asked_to_stop=asked_to_stop,
-        say=said.append,
+        surroundings=Surroundings(
+            generation=Claim() if claim is None else claim or None,
+            asked_to_stop=asked_to_stop,
+            say=said.append,
+        ),
     )
     return said
 
 
-def stream_of(
-    store: Any,
-    schedule: Any,
-    *,
-    start: int = 0,
-    stop: int = STEPS,
-    world: Any = None,
-    objective: str = "dino",
-    seed: int = 0,
-    bad_tiles: Any = None,
-    **config: Any,
-) -> Any:
-    """Return a stream of the small recipe's views, from a step to another; `config` are settings of the loader."""
+def request_of(objective: str = "dino", start: int = 0, stop: int = STEPS, **changes: Any) -> Any:
+    """Return what a rank asks of a stream to train a small recipe, from a step to another."""
+    from hpcssl.loader.stream import StreamRequest
+    from hpcssl.models.encoder import drop_path_rates
+    from hpcssl.plan.draw import PlanNeeds
+
+    recipe = RECIPES[objective]()
+    of_dino = PlanNeeds(drop_path=tuple(drop_path_rates(recipe.encoder)))
+    request = StreamRequest(
+        recipe=recipe.augment,
+        seed=0,
+        global_batch=GLOBAL_BATCH,
+        steps=range(start, stop),
+        needs=of_dino if objective == "dino" else PlanNeeds(num_patches=MAE_PATCHES),
+    )
+    return replace(request, **changes)
+
+
+def advance(
+    data: Data, recipe: Any, states: list[Any], stop: int, on_state: Callable[[Any], None] = lambda state: None
+) -> list[list[dict[str, float]]]:
+    """Train some states, one a rank, up to a step, without a run folder; returns the records of every rank.
+
+    `on_state` is called with the state before each step.
+    """
+    import torch
+
     from hpcssl.core.world import World
+    from hpcssl.loader.stream import TileStream
+    from hpcssl.train.loop import request_of
+    from hpcssl.train.pretrain_config import Timeline
+    from hpcssl.train.reduce import Collectives
+    from hpcssl.train.step import train_step
+
+    store, schedule, size = data.store, data.schedule, len(states)
+    schedule.tiles_at(0, schedule.num_positions)  # all files are open before there are threads
+    timeline, ranks, cpu = Timeline(recipe, schedule), VirtualRanks(size), torch.device("cpu")
+
+    def work(rank: int) -> list[dict[str, float]]:
+        world, state, records = World(rank=rank, size=size), states[rank], []
+        collectives = Collectives(world=world, all_reduce_sum=ranks.all_reduce_sum(rank))
+        for batch in TileStream(store, schedule, request_of(state, recipe, stop, world), config=recipe.loader):
+            on_state(state)
+            records.append(train_step(state, batch, recipe, timeline, collectives, cpu))
+        return records
+
+    return ranks.run(work)
+
+
+def stream_of(store: Any, schedule: Any, *, bad_tiles: Any = None, **more: Any) -> Any:
+    """Return a stream of the small recipe's views; `more` are of `request_of`, the rest settings of the loader."""
     from hpcssl.loader.stream import LoaderConfig, TileStream
 
-    return TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=RECIPES[objective]().augment,
-        seed=seed,
-        global_batch=GLOBAL_BATCH,
-        world=world or World(),
-        start_step=start,
-        stop_step=stop,
-        num_patches=MAE_PATCHES if objective == "mae" else 0,
-        config=LoaderConfig(**config) if config else None,
-        bad_tiles=bad_tiles,
+    request = request_of(
+        **{key: more.pop(key) for key in ("objective", "start", "stop", "world", "seed") if key in more}
     )
+    return TileStream(store, schedule, request, config=LoaderConfig(**more) if more else None, bad_tiles=bad_tiles)
 
 
 def write_recipe(path: Path, recipe: Any) -> Path:
@@ -284,7 +314,7 @@ class VirtualRanks:
                 errors.append(error)
                 self._barrier.abort()
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(self._parts))]
+        threads = [threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(len(self._parts))]
         for thread in threads:
             thread.start()
         for thread in threads:

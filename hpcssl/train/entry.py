@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,13 +18,28 @@ from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World, check_divides
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.run_folder import Generation, read_config, record_start
+from hpcssl.runs.run_folder import NOT_SETTINGS, read_config, record_start
 from hpcssl.schedule.file import Schedule
 from hpcssl.stores.store import Store
 from hpcssl.train.execution import dtype_name, resolve_precision
-from hpcssl.train.loop import train
+from hpcssl.train.loop import Surroundings, train
 from hpcssl.train.pretrain_config import PretrainConfig
 from hpcssl.train.reduce import Collectives
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeShare:
+    """Where a process stands on its node, for choosing its GPU and its share of the cores.
+
+    Attributes
+    ----------
+    local_rank, ranks_per_node : its number among the processes there, and how many there are
+    cores : of the node
+    """
+
+    local_rank: int = 0
+    ranks_per_node: int = 1
+    cores: int = 1
 
 
 def pretrain(
@@ -31,12 +47,8 @@ def pretrain(
     *,
     world: World,
     all_reduce_sum: Callable[[torch.Tensor], None],
-    local_rank: int,
-    ranks_per_node: int,
-    cores: int,
-    generation: Generation | None,
-    asked_to_stop: Callable[[], bool],
-    say: Callable[[str], None],
+    node: NodeShare,
+    surroundings: Surroundings,
 ) -> None:
     """Train the run from its folder alone, in this process.
 
@@ -44,8 +56,8 @@ def pretrain(
     ----------
     run : prepared run folder
     world, all_reduce_sum : this process among the others, and the sum over them, in place
-    local_rank, ranks_per_node, cores : place on the node, for choosing its GPU and its share of the cores
-    generation, asked_to_stop, say : see `hpcssl.train.loop.train`
+    node : this process on its node
+    surroundings : see there
 
     Raises
     ------
@@ -54,26 +66,23 @@ def pretrain(
     """
     patience = _Patience(all_reduce_sum, world)
     collectives = Collectives(world=world, all_reduce_sum=patience.all_reduce_sum, limit_waiting=patience.limit)
-    settings = read_config(run)
-    data = settings.pop("data")
-    settings.pop("derived")
-    recipe = build(PretrainConfig, settings, where=str(run / "config.yaml"))
+    recipe, data = _read_run(run)
     check_divides(world.size, recipe.global_batch)
     store, schedule = Store.open(Path(data["store"])), Schedule.open(Path(data["schedule"]))
     saved = checkpoint_steps(run)
-    found = {"store": store.digest, "schedule": schedule.digest}
+    digests = {"store": store.digest, "schedule": schedule.digest}
     if recipe.initial_weights and not saved:
-        found["initial_weights"] = digest_file(Path(recipe.initial_weights))
-    _check_same_data(run, found, data)
-    torch.set_num_threads(recipe.train.threads or max(1, cores // ranks_per_node))
+        digests["initial_weights"] = digest_file(Path(recipe.initial_weights))
+    _check_same_data(run, digests, data)
+    torch.set_num_threads(recipe.train.threads or max(1, node.cores // node.ranks_per_node))
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
-    device = _device(local_rank)
-    if generation:
+    device = _device(node.local_rank)
+    if surroundings.generation:
         record_start(
             run,
-            generation=generation.number,
+            generation=surroundings.generation.number,
             newest_checkpoint=saved[-1] if saved else None,
             world_size=world.size,
             device=str(device),
@@ -86,15 +95,20 @@ def pretrain(
         schedule=schedule,
         collectives=collectives,
         device=device,
-        generation=generation,
-        asked_to_stop=asked_to_stop,
-        say=say,
+        surroundings=surroundings,
     )
 
 
-def _check_same_data(run: Path, found: Mapping[str, str], data: Mapping[str, str]) -> None:
+def _read_run(run: Path) -> tuple[PretrainConfig, dict[str, str]]:
+    """Return what config.yaml says of a run: its recipe, and where its data are and their digests."""
+    stored = read_config(run)
+    settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS}
+    return build(PretrainConfig, settings, where=str(run / "config.yaml")), stored["data"]
+
+
+def _check_same_data(run: Path, digests: Mapping[str, str], data: Mapping[str, str]) -> None:
     """Refuse to go on with other data than config.yaml says, by their digests."""
-    for name, digest in found.items():
+    for name, digest in digests.items():
         recorded = data[f"{name}_digest"]
         if digest != recorded:
             raise RunError(

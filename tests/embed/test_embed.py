@@ -15,9 +15,9 @@ from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source, load_encoder
 from hpcssl.features.feature_files import read_coords, read_slide
 from hpcssl.features.feature_folder import FeatureSet
+from hpcssl.models.encoder import normalised
 from hpcssl.runs.checkpoint import save_checkpoint
 from hpcssl.stores.scan import build_store
-from hpcssl.train.objective import normalised
 from hpcssl.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")

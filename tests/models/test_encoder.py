@@ -170,8 +170,8 @@ def test_refuses_an_image_that_does_not_divide(encoder):
         ({"name": "vit_base_patch16_gap_224"}, "vit_base_patch16_gap_224"),
         ({"num_heads": 5}, "timm cannot build it"),
         ({"image_px": 33}, "multiple of the patch of 8 px"),
-        ({"drop_path": 1.0}, "drop_path 1.0"),
-        ({"depth": 0}, "depth 0: expected at least 1"),
+        ({"drop_path": 1.0}, "drop_path = 1.0; expected below 1"),
+        ({"depth": 0}, "depth = 0; expected at least 1"),
     ],
 )
 def test_refuses_what_it_cannot_build_in_one_line(changes, message):

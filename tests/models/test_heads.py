@@ -63,5 +63,5 @@ def test_defaults_are_the_papers():
 
 
 def test_refuses_an_empty_head():
-    with pytest.raises(ConfigError, match="out_dim 0"):
+    with pytest.raises(ConfigError, match="out_dim = 0"):
         DinoHeadConfig(out_dim=0)

@@ -98,7 +98,7 @@ def test_no_code_of_a_file_runs_and_what_is_no_weights_is_told_in_one_line(tmp_p
         ("list.pth", "no named weights"),
         ("torn.pth", "cannot be read as weights"),
         ("torn.safetensors", "cannot be read as weights"),
-        ("nowhere.pth", "no such file; nothing is downloaded: put the weights there"),
+        ("nowhere.pth", "no such file of weights; nothing is downloaded: put them there"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             read_initial_weights(tmp_path / name, encoder)

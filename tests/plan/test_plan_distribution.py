@@ -15,7 +15,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from hpcssl.plan import tables
-from hpcssl.plan.draw import Q16, Plan, Views, draw_drop_path, draw_mask, draw_plan
+from hpcssl.plan.draw import Q16, Plan, ViewParameters, draw_drop_path, draw_mask, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 
 THRESHOLD = 1e-3
@@ -168,7 +168,7 @@ def test_interpolation_meets_the_knots_and_lies_between() -> None:
 # colour
 
 
-def kinds_and_recipes(plan: Plan) -> Iterator[tuple[Views, ViewRecipe]]:
+def kinds_and_recipes(plan: Plan) -> Iterator[tuple[ViewParameters, ViewRecipe]]:
     yield from zip(plan.kinds, dino_augment().kinds, strict=True)
 
 
@@ -279,7 +279,7 @@ def check_uncorrelated(columns: np.ndarray) -> None:
 
 def parameters(plan: Plan) -> np.ndarray:
     """Every drawn number of every view, (positions, numbers); what never varies is left out."""
-    columns = [getattr(views, f.name).astype(float) for views in plan.kinds for f in fields(Views)]
+    columns = [getattr(views, f.name).astype(float) for views in plan.kinds for f in fields(ViewParameters)]
     table = np.concatenate([column.reshape(len(plan.positions), -1) for column in columns], axis=1)
     return table[:, table.std(axis=0) > 0]
 

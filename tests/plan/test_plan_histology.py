@@ -15,13 +15,13 @@ from scipy import stats
 
 from hpcssl.plan import draw as draw_module
 from hpcssl.plan.describe import HEADINGS, plan_table
-from hpcssl.plan.draw import Q16, Plan, Stream, Views, draw_plan
+from hpcssl.plan.draw import Q16, Plan, Stream, ViewParameters, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 
 THRESHOLD = 1e-3
 COUNT = 20_000
 NEW = ("flip_vertical", "turns", "stain", "stain_factors", "stain_shifts")
-OLD = [f.name for f in fields(Views) if f.name not in NEW]
+OLD = [f.name for f in fields(ViewParameters) if f.name not in NEW]
 DrawPlan = Callable[[int, np.ndarray], Plan]
 
 
@@ -106,7 +106,7 @@ def test_one_setting_shifts_no_other() -> None:
     }
     for name, changed_recipe in changes.items():
         changed = draw_plan(changed_recipe, 0, positions).kinds[0]
-        for f in fields(Views):
+        for f in fields(ViewParameters):
             same = (getattr(changed, f.name) == getattr(base, f.name)).all()
             assert same == (f.name != name), f"{f.name} when {name} is set otherwise"
 
@@ -121,7 +121,7 @@ def check_ranks_agree(draw_share: Callable[[np.ndarray, int], Plan]) -> None:
         share = 24 // size
         parts = [draw_share(np.arange(1000 + r * share, 1000 + (r + 1) * share), r) for r in range(size)]
         for k, views in enumerate(whole.kinds):
-            for f in fields(Views):
+            for f in fields(ViewParameters):
                 joined = np.concatenate([getattr(part.kinds[k], f.name) for part in parts])
                 assert (joined == getattr(views, f.name)).all(), f"{f.name} with {size} ranks"
                 assert joined.dtype == getattr(views, f.name).dtype
@@ -199,7 +199,7 @@ def parameters(drawn: Plan) -> np.ndarray:
     """Every drawn number of every view, (positions, numbers); a turn as its sine and cosine."""
     columns = []
     for views in drawn.kinds:
-        for f in fields(Views):
+        for f in fields(ViewParameters):
             array = getattr(views, f.name).astype(float)
             columns += [np.sin(array * np.pi / 2), np.cos(array * np.pi / 2)] if f.name == "turns" else [array]
     table = np.concatenate([column.reshape(len(drawn.positions), -1) for column in columns], axis=1)

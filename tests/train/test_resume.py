@@ -11,11 +11,10 @@ from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from hpcssl.runs.trace import read_metrics
-from hpcssl.train.loop import Stopped, _stream
+from hpcssl.train.loop import Stopped
 from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.reduce import Collectives, GradientBuffer
 from hpcssl.train.state import TrainState
-from hpcssl.train.step import train_step
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -28,20 +27,7 @@ def advance(data):
     """Trains some states, one a rank, up to a step; returns the losses."""
 
     def run(small, recipe, states: list[TrainState], stop: int) -> list[float]:
-        size, timeline = len(states), Timeline(recipe, data.schedule)
-        ranks = small.VirtualRanks(size)
-
-        def work(rank: int) -> list[float]:
-            collectives = Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank))
-            folder = data.store_path.parent
-            stream = iter(_stream(states[rank], recipe, timeline, data.store, data.schedule, collectives, folder, CPU))
-            losses = []
-            while states[rank].step < stop:
-                losses.append(train_step(states[rank], next(stream), recipe, timeline, collectives, CPU)["loss"])
-            stream.close()
-            return losses
-
-        return ranks.run(work)[0]
+        return [record["loss"] for record in small.advance(data, recipe, states, stop)[0]]
 
     return run
 
@@ -154,8 +140,7 @@ def test_weights_depend_on_the_seed_alone(small, objective):
 
 def test_the_frozen_last_layer_does_not_move_and_then_does(small, data, advance):
     recipe = small.dino_recipe()
-    timeline = Timeline(recipe, data.schedule)
-    assert timeline.frozen_steps == 3
+    assert [s for s in range(9) if Timeline(recipe, data.schedule).values(s).objective.last_layer_frozen] == [0, 1, 2]
     state = TrainState(recipe, CPU)
     head = state.objective.trained["head"]
     last, first_layer = head.last_v.detach().clone(), head.mlp[0].weight.detach().clone()
@@ -176,7 +161,7 @@ def test_the_teacher_follows_and_gets_no_gradient(small, data, advance):
     advance(small, recipe, [state], 1)
     before = {n: t.clone() for n, t in teacher.items()}
     advance(small, recipe, [state], 2)
-    momentum = Timeline(recipe, data.schedule).values(1).momentum
+    momentum = Timeline(recipe, data.schedule).values(1).objective.momentum
     for name, tensor in teacher.items():
         torch.testing.assert_close(tensor, momentum * before[name] + (1 - momentum) * student[name])
     assert all(p.grad is None for p in state.objective.module["teacher"].parameters())

@@ -25,7 +25,6 @@ POSITIONS = 40  # of a pseudo-epoch: no multiple of the batch, so steps cross it
 PSEUDO_EPOCHS = 4
 STEPS = PSEUDO_EPOCHS * POSITIONS // GLOBAL_BATCH
 TILE_PX = 48
-MAE_PATCHES = 16  # of a view of the small MAE
 # columns of metrics that say when a step was done and at what cost, not what came of it
 TIMES = ["tiles_per_s", "read_s", "decode_s", "augment_s", "read_wait_s", "memory_gib", "time"]
 
@@ -157,13 +156,28 @@ def make_run(run: Path, data: Data, recipe: Any) -> Path:
     return run
 
 
+def make_trained_run(run: Path, data: Data, recipe: Any) -> Path:
+    """Prepare a run with checkpoints of steps 0 and 7; the weights of 7 are moved by hand, each tensor otherwise."""
+    import torch
+
+    from hpcssl.runs.checkpoint import save_checkpoint
+    from hpcssl.train.state import TrainState
+
+    make_run(run, data, recipe)
+    state = TrainState(recipe, torch.device("cpu"))
+    save_checkpoint(run, 0, *state.to_checkpoint())
+    state.step, generator = 7, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in state.objective.module.state_dict().values():
+            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+    save_checkpoint(run, 7, *state.to_checkpoint())
+    return run
+
+
 class Claim:
     """A generation that becomes stale on request."""
 
-    number = 1
-
-    def __init__(self) -> None:
-        self.stale = False
+    number, stale = 1, False
 
     def is_stale(self) -> bool:
         return self.stale
@@ -176,7 +190,7 @@ def train_here(
     *,
     collectives: Any = None,
     claim: Any = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    asked_to_stop: Any = lambda: False,
 ) -> list[str]:
     """Train a run in this process to its end, as rank 0 (a new `Claim`) or as another (False); returns what it said."""
     import torch
@@ -203,29 +217,19 @@ def train_here(
 
 def request_of(objective: str = "dino", start: int = 0, stop: int = STEPS, **changes: Any) -> Any:
     """Return what a rank asks of a stream to train a small recipe, from a step to another."""
-    from hpcssl.loader.stream import StreamRequest
-    from hpcssl.models.encoder import drop_path_rates
-    from hpcssl.plan.draw import PlanNeeds
+    import torch
+
+    from hpcssl.core.world import World
+    from hpcssl.train.loop import request_of
+    from hpcssl.train.state import TrainState
 
     recipe = RECIPES[objective]()
-    of_dino = PlanNeeds(drop_path=tuple(drop_path_rates(recipe.encoder)))
-    request = StreamRequest(
-        recipe=recipe.augment,
-        seed=0,
-        global_batch=GLOBAL_BATCH,
-        steps=range(start, stop),
-        needs=of_dino if objective == "dino" else PlanNeeds(num_patches=MAE_PATCHES),
-    )
-    return replace(request, **changes)
+    request = request_of(TrainState(recipe, torch.device("cpu")), recipe, stop, World())
+    return replace(request, steps=range(start, stop), **changes)
 
 
-def advance(
-    data: Data, recipe: Any, states: list[Any], stop: int, on_state: Callable[[Any], None] = lambda state: None
-) -> list[list[dict[str, float]]]:
-    """Train some states, one a rank, up to a step, without a run folder; returns the records of every rank.
-
-    `on_state` is called with the state before each step.
-    """
+def advance(data: Data, recipe: Any, states: list[Any], stop: int, before: Callable[[Any], None] = id) -> list[Any]:
+    """Train states, one a rank, up to a step; return every rank's records. `before` sees the state before each step."""
     import torch
 
     from hpcssl.core.world import World
@@ -235,15 +239,15 @@ def advance(
     from hpcssl.train.reduce import Collectives
     from hpcssl.train.step import train_step
 
-    store, schedule, size = data.store, data.schedule, len(states)
+    store, schedule = data.store, data.schedule
     schedule.tiles_at(0, schedule.num_positions)  # all files are open before there are threads
-    timeline, ranks, cpu = Timeline(recipe, schedule), VirtualRanks(size), torch.device("cpu")
+    timeline, ranks, cpu = Timeline(recipe, schedule), VirtualRanks(len(states)), torch.device("cpu")
 
     def work(rank: int) -> list[dict[str, float]]:
-        world, state, records = World(rank=rank, size=size), states[rank], []
+        world, state, records = World(rank=rank, size=len(states)), states[rank], []
         collectives = Collectives(world=world, all_reduce_sum=ranks.all_reduce_sum(rank))
         for batch in TileStream(store, schedule, request_of(state, recipe, stop, world), config=recipe.loader):
-            on_state(state)
+            before(state)
             records.append(train_step(state, batch, recipe, timeline, collectives, cpu))
         return records
 
@@ -352,13 +356,10 @@ def descendants(pid: int) -> list[int]:
         state, parent = rest.split()[:2]
         if state != "Z":
             parents[int(stat.parent.name)] = int(parent)
-    found, todo = [], [pid]
-    while todo:
-        children = [child for child, parent in parents.items() if parent == todo[-1]]
-        todo.pop()
-        found += children
-        todo += children
-    return found
+    below = [pid]
+    for pid in below:  # grows meanwhile
+        below += [child for child, parent in parents.items() if parent == pid]
+    return below[1:]
 
 
 def ranks_below(pid: int) -> list[int]:

@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
     """Export."""
     from hpcssl.pipelines.export import export
 
-    exported = export(args.run_and_step, args.out, student=args.student)
-    print(f"weights: {exported.weights}\nmodel card: {exported.card}")
+    card = export(args.run_and_step, args.out, student=args.student)
+    print(f"weights: {args.out}\nmodel card: {card}")
     return 0

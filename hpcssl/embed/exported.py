@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,12 @@ from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
 from hpcssl.runs.run_folder import NOT_SETTINGS, read_config
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportedWeights:
-    """A file of weights and what it was made of.
-
-    Attributes
-    ----------
-    source : run and step
-    file : the weights
-    objective, part : what was learnt, and which of its encoders this is
-    state : plain values of the checkpoint
-    """
-
-    source: Source
-    file: Path
-    objective: str
-    part: str
-    state: Mapping[str, Any]
-
-
-def write_weights(source: Source, out: Path, *, student: bool = False) -> ExportedWeights:
+def write_weights(source: Source, out: Path, *, student: bool = False) -> tuple[dict[str, Any], str]:
     """Write an encoder of a checkpoint under timm's names, whole or not at all.
+
+    Returns
+    -------
+    The checkpoint's plain values, and the words of the card on what was learnt and which encoder this is.
 
     Raises
     ------
@@ -64,7 +48,7 @@ def write_weights(source: Source, out: Path, *, student: bool = False) -> Export
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     about = {"format": "pt", "timm": json.dumps(timm_arguments(state["encoder"])), "step": str(source.step)}
     write_atomic(out, save(weights, metadata=about))
-    return ExportedWeights(source=source, file=out, objective=objective.title, part=part, state=state)
+    return state, f"{objective.title}, weights of the {part}"
 
 
 def timm_arguments(encoder: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,27 +62,29 @@ def timm_arguments(encoder: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_name": encoder["name"], "num_classes": 0, "img_size": encoder["image_px"], **sizes}
 
 
-def model_card(weights: ExportedWeights, organs: str) -> str:
+def model_card(source: Source, file: Path, state: Mapping[str, Any], *, objective: str, organs: str) -> str:
     """Return the card in Markdown: how to load the weights, and what they were made of.
 
     Parameters
     ----------
+    file : the weights
+    state, objective : what `write_weights` returned of them
     organs : the text on the organs of the schedule
     """
-    config, state, name = read_config(weights.source.run), weights.state, weights.file.name
+    config, name = read_config(source.run), file.name
     data, recipe = config["data"], {key: value for key, value in config.items() if key not in NOT_SETTINGS}
     arguments = timm_arguments(state["encoder"])
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     positions = config["derived"]["positions_per_pseudo_epoch"]
     rows = {
-        "objective": f"{weights.objective}, weights of the {weights.part}",
+        "objective": objective,
         "architecture": f"{arguments['model_name']}, class token after the last norm",
-        "optimiser steps": f"{weights.source.step:,}",
+        "optimiser steps": f"{source.step:,}",
         "tiles seen": f"{state['samples_seen']:,} ({state['samples_seen'] / positions:.4g} pseudo-epochs)",
         "tile store (SHA-256)": data["store_digest"],
         "schedule (SHA-256)": data["schedule_digest"],
         "initial weights (SHA-256)": data.get("initial_weights_digest", "none: trained from scratch"),
-        "weights file (SHA-256)": digest_file(weights.file),
+        "weights file (SHA-256)": digest_file(file),
         "written by": f"hpcssl {__version__}",
         "licence": "TO BE STATED by whoever publishes these weights",
     }

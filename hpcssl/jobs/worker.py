@@ -83,11 +83,9 @@ class PretrainJob:
                         run,
                         world=place.world,
                         all_reduce_sum=(lambda tensor: None) if alone else all_reduce_sum,
-                        node=entry.NodeShare(
-                            local_rank=place.local_rank,
-                            ranks_per_node=max(1, place.world.size // len(place.nodes)),
-                            cores=place.cores,
-                        ),
+                        local_rank=place.local_rank,
+                        ranks_per_node=max(1, place.world.size // len(place.nodes)),
+                        cores=place.cores,
                         surroundings=entry.Surroundings(
                             generation=generation,
                             asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),

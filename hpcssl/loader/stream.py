@@ -205,17 +205,17 @@ class TileStream:
         return draw_plan(self._request.recipe, self._request.seed, positions, **vars(self._request.needs))
 
     def _read_ahead(self, readers: ThreadPoolExecutor) -> Iterator[_Reads]:
-        """Give the reads of every step, always with those of the next `read_ahead_steps` begun."""
-        begun: list[_Reads] = []
+        """Yield the reads of every step; those of the next `read_ahead_steps` are always under way."""
+        current: list[_Reads] = []
         steps, size = self._request.steps, self._config.read_ahead_steps
         for first in steps[::size]:
             following = self._read(range(first, min(first + size, steps.stop)), readers)
-            yield from begun
-            begun = following
-        yield from begun
+            yield from current
+            current = following
+        yield from current
 
     def _read(self, steps: range, readers: ThreadPoolExecutor) -> list[_Reads]:
-        """Begin to read the tiles of some steps."""
+        """Start reading the tiles of some steps."""
         reads = []
         for step in steps:
             share = self._share(step)

@@ -41,17 +41,21 @@ class ObjectiveConfig:
     Attributes
     ----------
     registered_kinds : the settings of every registered objective (see `hpcssl.core.config.groups_in`)
+    hides_patches : whether it learns from views of which patches are hidden, and only from such
     peaks_after_warmup : whether the learning rate reaches its peak on the step after the warm-up, not on its last one
     """
 
     registered_kinds: ClassVar[list[type]] = []
+    hides_patches: ClassVar[bool] = False
     peaks_after_warmup: ClassVar[bool] = False
 
     kind: str = fixed()
 
     def check_views(self, augment: AugmentRecipe) -> None:
-        """Raise ConfigError for views and masks that cannot be learnt from; by default, for masks."""
-        expect_masks(self.kind, augment, masks=False)
+        """Raise ConfigError for views and masks that cannot be learnt from."""
+        if (augment.mask_ratio > 0) != self.hides_patches:
+            expected = "above 0" if self.hides_patches else "0: it hides no patches"
+            raise ConfigError(f"recipe: objective {self.kind} needs augment.mask_ratio {expected}")
 
     def values(self, step: int, clock: Clock) -> Any:
         """Return what of the objective changes with the step; its `Objective` is given it back."""
@@ -134,10 +138,3 @@ class Objective(ABC):
     def complaints(self, measurements: Mapping[str, float]) -> dict[str, str]:
         """Return, for each measurement beyond its limit, what that means and what to try."""
         return {}
-
-
-def expect_masks(kind: str, augment: AugmentRecipe, *, masks: bool) -> None:
-    """Raise ConfigError unless the recipe hides patches where the objective learns from that, and only there."""
-    if (augment.mask_ratio > 0) != masks:
-        expected = "above 0" if masks else "0: it hides no patches"
-        raise ConfigError(f"recipe: objective {kind} needs augment.mask_ratio {expected}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from hpcssl.core.atomic import write_atomic
@@ -14,21 +13,17 @@ from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.inspect import organ_shares
 
 
-@dataclass(frozen=True)
-class Exported:
-    """The files that were written."""
-
-    weights: Path
-    card: Path
-
-
-def export(run_and_step: str, out: Path, *, student: bool = False) -> Exported:
+def export(run_and_step: str, out: Path, *, student: bool = False) -> Path:
     """Write an encoder of `RUN[@STEP]` into `out`, and its model card beside it.
 
     Parameters
     ----------
     out : a name that ends in .safetensors; its folder is made
     student : the student instead of the encoder that makes the features
+
+    Returns
+    -------
+    The card.
 
     Raises
     ------
@@ -39,11 +34,11 @@ def export(run_and_step: str, out: Path, *, student: bool = False) -> Exported:
         raise RunError(f"--out {out}: expected a name that ends in .safetensors")
     source = Source.parse(run_and_step)
     out.parent.mkdir(parents=True, exist_ok=True)
-    weights = write_weights(source, out, student=student)
-    data = read_config(source.run)["data"]
-    exported = Exported(weights=out, card=out.with_suffix(".md"))
-    write_atomic(exported.card, model_card(weights, _organs(Path(data["schedule"]), data["schedule_digest"])))
-    return exported
+    state, objective = write_weights(source, out, student=student)
+    data, card = read_config(source.run)["data"], out.with_suffix(".md")
+    organs = _organs(Path(data["schedule"]), data["schedule_digest"])
+    write_atomic(card, model_card(source, out, state, objective=objective, organs=organs))
+    return card
 
 
 def _organs(schedule: Path, digest: str) -> str:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcssl.core.atomic import write_atomic
 from hpcssl.core.claim import check_same
@@ -31,6 +31,7 @@ from hpcssl.core.config import build, dump_yaml, is_free, read_yaml, to_mapping
 from hpcssl.core.errors import RunError
 from hpcssl.core.provenance import provenance
 
+T = TypeVar("T")
 CONFIG = "config.yaml"
 BAD_TILES = "bad_tiles.csv"
 NOT_SETTINGS = ("data", "derived")
@@ -58,11 +59,9 @@ def prepare_run(run: Path, config: Any, *, data: Mapping[str, Any], derived: Map
     if run.exists() and not (run / CONFIG).exists() and any(not e.name.startswith(".") for e in run.iterdir()):
         raise RunError(f"{run}: not empty and no run (no {CONFIG}); choose another --out")
     if (run / CONFIG).exists():
-        stored = read_yaml(run / CONFIG)
-        settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS}
-        complete = build(type(config), settings, where=str(run / CONFIG))
+        stored, stored_data = read_settings(run, type(config))
         check_same(
-            _fixed(complete) | _digests(stored["data"]),
+            _fixed(stored) | _digests(stored_data),
             _fixed(config) | _digests(data),
             made=f"{run}: this run has",
             now="asked for is",
@@ -81,6 +80,21 @@ def read_config(run: Path) -> dict[str, Any]:
     if not (run / CONFIG).is_file():
         raise RunError(f"{run}: no run (no {CONFIG}); start one with hpcssl pretrain")
     return read_yaml(run / CONFIG)
+
+
+def read_settings(run: Path, kind: type[T]) -> tuple[T, dict[str, str]]:
+    """Return the settings of a run as a dataclass of this kind, and what its config.yaml says of its data.
+
+    Raises
+    ------
+    RunError
+        Where there is no run.
+    ConfigError
+        Where its settings are no such dataclass's.
+    """
+    stored = read_config(run)
+    settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS}
+    return build(kind, settings, where=str(run / CONFIG)), stored["data"]
 
 
 def _fixed(config: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World, check_divides
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.run_folder import NOT_SETTINGS, read_config, record_start
+from hpcssl.runs.run_folder import read_settings, record_start
 from hpcssl.schedule.file import Schedule
 from hpcssl.stores.store import Store
 from hpcssl.train.execution import dtype_name, resolve_precision
@@ -27,27 +25,14 @@ from hpcssl.train.pretrain_config import PretrainConfig
 from hpcssl.train.reduce import Collectives
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodeShare:
-    """Where a process stands on its node, for choosing its GPU and its share of the cores.
-
-    Attributes
-    ----------
-    local_rank, ranks_per_node : its number among the processes there, and how many there are
-    cores : of the node
-    """
-
-    local_rank: int = 0
-    ranks_per_node: int = 1
-    cores: int = 1
-
-
 def pretrain(
     run: Path,
     *,
     world: World,
     all_reduce_sum: Callable[[torch.Tensor], None],
-    node: NodeShare,
+    local_rank: int,
+    ranks_per_node: int,
+    cores: int,
     surroundings: Surroundings,
 ) -> None:
     """Train the run from its folder alone, in this process.
@@ -56,7 +41,7 @@ def pretrain(
     ----------
     run : prepared run folder
     world, all_reduce_sum : this process among the others, and the sum over them, in place
-    node : this process on its node
+    local_rank, ranks_per_node, cores : place on the node, for choosing its GPU and its share of the cores
     surroundings : see there
 
     Raises
@@ -66,7 +51,7 @@ def pretrain(
     """
     patience = _Patience(all_reduce_sum, world)
     collectives = Collectives(world=world, all_reduce_sum=patience.all_reduce_sum, limit_waiting=patience.limit)
-    recipe, data = _read_run(run)
+    recipe, data = read_settings(run, PretrainConfig)
     check_divides(world.size, recipe.global_batch)
     store, schedule = Store.open(Path(data["store"])), Schedule.open(Path(data["schedule"]))
     saved = checkpoint_steps(run)
@@ -74,11 +59,11 @@ def pretrain(
     if recipe.initial_weights and not saved:
         digests["initial_weights"] = digest_file(Path(recipe.initial_weights))
     _check_same_data(run, digests, data)
-    torch.set_num_threads(recipe.train.threads or max(1, node.cores // node.ranks_per_node))
+    torch.set_num_threads(recipe.train.threads or max(1, cores // ranks_per_node))
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
-    device = _device(node.local_rank)
+    device = _device(local_rank)
     if surroundings.generation:
         record_start(
             run,
@@ -97,13 +82,6 @@ def pretrain(
         device=device,
         surroundings=surroundings,
     )
-
-
-def _read_run(run: Path) -> tuple[PretrainConfig, dict[str, str]]:
-    """Return what config.yaml says of a run: its recipe, and where its data are and their digests."""
-    stored = read_config(run)
-    settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS}
-    return build(PretrainConfig, settings, where=str(run / "config.yaml")), stored["data"]
 
 
 def _check_same_data(run: Path, digests: Mapping[str, str], data: Mapping[str, str]) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from hpcssl.core.atomic import read_json, write_atomic
-from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.provenance import provenance
 from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch
 from hpcssl.plan.draw import draw_plan
 from hpcssl.runs.checkpoint import load_checkpoint, write_state
-from hpcssl.runs.run_folder import NOT_SETTINGS, read_config
+from hpcssl.runs.run_folder import read_settings
 from hpcssl.schedule.file import Schedule
 from hpcssl.train.pretrain_config import PretrainConfig, Timeline
 from hpcssl.train.reduce import Collectives
@@ -89,8 +88,7 @@ def repeat_failed_step(folder: Path, schedule: Schedule, device: torch.device) -
     RunError
         If something of the step is missing or damaged.
     """
-    settings = {key: value for key, value in read_config(folder.parent).items() if key not in NOT_SETTINGS}
-    recipe = build(PretrainConfig, settings, where=str(folder.parent))
+    recipe, _ = read_settings(folder.parent, PretrainConfig)
     recipe = replace(recipe, train=replace(recipe.train, max_skipped_steps=0))
     state = TrainState(recipe, device)
     state.from_checkpoint(*load_checkpoint(folder / _STATE))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -269,9 +268,3 @@ def test_a_finished_run_reads_nothing(small, stream, data):
     store = _Slow(data.store)
     assert list(stream(store=store, start=small.STEPS)) == []
     assert not store.fetched
-
-
-def test_views_are_of_every_kind_in_the_recipe(small, stream):
-    recipe = small.dino_recipe().augment
-    assert recipe.num_views == sum(len(v) for v in next(iter(stream())).views)
-    assert replace(recipe, local_views=None).num_views == 2

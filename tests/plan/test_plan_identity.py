@@ -34,11 +34,23 @@ def mae(positions: np.ndarray, seed: int = 0) -> Plan:
     return draw_plan(mae_augment(), seed, positions, num_patches=196)
 
 
+def tissue_recipe(**changes: float) -> AugmentRecipe:
+    """The published one with vertical flips, turns and stains."""
+    changes = {"flip_vertical": 0.5, "quarter_turns": True, "stain": 0.8, **changes}
+    recipe = dino_augment()
+    return replace(recipe, global_views=replace(recipe.global_views, **changes))  # type: ignore[arg-type]
+
+
+def tissue(positions: np.ndarray, seed: int = 0) -> Plan:
+    return draw_plan(tissue_recipe(), seed, positions, drop_path=(0.0, 0.2))
+
+
 def arrays_of(plan: Plan) -> dict[str, np.ndarray]:
     arrays = {
         f"{k}.{f.name}": getattr(views, f.name) for k, views in enumerate(plan.kinds) for f in fields(ViewParameters)
     }
-    return arrays | ({} if plan.mask is None else {"mask": plan.mask}) | {"positions": plan.positions}
+    kept = {f"{k}.drop_path": kept for k, kept in enumerate(plan.drop_path)}
+    return arrays | kept | ({} if plan.mask is None else {"mask": plan.mask}) | {"positions": plan.positions}
 
 
 def row(views: ViewParameters, p: int, v: int) -> str:
@@ -158,12 +170,12 @@ def check_ranks_agree(draw: Callable[[np.ndarray, int], Plan]) -> None:
             assert (np.concatenate([part[name] for part in parts]) == array).all(), f"{name} with {size} ranks"
 
 
-@pytest.mark.parametrize("draw", [dino, mae])
+@pytest.mark.parametrize("draw", [dino, mae, tissue])
 def test_any_batch(draw: DrawPlan) -> None:
     check_any_batch(draw)
 
 
-@pytest.mark.parametrize("draw", [dino, mae])
+@pytest.mark.parametrize("draw", [dino, mae, tissue])
 def test_any_world(draw: DrawPlan) -> None:
     check_ranks_agree(lambda positions, rank: draw(positions))
 
@@ -217,8 +229,7 @@ def test_views_stand_on_their_own() -> None:
 
 
 def test_one_setting_shifts_no_other() -> None:
-    base = dino(POSITIONS).kinds[0]
-    recipe = dino_augment()
+    base, recipe = tissue(POSITIONS).kinds[0], tissue_recipe()
     changes: dict[str, AugmentRecipe] = {
         "flip": replace(recipe, global_views=replace(recipe.global_views, flip=1.0)),
         "grey": replace(recipe, global_views=replace(recipe.global_views, grey=0.0)),
@@ -228,6 +239,11 @@ def test_one_setting_shifts_no_other() -> None:
         "brightness": replace(recipe, brightness=0.1),
         "sigma": replace(recipe, blur_sigma=(1.0, 5.0)),
         "hue": replace(recipe, hue=0.5),
+        "flip_vertical": tissue_recipe(flip_vertical=0.9),
+        "turns": tissue_recipe(quarter_turns=False),
+        "stain": tissue_recipe(stain=0.2),
+        "stain_factors": replace(recipe, stain_alpha=0.3),
+        "stain_shifts": replace(recipe, stain_beta=0.3),
     }
     for name, changed_recipe in changes.items():
         changed = draw_plan(changed_recipe, 0, POSITIONS).kinds[0]
@@ -258,10 +274,11 @@ def test_the_digest_covers_every_array(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.add(replace(plan, kinds=tuple(kinds)).digest())
     seen.add(replace(plan, mask=np.eye(4, dtype=bool)).digest())
     seen.add(replace(plan, mask=None).digest())
+    seen.add(replace(plan, drop_path=(np.zeros((4, 2, 3), bool),)).digest())
     seen.add(replace(plan, positions=plan.positions + 1).digest())
     monkeypatch.setattr(draw_module, "VERSION", draw_module.VERSION + 1)
     seen.add(plan.digest())
-    assert len(seen) == 1 + 2 * len(fields(ViewParameters)) + 4
+    assert len(seen) == 1 + 2 * len(fields(ViewParameters)) + 5
 
 
 # any processor

@@ -19,7 +19,7 @@ from hpcssl.runs.trace import read_metrics
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.stores.scan import build_store
-from hpcssl.train.entry import NodeShare, _Patience, pretrain
+from hpcssl.train.entry import _Patience, pretrain
 from hpcssl.train.loop import Stopped, Surroundings
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -39,7 +39,9 @@ def _start(run, *, steps: int | None = None) -> list[str]:
         run,
         world=World(),
         all_reduce_sum=lambda tensor: None,
-        node=NodeShare(),
+        local_rank=0,
+        ranks_per_node=1,
+        cores=1,
         surroundings=Surroundings(
             generation=Generation.take(run), asked_to_stop=lambda: next(left) + 1 == steps, say=said.append
         ),

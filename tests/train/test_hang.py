@@ -26,7 +26,7 @@ def _rank(run: Path, rank: int) -> None:
 
     from hpcssl.core.world import World
     from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
-    from hpcssl.train.entry import NodeShare, pretrain
+    from hpcssl.train.entry import pretrain
     from hpcssl.train.loop import Surroundings
 
     warnings.simplefilter("error", FutureWarning)
@@ -47,7 +47,9 @@ def _rank(run: Path, rank: int) -> None:
                 run,
                 world=world,
                 all_reduce_sum=all_reduce_sum,
-                node=NodeShare(local_rank=rank, ranks_per_node=2, cores=2),
+                local_rank=rank,
+                ranks_per_node=2,
+                cores=2,
                 surroundings=Surroundings(
                     generation=Generation.take(run) if rank == 0 else None,
                     asked_to_stop=asked_to_stop,

@@ -16,7 +16,6 @@ import torch
 from scipy.special import erf
 
 from hpcssl.loader.stream import Batch
-from hpcssl.models.encoder import resample_position
 from hpcssl.objectives.contract import Tiles
 from hpcssl.objectives.mae.mae_loss import patchify
 from hpcssl.plan.draw import draw_plan
@@ -383,11 +382,3 @@ def test_another_step_of_mae_is_noticed(data, begin, monkeypatch, where, broken)
     monkeypatch.setattr(where, broken)
     with pytest.raises(AssertionError):
         _check_mae(data, begin)
-
-
-@pytest.mark.parametrize(("native", "side"), [(14, 6), (4, 2), (7, 3), (14, 37)])
-def test_position_embeddings_are_resampled_by_the_cubic_convolution(native, side):
-    position = np.random.default_rng(3).normal(size=(1 + native**2, 5))
-    ours = resample_position(torch.from_numpy(position), (native, native), (side, side)).numpy()
-    np.testing.assert_allclose(ours[1:], _positions(position, side), rtol=0, atol=1e-12)
-    assert np.array_equal(ours[0], position[0])

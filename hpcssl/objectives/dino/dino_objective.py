@@ -15,7 +15,7 @@ from hpcssl.core.config import Above0, AtLeast0, NotNegative, Share, fixed, sett
 from hpcssl.core.errors import ConfigError
 from hpcssl.models.encoder import Encoder, drop_path_rates, normalised, residual_scale
 from hpcssl.models.heads import DinoHead, DinoHeadConfig
-from hpcssl.objectives.contract import Clock, Objective, ObjectiveConfig, Tiles, expect_masks
+from hpcssl.objectives.contract import Clock, Objective, ObjectiveConfig, Tiles
 from hpcssl.objectives.dino.dino_loss import dino_loss, teacher_entropy, update_center
 from hpcssl.optim.parameters import update_average
 from hpcssl.optim.values import cosine
@@ -73,7 +73,7 @@ class DinoConfig(ObjectiveConfig):
         """Raise ConfigError unless there are two views or more, of which nothing is hidden."""
         if augment.num_views < 2:
             raise ConfigError("recipe: objective dino needs two views or more; add to augment.global_views.count")
-        expect_masks(self.kind, augment, masks=False)
+        super().check_views(augment)
 
     def values(self, step: int, clock: Clock) -> DinoValues:
         """Return momentum, temperature and whether the last layer is frozen."""

@@ -12,7 +12,7 @@ from hpcssl.core.config import fixed, settings
 from hpcssl.core.errors import ConfigError
 from hpcssl.models.decoder import MaeDecoderConfig, MaskedAutoencoder
 from hpcssl.models.encoder import Encoder, normalised
-from hpcssl.objectives.contract import Objective, ObjectiveConfig, Tiles, expect_masks
+from hpcssl.objectives.contract import Objective, ObjectiveConfig, Tiles
 from hpcssl.objectives.mae.mae_loss import mae_loss
 from hpcssl.plan.draw import PlanNeeds
 from hpcssl.plan.recipe import AugmentRecipe
@@ -27,6 +27,7 @@ class MaeConfig(ObjectiveConfig):
     decoder : sizes of the decoder
     """
 
+    hides_patches: ClassVar[bool] = True
     peaks_after_warmup: ClassVar[bool] = True
 
     kind: Literal["mae"] = fixed("mae")
@@ -38,7 +39,7 @@ class MaeConfig(ObjectiveConfig):
             raise ConfigError(
                 f"recipe: objective mae takes one view, augment has {augment.num_views}; leave one global view"
             )
-        expect_masks(self.kind, augment, masks=True)
+        super().check_views(augment)
 
 
 class Mae(Objective):

@@ -253,9 +253,7 @@ def test_the_stream_works_ahead(small, stream, data):
     ("setting", "told"),
     [
         ({"threads": 0}, "threads = 0"),
-        ({"prefetch_steps": 0}, "prefetch"),
-        ({"reads_in_flight": 0}, "reads_in_flight = 0"),
-        ({"read_ahead_steps": 0}, "read_ahead_steps = 0"),
+        ({"max_bad_tiles": 1.5}, "max_bad_tiles = 1.5"),
         ({"backend": "dali2"}, "known: auto, cpu, pillow, dali"),
     ],
 )

@@ -150,21 +150,14 @@ def test_train_names_no_objective(repository):
     assert not [path for path in (repository / "hpcssl" / "train").glob("*.py") if names.search(path.read_text())]
 
 
-FORMER = {
+HEAD, DECODER = {"out_dim": 512, "hidden_dim": 256, "bottleneck_dim": 64}, {"embed_dim": 64, "depth": 2, "num_heads": 4}
+FORMER = {  # both groups stood in every run folder of version 1
     "dino-demo": {
         "objective": "dino",
-        "dino": {
-            "head": {"out_dim": 512, "hidden_dim": 256, "bottleneck_dim": 64},
-            "teacher_temperature": 0.01,
-            "center_momentum": 0.8,
-        },
-        "decoder": {"depth": 8},  # in every run folder of version 1
+        "dino": {"head": HEAD, "teacher_temperature": 0.01, "center_momentum": 0.8},
+        "decoder": {"depth": 8},
     },
-    "mae-demo": {
-        "objective": "mae",
-        "decoder": {"embed_dim": 64, "depth": 2, "num_heads": 4},
-        "dino": {"momentum": 0.9},
-    },
+    "mae-demo": {"objective": "mae", "decoder": DECODER, "dino": {"momentum": 0.9}},
 }
 
 

@@ -25,7 +25,6 @@ POSITIONS = 40  # of a pseudo-epoch: no multiple of the batch, so steps cross it
 PSEUDO_EPOCHS = 4
 STEPS = PSEUDO_EPOCHS * POSITIONS // GLOBAL_BATCH
 TILE_PX = 48
-MAE_PATCHES = 16  # of a view of the small MAE
 # columns of metrics that say when a step was done and at what cost, not what came of it
 TIMES = ["tiles_per_s", "read_s", "decode_s", "augment_s", "read_wait_s", "memory_gib", "time"]
 
@@ -104,12 +103,13 @@ def dino_recipe(**changes: Any) -> Any:
     """Return a DINO recipe of two blocks on 32 and 16 px, drop-path on."""
     from hpcssl.models.encoder import EncoderConfig
     from hpcssl.models.heads import DinoHeadConfig
+    from hpcssl.objectives.dino.dino_objective import DinoConfig
     from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
-    from hpcssl.train.pretrain_config import DinoConfig, OptimConfig, PretrainConfig, TrainConfig
+    from hpcssl.train.pretrain_config import OptimConfig, PretrainConfig, TrainConfig
 
     colour = {"jitter": 0.8, "grey": 0.2}
     recipe = PretrainConfig(
-        objective="dino",
+        objective=DinoConfig(head=DinoHeadConfig(out_dim=64, hidden_dim=32, bottleneck_dim=16), momentum=0.9),
         global_batch=GLOBAL_BATCH,
         encoder=EncoderConfig(
             name="vit_tiny_patch16_224", image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2, drop_path=0.3
@@ -121,7 +121,6 @@ def dino_recipe(**changes: Any) -> Any:
             local_views=ViewRecipe(count=2, view_px=16, scale=(0.1, 0.4), blur=(0.5, 0.5), **colour),
         ),
         optim=OptimConfig(lr_per_256=0.005, warmup_pseudo_epochs=1, clip=1.0),
-        dino=DinoConfig(head=DinoHeadConfig(out_dim=64, hidden_dim=32, bottleneck_dim=16), momentum=0.9),
         train=TrainConfig(threads=1),
     )
     return replace(recipe, **changes)
@@ -130,16 +129,16 @@ def dino_recipe(**changes: Any) -> Any:
 def mae_recipe(**changes: Any) -> Any:
     """Return an MAE recipe of two blocks and one decoder block on 32 px."""
     from hpcssl.models.decoder import MaeDecoderConfig
+    from hpcssl.objectives.mae.mae_objective import MaeConfig
     from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
     from hpcssl.train.pretrain_config import OptimConfig
 
     dino = dino_recipe()
     recipe = replace(
         dino,
-        objective="mae",
+        objective=MaeConfig(decoder=MaeDecoderConfig(embed_dim=16, depth=1, num_heads=2)),
         encoder=replace(dino.encoder, drop_path=0.0),
         augment=AugmentRecipe(global_views=ViewRecipe(count=1, view_px=32, scale=(0.2, 1.0)), mask_ratio=0.75),
-        decoder=MaeDecoderConfig(embed_dim=16, depth=1, num_heads=2),
         optim=OptimConfig(lr_per_256=0.02, final_lr=0.0, weight_decay=0.05, final_weight_decay=0.05, betas=(0.9, 0.95)),
     )
     return replace(recipe, **changes)
@@ -157,13 +156,28 @@ def make_run(run: Path, data: Data, recipe: Any) -> Path:
     return run
 
 
+def make_trained_run(run: Path, data: Data, recipe: Any) -> Path:
+    """Prepare a run with checkpoints of steps 0 and 7; the weights of 7 are moved by hand, each tensor otherwise."""
+    import torch
+
+    from hpcssl.runs.checkpoint import save_checkpoint
+    from hpcssl.train.state import TrainState
+
+    make_run(run, data, recipe)
+    state = TrainState(recipe, torch.device("cpu"))
+    save_checkpoint(run, 0, *state.to_checkpoint())
+    state.step, generator = 7, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in state.objective.module.state_dict().values():
+            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+    save_checkpoint(run, 7, *state.to_checkpoint())
+    return run
+
+
 class Claim:
     """A generation that becomes stale on request."""
 
-    number = 1
-
-    def __init__(self) -> None:
-        self.stale = False
+    number, stale = 1, False
 
     def is_stale(self) -> bool:
         return self.stale
@@ -176,12 +190,12 @@ def train_here(
     *,
     collectives: Any = None,
     claim: Any = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    asked_to_stop: Any = lambda: False,
 ) -> list[str]:
     """Train a run in this process to its end, as rank 0 (a new `Claim`) or as another (False); returns what it said."""
     import torch
 
-    from hpcssl.train.loop import train
+    from hpcssl.train.loop import Surroundings, train
     from hpcssl.train.reduce import Collectives
 
     said: list[str] = []
@@ -192,42 +206,62 @@ def train_here(
         schedule=data.schedule,
         collectives=collectives or Collectives(),
         device=torch.device("cpu"),
-        generation=Claim() if claim is None else claim or None,
-        asked_to_stop=asked_to_stop,
-        say=said.append,
+        surroundings=Surroundings(
+            generation=Claim() if claim is None else claim or None,
+            asked_to_stop=asked_to_stop,
+            say=said.append,
+        ),
     )
     return said
 
 
-def stream_of(
-    store: Any,
-    schedule: Any,
-    *,
-    start: int = 0,
-    stop: int = STEPS,
-    world: Any = None,
-    objective: str = "dino",
-    seed: int = 0,
-    bad_tiles: Any = None,
-    **config: Any,
-) -> Any:
-    """Return a stream of the small recipe's views, from a step to another; `config` are settings of the loader."""
+def request_of(objective: str = "dino", start: int = 0, stop: int = STEPS, **changes: Any) -> Any:
+    """Return what a rank asks of a stream to train a small recipe, from a step to another."""
+    import torch
+
     from hpcssl.core.world import World
+    from hpcssl.train.loop import request_of
+    from hpcssl.train.state import TrainState
+
+    recipe = RECIPES[objective]()
+    request = request_of(TrainState(recipe, torch.device("cpu")), recipe, stop, World())
+    return replace(request, steps=range(start, stop), **changes)
+
+
+def advance(data: Data, recipe: Any, states: list[Any], stop: int, before: Callable[[Any], None] = id) -> list[Any]:
+    """Train states, one a rank, up to a step; return every rank's records. `before` sees the state before each step."""
+    import torch
+
+    from hpcssl.core.world import World
+    from hpcssl.loader.stream import TileStream
+    from hpcssl.train.loop import request_of
+    from hpcssl.train.pretrain_config import Timeline
+    from hpcssl.train.reduce import Collectives
+    from hpcssl.train.step import train_step
+
+    store, schedule = data.store, data.schedule
+    schedule.tiles_at(0, schedule.num_positions)  # all files are open before there are threads
+    timeline, ranks, cpu = Timeline(recipe, schedule), VirtualRanks(len(states)), torch.device("cpu")
+
+    def work(rank: int) -> list[dict[str, float]]:
+        world, state, records = World(rank=rank, size=len(states)), states[rank], []
+        collectives = Collectives(world=world, all_reduce_sum=ranks.all_reduce_sum(rank))
+        for batch in TileStream(store, schedule, request_of(state, recipe, stop, world), config=recipe.loader):
+            before(state)
+            records.append(train_step(state, batch, recipe, timeline, collectives, cpu))
+        return records
+
+    return ranks.run(work)
+
+
+def stream_of(store: Any, schedule: Any, *, bad_tiles: Any = None, **more: Any) -> Any:
+    """Return a stream of the small recipe's views; `more` are of `request_of`, the rest settings of the loader."""
     from hpcssl.loader.stream import LoaderConfig, TileStream
 
-    return TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=RECIPES[objective]().augment,
-        seed=seed,
-        global_batch=GLOBAL_BATCH,
-        world=world or World(),
-        start_step=start,
-        stop_step=stop,
-        num_patches=MAE_PATCHES if objective == "mae" else 0,
-        config=LoaderConfig(**config) if config else None,
-        bad_tiles=bad_tiles,
+    request = request_of(
+        **{key: more.pop(key) for key in ("objective", "start", "stop", "world", "seed") if key in more}
     )
+    return TileStream(store, schedule, request, config=LoaderConfig(**more) if more else None, bad_tiles=bad_tiles)
 
 
 def write_recipe(path: Path, recipe: Any) -> Path:
@@ -284,7 +318,7 @@ class VirtualRanks:
                 errors.append(error)
                 self._barrier.abort()
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(self._parts))]
+        threads = [threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(len(self._parts))]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -322,13 +356,10 @@ def descendants(pid: int) -> list[int]:
         state, parent = rest.split()[:2]
         if state != "Z":
             parents[int(stat.parent.name)] = int(parent)
-    found, todo = [], [pid]
-    while todo:
-        children = [child for child, parent in parents.items() if parent == todo[-1]]
-        todo.pop()
-        found += children
-        todo += children
-    return found
+    below = [pid]
+    for pid in below:  # grows meanwhile
+        below += [child for child, parent in parents.items() if parent == pid]
+    return below[1:]
 
 
 def ranks_below(pid: int) -> list[int]:

@@ -13,6 +13,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.stores.scan import BuildOptions, build_store
 from hpcssl.stores.store import Store
+from hpcssl.train.loop import request_of
 from hpcssl.train.pretrain_config import PretrainConfig, Timeline, load_recipe
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
@@ -49,19 +51,8 @@ def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repea
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     store, schedule = data_of(tiles, folder, recipe.global_batch)
     state, timeline = TrainState(recipe, device), Timeline(recipe, schedule)
-    stream = TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=recipe.augment,
-        seed=recipe.seed,
-        global_batch=recipe.global_batch,
-        world=World(),
-        start_step=0,
-        stop_step=(repeats + 1) * steps + 1,
-        num_patches=state.objective.num_patches,
-        config=recipe.loader,
-        device=device,
-    )
+    request = request_of(state, recipe, (repeats + 1) * steps + 1, World())
+    stream = TileStream(store, schedule, request, config=recipe.loader, device=device)
 
     def trained(batches: Iterator[Batch]) -> Iterator[object]:
         for batch in batches:
@@ -69,7 +60,7 @@ def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repea
 
     batches = iter(stream)
     first = next(batches)
-    resident = Batch(step=0, positions=first.positions, views=tuple(v.to(device) for v in first.views), mask=first.mask)
+    resident = replace(first, views=tuple(view.to(device) for view in first.views))
     images = steps * recipe.global_batch
 
     def rate(batches: Iterator[Batch]) -> float:

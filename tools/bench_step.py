@@ -35,10 +35,12 @@ from hpcssl.loader.stream import Batch
 from hpcssl.models.decoder import MaeDecoderConfig, sincos_position
 from hpcssl.models.encoder import Encoder, EncoderConfig, normalised
 from hpcssl.models.heads import DinoHeadConfig
-from hpcssl.plan.draw import draw_plan
+from hpcssl.objectives.dino.dino_objective import DinoConfig
+from hpcssl.objectives.mae.mae_objective import MaeConfig
+from hpcssl.plan.draw import PlanNeeds, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 from hpcssl.train.execution import resolve_precision
-from hpcssl.train.pretrain_config import DinoConfig, OptimConfig, PretrainConfig, StepValues, Timeline, TrainConfig
+from hpcssl.train.pretrain_config import OptimConfig, PretrainConfig, StepValues, Timeline, TrainConfig
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
@@ -71,9 +73,7 @@ def dino_recipe(size: str, batch: int) -> PretrainConfig:
         augment, head = AugmentRecipe(global_views=views[0], local_views=views[1]), DinoHeadConfig(out_dim=64)
     dino = DinoConfig(head=head, freeze_last_layer_pseudo_epochs=0)
     optim = OptimConfig(lr_per_256=1e-4 * 256 / batch, warmup_pseudo_epochs=0, clip=1.0)
-    return PretrainConfig(
-        objective="dino", global_batch=batch, encoder=encoder, augment=augment, optim=optim, dino=dino
-    )
+    return PretrainConfig(objective=dino, global_batch=batch, encoder=encoder, augment=augment, optim=optim)
 
 
 def mae_recipe(size: str, batch: int) -> PretrainConfig:
@@ -83,18 +83,15 @@ def mae_recipe(size: str, batch: int) -> PretrainConfig:
     if size == "toy":
         encoder = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2, drop_path=0.0)
         view = ViewRecipe(count=1, view_px=32, scale=(0.2, 1.0))
-        augment, decoder = (
-            AugmentRecipe(global_views=view, mask_ratio=0.75),
-            MaeDecoderConfig(embed_dim=16, num_heads=2),
-        )
+        augment = AugmentRecipe(global_views=view, mask_ratio=0.75)
+        decoder = MaeDecoderConfig(embed_dim=16, num_heads=2)
     optim = OptimConfig(lr_per_256=1e-4 * 256 / batch, warmup_pseudo_epochs=0, betas=(0.9, 0.95))
-    return PretrainConfig(
-        objective="mae", global_batch=batch, encoder=encoder, augment=augment, optim=optim, decoder=decoder
-    )
+    mae = MaeConfig(decoder=decoder)
+    return PretrainConfig(objective=mae, global_batch=batch, encoder=encoder, augment=augment, optim=optim)
 
 
-def synthetic_batch(recipe: PretrainConfig, num_patches: int, device: torch.device) -> Batch:
-    """Return smooth random tiles on the device, with planned masks."""
+def synthetic_batch(recipe: PretrainConfig, needs: PlanNeeds, device: torch.device) -> Batch:
+    """Return smooth random tiles on the device, with planned masks and drop-path."""
     generator = torch.Generator().manual_seed(0)
     positions = np.arange(recipe.global_batch)
     views = []
@@ -103,10 +100,7 @@ def synthetic_batch(recipe: PretrainConfig, num_patches: int, device: torch.devi
         coarse = torch.rand((*shape[:2], 8, 8), generator=generator) * 255
         pixels = torch.nn.functional.interpolate(coarse, shape[2:], mode="bilinear").permute(0, 2, 3, 1)
         views.append(pixels.to(torch.uint8).unflatten(0, (kind.count, -1)).contiguous().to(device))
-    mask = None
-    if recipe.augment.mask_ratio:
-        mask = torch.from_numpy(draw_plan(recipe.augment, 0, positions, num_patches=num_patches).mask)
-    return Batch(step=0, positions=positions, views=tuple(views), mask=mask)
+    return Batch.of(0, tuple(views), draw_plan(recipe.augment, recipe.seed, positions, **vars(needs)))
 
 
 class Case:
@@ -117,7 +111,7 @@ class Case:
         schedule: Any = FakeSchedule(1000 * recipe.global_batch)
         self.timeline = Timeline(recipe, schedule)
         self.precision = resolve_precision(recipe.train.precision, device)
-        self.batch = synthetic_batch(recipe, self._state().objective.num_patches, device)
+        self.batch = synthetic_batch(recipe, self._state().objective.needs, device)
 
     def ours(self) -> Step:
         """Return our step."""
@@ -137,7 +131,7 @@ class Case:
         del state
         images = [normalised(v) for kind in self.batch.views for v in kind]
         values = self._values()
-        if self.recipe.objective == "dino":
+        if self.recipe.objective.kind == "dino":
             dino = PlainDino(self.recipe, encoder, weights, self.device)
             return lambda: dino.step(images, self.precision, next(values))
         mae = PlainMae(self.recipe, encoder, weights, self.device)
@@ -145,7 +139,7 @@ class Case:
         masked = int(self.batch.mask[0].sum())
         ties = torch.linspace(0, 0.5, self.batch.mask.shape[1])  # keeps the visible patches in their order
         noise = (self.batch.mask.float() + ties).to(self.device)
-        position = sincos_position(self.recipe.decoder.embed_dim, encoder.grid_size).to(self.device)
+        position = sincos_position(self.recipe.objective.decoder.embed_dim, encoder.grid_size).to(self.device)
         return lambda: mae.step(images[0], noise, masked, position, self.precision, next(values))
 
     def _state(self) -> TrainState:

@@ -24,7 +24,7 @@ import pandas as pd
 from measuring import in_process, machine, options, print_figures, repeated, summary
 
 from hpcssl.core.world import World
-from hpcssl.loader.stream import LoaderConfig, TileStream
+from hpcssl.loader.stream import LoaderConfig, StreamRequest, TileStream
 from hpcssl.plan.recipe import dino_augment
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.file import Schedule
@@ -78,18 +78,15 @@ def make_schedule(store: Path, out: Path, pseudo_epochs: int, positions: int) ->
 def first_steps(store: Path, schedule: Path, start_step: int) -> dict[str, float]:
     """Open everything, take the first batch and some more."""
     begun = time.perf_counter()
-    stream = TileStream(
-        store=open_store(store),
-        schedule=Schedule.open(schedule),
+    request = StreamRequest(
         recipe=dino_augment(),
         seed=0,
         global_batch=GLOBAL_BATCH,
+        steps=range(start_step, start_step + STEPS),
         world=World(rank=0, size=RANKS),
-        start_step=start_step,
-        stop_step=start_step + STEPS,
-        config=LoaderConfig(threads=len(os.sched_getaffinity(0))),
     )
-    batches = iter(stream)
+    config = LoaderConfig(threads=len(os.sched_getaffinity(0)))
+    batches = iter(TileStream(open_store(store), Schedule.open(schedule), request, config=config))
     next(batches)
     first_s = time.perf_counter() - begun
     for _ in batches:

@@ -17,7 +17,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from hpcssl.models.encoder import Encoder, drop_path_rates
-from hpcssl.objectives.mae_loss import patchify
+from hpcssl.objectives.mae.mae_loss import patchify
 from hpcssl.optim.parameters import parameter_groups
 from hpcssl.train.pretrain_config import PretrainConfig, StepValues
 
@@ -130,7 +130,7 @@ class PlainDino:
     """DINO's loop over a student, a teacher and a centre."""
 
     def __init__(self, recipe: PretrainConfig, like: Encoder, weights: Mapping[str, Tensor], device: torch.device):
-        head = recipe.dino.head
+        head = recipe.objective.head
         assert head.norm_last_layer
         last = "head.last.parametrizations.weight.original"
         of = {"student.encoder.vit.": "backbone.", "student.head.mlp.": "head.mlp.", "student.head.last_v": f"{last}1"}
@@ -145,7 +145,7 @@ class PlainDino:
         self.student.to(device)
         self.center = torch.zeros(1, head.out_dim, device=device)
         self.optimizer = _adamw(self.student, recipe)
-        self._config, self._clip = recipe.dino, recipe.optim.clip
+        self._config, self._clip = recipe.objective, recipe.optim.clip
 
     def step(self, views: Sequence[Tensor], precision: torch.dtype, values: StepValues) -> float:
         """Update all once; views are normalised images, the two global ones first."""
@@ -161,9 +161,10 @@ class PlainDino:
                 if factor < 1:
                     parameter.grad.mul_(factor)
         self.optimizer.step()
+        momentum = values.objective.momentum
         with torch.no_grad():
             for ours, theirs in zip(self.student.parameters(), self.teacher.parameters()):
-                theirs.mul_(values.momentum).add_((1 - values.momentum) * ours.detach())
+                theirs.mul_(momentum).add_((1 - momentum) * ours.detach())
         return loss.item()
 
     def _loss(self, student: Tensor, teacher: Tensor, num_views: int) -> Tensor:
@@ -185,7 +186,7 @@ class PlainMae(nn.Module):
 
     def __init__(self, recipe: PretrainConfig, like: Encoder, weights: Mapping[str, Tensor], device: torch.device):
         super().__init__()
-        decoder = recipe.decoder
+        decoder = recipe.objective.decoder
         self.encoder = nn.ModuleDict({"vit": Vit(like, [0.0] * len(like.vit.blocks))})
         self.decoder_embed = nn.Linear(like.embed_dim, decoder.embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.embed_dim))

@@ -31,12 +31,13 @@ AtLeast1 = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 _SHOWN = 20
 _RANGES = {
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "below {lt}",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
     "finite_number": "a finite number",
 }
 _FREE = "free"
@@ -52,7 +53,8 @@ def fixed(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISS
     return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: False})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, free, fixed))
+# `free` and `fixed` are no field specifiers to type checkers, which would look for the default behind a keyword
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose values are checked whenever one is made.
 
@@ -86,8 +88,12 @@ def is_free(field: dataclasses.Field[Any]) -> bool | None:
 
 
 def groups_in(field_type: Any) -> list[type]:
-    """Return the dataclasses of a field's type: itself, or those within an optional or a union."""
-    return [t for t in _types_in(field_type) if isinstance(t, type) and dataclasses.is_dataclass(t)]
+    """Return the dataclasses of a field's type: itself, or those within an optional or a union.
+
+    A base class may stand for a union that others join: its attribute `registered_kinds` lists them.
+    """
+    groups = [t for t in _types_in(field_type) if isinstance(t, type) and dataclasses.is_dataclass(t)]
+    return [kind for group in groups for kind in getattr(group, "registered_kinds", [group])]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -144,11 +150,15 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
 def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a (nested) frozen dataclass from a mapping.
 
+    A class whose layout was another one in a former version has a function `present_layout(values, where)`, which
+    returns such a mapping in the present one.
+
     Raises
     ------
     ConfigError
         For an unknown key (naming the nearest), a missing one, or a value of the wrong type; it starts with `where`.
     """
+    values = getattr(cls, "present_layout", lambda values, where: values)(values, where)
     for key, value in _truth_values(cls, values):
         raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
     try:

@@ -6,7 +6,6 @@ The baselines of Campanella et al. 2023 are `timm:resnet50` (2,048 features, Ima
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from hpcssl.core.atomic import digest_file
 from hpcssl.core.config import nearest
 from hpcssl.core.errors import ConfigError
 from hpcssl.embed.sources import Embedder
+from hpcssl.models.weights import read_weights
 
 PREFIX = "timm:"
-_WRAPPERS = ("state_dict", "model", "model_ema", "teacher")  # keys below which published files keep the weights
 _SEED = 0  # of random weights
 
 
@@ -153,43 +152,19 @@ def _kept_by_timm(name: str, config: dict[str, Any]) -> Path:
 
 
 def _load(model: nn.Module, file: Path, classifier: str | tuple[str, ...] | None) -> None:
-    """Load weights without unpickling code; of the file, only the classifier may be left over."""
-    found = _read(file)
-    wanted = model.state_dict()
+    """Load weights; of the file, only the classifier may be left over."""
+    stored, expected = read_weights(file), model.state_dict()
     ends = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
-    left = [name for name in found if name not in wanted and not name.startswith(ends or ("\0",))]
-    missing = [name for name in wanted if name not in found]
-    for told, names in (("lacks", missing), ("holds", left)):
+    left = [name for name in stored if name not in expected and not name.startswith(ends or ("\0",))]
+    missing = [name for name in expected if name not in stored]
+    for verb, names in (("lacks", missing), ("holds", left)):
         if names:
             raise ConfigError(
-                f"{file}: {told} {names[0]} ({len(names)} such of {len(wanted)}); expected weights of the same model"
+                f"{file}: {verb} {names[0]} ({len(names)} such of {len(expected)}); expected weights of the same model"
             )
-    for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape:
+    for name, tensor in expected.items():
+        if stored[name].shape != tensor.shape:
             raise ConfigError(
-                f"{file}: {name} has shape {tuple(found[name].shape)}; the model's is {tuple(tensor.shape)}"
+                f"{file}: {name} has shape {tuple(stored[name].shape)}; the model's is {tuple(tensor.shape)}"
             )
-    model.load_state_dict({name: found[name] for name in wanted})
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such file of weights")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{file}: no file of weights that loads without running code ({reason})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # it is a class of the compiled library's own
-            raise
-        raise ConfigError(f"{file}: not a safetensors file ({error})") from None
-    while isinstance(found, dict) and (inner := next((w for w in _WRAPPERS if isinstance(found.get(w), dict)), None)):
-        found = found[inner]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"{file}: holds no weights by name; expected a state dict")
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    model.load_state_dict({name: stored[name] for name in expected})

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hpcssl.core.atomic import read_json
-from hpcssl.core.config import first_difference
+from hpcssl.core.claim import check_same
 from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
 from hpcssl.embed.baseline import PREFIX, Baseline
 from hpcssl.embed.sources import Embedder, Source, best_device
@@ -72,10 +72,10 @@ def embed_store(
     device = best_device()
     encoder.module.to(device)
     table = store.slides
-    wanted = range(len(table)) if slides is None else slides
-    there = _written(out)
-    todo = [i for i in wanted if table["slide_id"].iloc[i] not in there]
-    on_progress(len(wanted) - len(todo))
+    requested = range(len(table)) if slides is None else slides
+    written = _written_slides(out)
+    todo = [i for i in requested if table["slide_id"].iloc[i] not in written]
+    on_progress(len(requested) - len(todo))
     bad: list[BadTileError] = []
     for index, pixels in _read_ahead(store, todo, px, threads):
         if isinstance(pixels, BadTileError):
@@ -90,7 +90,7 @@ def embed_store(
         write_slide(out / f"{slide['slide_id']}{SUFFIX}", features, np.array(coordinates, np.int64))
         on_progress(1)
     if bad:
-        raise BadTileError(f"{bad[0]}; {len(bad)} of {len(wanted)} slides have no features for such a tile")
+        raise BadTileError(f"{bad[0]}; {len(bad)} of {len(requested)} slides have no features for such a tile")
 
 
 def embed_share(
@@ -120,7 +120,7 @@ def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = Non
     lacking = sorted(chosen.difference(ids))
     if lacking:
         raise FeatureError(f"{store.path}: has no slide {lacking[0]} ({len(lacking)} such slides); embed another store")
-    chosen -= _written(out)
+    chosen -= _written_slides(out)
     return [i for i, slide_id in enumerate(ids) if slide_id in chosen]
 
 
@@ -154,7 +154,7 @@ def prepare(store: Store, source: Source | Baseline, out: Path, tile_px: int | N
     return encoder, px
 
 
-def _written(out: Path) -> set[str]:
+def _written_slides(out: Path) -> set[str]:
     """Return the ids of the slides that have a feature file, by one look into the folder."""
     return {path.name[: -len(SUFFIX)] for path in out.glob(f"[!.]*{SUFFIX}")}
 
@@ -164,11 +164,15 @@ def _prepare(out: Path, about: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (out / INDEX_NAME).exists():
         damaged = FeatureError(f"{out / INDEX_NAME}: damaged; remove {out} and embed again")
-        found = read_json(out / INDEX_NAME, damaged)
-        difference = first_difference({k: found.get(k) for k in about}, about)
-        if difference:
-            key, before, now = difference
-            raise FeatureError(f"{out}: holds features with {key} = {before}, asked for is {now}; choose another --out")
+        stored = read_json(out / INDEX_NAME, damaged)
+        check_same(
+            {key: stored.get(key) for key in about},
+            about,
+            made=f"{out}: holds features with",
+            now="asked for is",
+            advice="choose another --out",
+            error=FeatureError,
+        )
         return
     if any(not e.name.startswith(".") for e in out.iterdir()):  # hidden names are what a killed start left
         raise FeatureError(f"{out}: not empty and no feature folder (no {INDEX_NAME}); choose another --out")

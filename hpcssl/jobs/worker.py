@@ -86,9 +86,11 @@ class PretrainJob:
                         local_rank=place.local_rank,
                         ranks_per_node=max(1, place.world.size // len(place.nodes)),
                         cores=place.cores,
-                        generation=generation,
-                        asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),
-                        say=say,
+                        surroundings=entry.Surroundings(
+                            generation=generation,
+                            asked_to_stop=lambda: bool(asked) or not self._launcher_lives(),
+                            say=say,
+                        ),
                     )
             except stopped:
                 if generation and not generation.is_stale():

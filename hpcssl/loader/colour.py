@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from hpcssl.loader.cpu import blur_kernel
 from hpcssl.loader.stain import stain_mixing
-from hpcssl.plan.draw import ORDERS, Q16, Views
+from hpcssl.plan.draw import ORDERS, Q16, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 
 Planes = tuple[Tensor, Tensor, Tensor]
@@ -66,7 +66,7 @@ class Colours:
     solarize: Tensor | None
 
 
-def colours_of(recipe: AugmentRecipe, kind: ViewRecipe, views: Views, v: int, device: torch.device) -> Colours:
+def colours_of(recipe: AugmentRecipe, kind: ViewRecipe, views: ViewParameters, v: int, device: torch.device) -> Colours:
     """Return what a plan does to the v-th view of a kind, for all of its N positions."""
 
     def sent(array: NDArray[Any]) -> Tensor:
@@ -82,13 +82,13 @@ def colours_of(recipe: AugmentRecipe, kind: ViewRecipe, views: Views, v: int, de
     )
 
 
-def _mixing(views: Views, v: int) -> NDArray[Any]:
+def _mixing(views: ViewParameters, v: int) -> NDArray[Any]:
     mixing, shifts = stain_mixing(views.stain_factors[:, v] / Q16, views.stain_shifts[:, v] / Q16)
     mixing = np.concatenate([mixing, shifts[:, None]], axis=1)
     return np.where(views.stain[:, v, None, None], mixing, np.eye(4, 3))
 
 
-def _jitter_arrays(views: Views, v: int) -> dict[str, NDArray[Any]]:
+def _jitter_arrays(views: ViewParameters, v: int) -> dict[str, NDArray[Any]]:
     jitter, shift = views.jitter[:, v], np.trunc(views.hue[:, v] / Q16 * 255)
     factors = np.stack(
         [views.brightness[:, v], views.contrast[:, v], views.saturation[:, v], np.full(len(jitter), Q16)]
@@ -104,7 +104,7 @@ def _jitter_arrays(views: Views, v: int) -> dict[str, NDArray[Any]]:
     return {name: array[..., None, None] for name, array in arrays.items()}
 
 
-def _kernels(views: Views, v: int, most_sigma: float) -> NDArray[Any]:
+def _kernels(views: ViewParameters, v: int, most_sigma: float) -> NDArray[Any]:
     reach = len(blur_kernel(most_sigma)) // 2
     kernels = np.zeros((len(views.blur), 1 + reach))
     kernels[:, 0] = 1  # leaves a view as it is

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from hpcssl.loader import pillow, pixels
 from hpcssl.loader.stain import planned_jitter
-from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
+from hpcssl.plan.draw import ORDERS, Q16, Plan, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.stores.store import TileData
 
@@ -62,7 +62,7 @@ def augment(
             change_colours(np.ascontiguousarray(view), views, index, v, target[v, index])
 
 
-def change_colours(view: NDArray[np.uint8], views: Views, index: int, v: int, out: NDArray[np.uint8]) -> None:
+def change_colours(view: NDArray[np.uint8], views: ViewParameters, index: int, v: int, out: NDArray[np.uint8]) -> None:
     """Change stains and colours of one view as planned, from (px, px, 3) into another array, which may be the same."""
     if views.stain[index, v]:
         view = planned_jitter(view, views, index, v)
@@ -86,7 +86,7 @@ def _resized(crop: torch.Tensor, px: int) -> NDArray[np.uint8]:
     return array
 
 
-def _colour(planes: NDArray[np.float32], views: Views, p: int, v: int, view_px: int) -> None:
+def _colour(planes: NDArray[np.float32], views: ViewParameters, p: int, v: int, view_px: int) -> None:
     """Change the colours of one view, in DINO's order."""
     if views.jitter[p, v]:
         for operation in ORDERS[views.order[p, v]]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageErr
 
 from hpcssl.core.errors import BadTileError
 from hpcssl.loader.stain import planned_jitter
-from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
+from hpcssl.plan.draw import ORDERS, Q16, Plan, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.stores.store import TileData
 
@@ -68,7 +68,7 @@ def augment(tile: Image.Image, recipe: AugmentRecipe, plan: Plan, index: int, ou
             target[v, index] = np.asarray(_colour(crop, views, index, v))
 
 
-def _colour(image: Image.Image, views: Views, p: int, v: int) -> Image.Image:
+def _colour(image: Image.Image, views: ViewParameters, p: int, v: int) -> Image.Image:
     """Flip, turn and change the colours of one view: stains first, then in DINO's order."""
     if views.flip[p, v]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hpcssl.plan.draw import Q16, Views
+from hpcssl.plan.draw import Q16, ViewParameters
 
 RGB_FROM_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 HED_FROM_RGB = np.linalg.inv(RGB_FROM_HED)
@@ -58,6 +58,6 @@ def stain_mixing(factors: ArrayLike, shifts: ArrayLike) -> tuple[NDArray[np.floa
     return mixing, np.asarray(shifts, np.float64) @ RGB_FROM_HED
 
 
-def planned_jitter(rgb: NDArray[np.uint8], views: Views, p: int, v: int) -> NDArray[np.uint8]:
+def planned_jitter(rgb: NDArray[np.uint8], views: ViewParameters, p: int, v: int) -> NDArray[np.uint8]:
     """Jitter the stains of a view as planned."""
     return stain_jitter(rgb, views.stain_factors[p, v] / Q16, views.stain_shifts[p, v] / Q16)

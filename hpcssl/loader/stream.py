@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcssl.core.config import settings
+from hpcssl.core.config import AtLeast1, Share, fixed, free, settings
 from hpcssl.core.errors import BadTileError, ConfigError, StoreError, UnreachableTileError
 from hpcssl.core.world import World
 from hpcssl.loader.execute import Decode, Finish, open_executor
 from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
-from hpcssl.plan.draw import Plan, draw_plan
+from hpcssl.plan.draw import Plan, PlanNeeds, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
 from hpcssl.stores.store import Store, TileData
@@ -54,23 +54,18 @@ class LoaderConfig:
         unusable before the run stops; one always may
     """
 
-    backend: str = "auto"
-    threads: int = 1
-    prefetch_steps: int = 2
-    reads_in_flight: int = 16
-    read_ahead_steps: int = 2
-    read_by_slide: bool = False
-    max_bad_tiles: float = 0.001
+    backend: str = fixed("auto")
+    threads: AtLeast1 = free(1)
+    prefetch_steps: AtLeast1 = free(2)
+    reads_in_flight: AtLeast1 = free(16)
+    read_ahead_steps: AtLeast1 = free(2)
+    read_by_slide: bool = free(False)
+    max_bad_tiles: Share = free(0.001)
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ConfigError(f"loader.backend = {self.backend!r}; known: {', '.join(BACKENDS)}")
         object.__setattr__(self, "backend", BACKENDS[self.backend])  # what is recorded is what computes
-        if not 0 <= self.max_bad_tiles <= 1:
-            raise ConfigError(f"loader.max_bad_tiles = {self.max_bad_tiles}; expected a share, 0 to 1")
-        for name in ("threads", "prefetch_steps", "reads_in_flight", "read_ahead_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loader.{name} = {getattr(self, name)}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +78,45 @@ class Batch:
     positions : (B,) int64, global positions
     views : one uint8 tensor for each kind of view, (views, B, px, px, 3); on the GPU if DALI made them there
     mask : (B, patches) bool tensor, True = hidden; None without masks
+    drop_path : for each kind of view a bool tensor (views, B, residual branches), True = kept; () where none is dropped
     """
 
     step: int
     positions: np.ndarray
     views: tuple[torch.Tensor, ...]
     mask: torch.Tensor | None
+    drop_path: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, step: int, views: tuple[torch.Tensor, ...], plan: Plan) -> Batch:
+        """Return the batch of a step's views and of their plan."""
+        return cls(
+            step=step,
+            positions=plan.positions,
+            views=views,
+            mask=None if plan.mask is None else torch.from_numpy(plan.mask),
+            drop_path=tuple(torch.from_numpy(kept.transpose(1, 0, 2)) for kept in plan.drop_path),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamRequest:
+    """What a rank asks of a stream.
+
+    Attributes
+    ----------
+    recipe, seed, needs : what plans are drawn from
+    global_batch : positions of a step
+    steps : first and last + 1
+    world : the rank among the others, which has its slice of every step
+    """
+
+    recipe: AugmentRecipe
+    seed: int
+    global_batch: int
+    steps: range
+    needs: PlanNeeds = field(default_factory=PlanNeeds)
+    world: World = field(default_factory=World)
 
 
 @dataclass
@@ -118,7 +146,7 @@ class StreamStats:
 
 
 class TileStream:
-    """Iterates over the batches of one rank for the steps [start_step, stop_step), in order.
+    """Iterates over the batches of one rank for the steps of a request, in order.
 
     The schedule says which tile stands at a position and, by its seed and MPP weights, where that is on a slide. A tile
     that cannot be used is recorded in the file `bad_tiles`, and its place taken by the tile at another position of the
@@ -127,25 +155,16 @@ class TileStream:
 
     def __init__(
         self,
-        *,
         store: Store,
         schedule: Schedule,
-        recipe: AugmentRecipe,
-        seed: int,
-        global_batch: int,
-        world: World,
-        start_step: int,
-        stop_step: int,
-        num_patches: int = 0,
+        request: StreamRequest,
+        *,
         config: LoaderConfig | None = None,
         bad_tiles: Path | None = None,
         device: torch.device | None = None,
     ):
         self._store = store.drawn_by(schedule.seed, schedule.mpp_weights)
-        self._schedule, self._recipe = schedule, recipe
-        self._seed, self._global_batch, self._world = seed, global_batch, world
-        self._steps = range(start_step, stop_step)
-        self._num_patches = num_patches
+        self._schedule, self._request = schedule, request
         self._config = config or LoaderConfig()
         self._device = device or torch.device("cpu")
         drawn = self._store.drawn
@@ -158,15 +177,15 @@ class TileStream:
         readers = ThreadPoolExecutor(config.reads_in_flight, thread_name_prefix="reads")
         executor = open_executor(
             config.backend,
-            self._recipe,
-            batch=len(self._world.slice(0, self._global_batch)),
+            self._request.recipe,
+            batch=len(self._share(0)),
             threads=config.threads,
             device=self._device,
         )
         ahead: deque[tuple[_Reads, Plan, Finish]] = deque()
         try:
             for reads in self._read_ahead(readers):
-                plan = draw_plan(self._recipe, self._seed, reads.positions, num_patches=self._num_patches)
+                plan = self._plan(reads.positions)
                 ahead.append((reads, plan, executor.start(functools.partial(self._decoded, reads), plan)))
                 if len(ahead) > config.prefetch_steps:
                     yield from self._give(*ahead.popleft())
@@ -177,20 +196,29 @@ class TileStream:
             executor.close()
             readers.shutdown()
 
+    def _share(self, step: int) -> range:
+        """Return the positions of this rank in a step."""
+        size = self._request.global_batch
+        return self._request.world.slice(step * size, (step + 1) * size)
+
+    def _plan(self, positions: np.ndarray) -> Plan:
+        return draw_plan(self._request.recipe, self._request.seed, positions, **vars(self._request.needs))
+
     def _read_ahead(self, readers: ThreadPoolExecutor) -> Iterator[_Reads]:
-        """Give the reads of every step, always with those of the next `read_ahead_steps` begun."""
-        begun: list[_Reads] = []
-        for first in self._steps[:: self._config.read_ahead_steps]:
-            following = self._read(range(first, min(first + self._config.read_ahead_steps, self._steps.stop)), readers)
-            yield from begun
-            begun = following
-        yield from begun
+        """Yield the reads of every step; those of the next `read_ahead_steps` are always under way."""
+        current: list[_Reads] = []
+        steps, size = self._request.steps, self._config.read_ahead_steps
+        for first in steps[::size]:
+            following = self._read(range(first, min(first + size, steps.stop)), readers)
+            yield from current
+            current = following
+        yield from current
 
     def _read(self, steps: range, readers: ThreadPoolExecutor) -> list[_Reads]:
-        """Begin to read the tiles of some steps."""
+        """Start reading the tiles of some steps."""
         reads = []
         for step in steps:
-            share = self._world.slice(step * self._global_batch, (step + 1) * self._global_batch)
+            share = self._share(step)
             reads.append(
                 _Reads(step, np.arange(share.start, share.stop), self._schedule.tiles_at(share.start, share.stop))
             )
@@ -216,7 +244,7 @@ class TileStream:
         position, tile = int(reads.positions[index]), int(reads.tiles[index])
         read_s = decode_s = 0.0
         unreachable = 0
-        for candidate in itertools.chain([tile], substitutes(self._schedule, self._seed, position)):
+        for candidate in itertools.chain([tile], substitutes(self._schedule, self._request.seed, position)):
             if (candidate, position) in self._bad:
                 continue
             try:
@@ -249,8 +277,7 @@ class TileStream:
         now = time.perf_counter()
         self.stats.read_wait_s += now - begun
         self.stats.tiles += len(reads.positions)
-        mask = None if plan.mask is None else torch.from_numpy(plan.mask)
-        yield Batch(step=reads.step, positions=reads.positions, views=views, mask=mask)
+        yield Batch.of(reads.step, views, plan)
         self.stats.consumer_s += time.perf_counter() - now
 
 

@@ -10,7 +10,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hpcssl.core.config import settings
+from hpcssl.core.config import AtLeast1, fixed, settings
 from hpcssl.core.errors import ConfigError
 from hpcssl.models.blocks import choose_attention, run_blocks
 from hpcssl.models.encoder import Encoder
@@ -25,14 +25,11 @@ class MaeDecoderConfig:
     num_heads : attention heads of a block
     """
 
-    embed_dim: int = 512
-    depth: int = 8
-    num_heads: int = 16
+    embed_dim: AtLeast1 = fixed(512)
+    depth: AtLeast1 = fixed(8)
+    num_heads: AtLeast1 = fixed(16)
 
     def __post_init__(self) -> None:
-        for key in ("embed_dim", "depth", "num_heads"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"decoder {key} {getattr(self, key)}: expected at least 1")
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"decoder embed_dim {self.embed_dim}: expected a multiple of num_heads, which is {self.num_heads}"

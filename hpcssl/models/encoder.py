@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from hpcssl.core.config import nearest, settings
+from hpcssl.core.config import AtLeast1, Below1, fixed, nearest, settings
 from hpcssl.core.errors import ConfigError
 from hpcssl.models.blocks import Execution, choose_attention, run_blocks
 
@@ -39,21 +39,13 @@ class EncoderConfig:
     num_heads : attention heads of a block, a divisor of embed_dim; None: timm's
     """
 
-    name: str = "vit_small_patch16_224"
-    image_px: int = 224
-    drop_path: float = 0.1
-    patch_px: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"encoder drop_path {self.drop_path}: expected a probability from 0 to below 1")
-        for key in ("image_px", "patch_px", "embed_dim", "depth", "num_heads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"encoder {key} {value}: expected at least 1")
+    name: str = fixed("vit_small_patch16_224")
+    image_px: AtLeast1 = fixed(224)
+    drop_path: Below1 = fixed(0.1)
+    patch_px: AtLeast1 | None = fixed(None)
+    embed_dim: AtLeast1 | None = fixed(None)
+    depth: AtLeast1 | None = fixed(None)
+    num_heads: AtLeast1 | None = fixed(None)
 
 
 class Encoder(nn.Module):
@@ -146,7 +138,7 @@ def normalised(pixels: Tensor) -> Tensor:
 def drop_path_rates(config: EncoderConfig) -> list[float]:
     """Return the drop probability of each residual branch, two a block, rising linearly from 0 to `drop_path`."""
     depth = config.depth or _depth_of(config.name)
-    return [rate for rate in torch.linspace(0, config.drop_path, depth).tolist() for _ in range(2)]
+    return [rate for rate in torch.linspace(0, config.drop_path, depth, device="cpu").tolist() for _ in range(2)]
 
 
 def residual_scale(keep_BL: Tensor, rates_L: Sequence[float] | Tensor) -> Tensor:

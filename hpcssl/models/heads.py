@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcssl.core.config import settings
-from hpcssl.core.errors import ConfigError
+from hpcssl.core.config import AtLeast1, fixed, settings
 
 
 @settings
@@ -20,15 +19,10 @@ class DinoHeadConfig:
     norm_last_layer : keep every prototype at length 1; False learns the lengths
     """
 
-    out_dim: int = 65536
-    hidden_dim: int = 2048
-    bottleneck_dim: int = 256
-    norm_last_layer: bool = True
-
-    def __post_init__(self) -> None:
-        for key in ("out_dim", "hidden_dim", "bottleneck_dim"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"head {key} {getattr(self, key)}: expected at least 1")
+    out_dim: AtLeast1 = fixed(65536)
+    hidden_dim: AtLeast1 = fixed(2048)
+    bottleneck_dim: AtLeast1 = fixed(256)
+    norm_last_layer: bool = fixed(True)
 
 
 class DinoHead(nn.Module):

@@ -1,1 +1,1 @@
-"""The DINO and MAE losses."""
+"""What is learnt: the contract of an objective, those that ship, and the registry of all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hpcssl.plan.draw import ORDERS, Q16, Plan, Views
+from hpcssl.plan.draw import ORDERS, Q16, Plan, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe
 
 NO = "-"
@@ -51,10 +51,10 @@ def _rows(plan: Plan, recipe: AugmentRecipe, tile_px: int) -> Iterator[tuple[str
         for k, views in enumerate(plan.kinds):
             for v in range(views.area.shape[1]):
                 crop = map(str, windows[k][p, v].tolist())
-                yield (str(position), next(names), *crop, *_done(views, p, v))
+                yield (str(position), next(names), *crop, *_operations(views, p, v))
 
 
-def _done(views: Views, p: int, v: int) -> tuple[str, ...]:
+def _operations(views: ViewParameters, p: int, v: int) -> tuple[str, ...]:
     """Return what is done to a view after its crop, a text for each operation."""
     flips = ("h" if views.flip[p, v] else "") + ("v" if views.flip_vertical[p, v] else "")
     turn = int(views.turns[p, v]) * 90

@@ -57,7 +57,7 @@ class Stream(enum.IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
+class ViewParameters:
     """Parameters of one kind of view, each array (P, V), those of the stains (P, V, S).
 
     Attributes
@@ -119,24 +119,42 @@ class Plan:
     Attributes
     ----------
     positions : (P,) int64
-    kinds : the drawn parameters, one `Views` for each kind of view
+    kinds : the drawn parameters, one `ViewParameters` for each kind of view
     mask : (P, patches) bool, True = hidden; None without masks
+    drop_path : for each kind of view (P, V, residual branches) bool, True = kept; () where none is dropped
     """
 
     positions: NDArray[np.int64]
-    kinds: tuple[Views, ...]
+    kinds: tuple[ViewParameters, ...]
     mask: NDArray[np.bool_] | None
+    drop_path: tuple[NDArray[np.bool_], ...] = ()
 
     def digest(self) -> str:
         """Return a SHA-256 of the version and every array: equal digests, equal plans."""
         digest = hashlib.sha256(f"plan {VERSION}".encode())
         arrays = [self.positions, *(getattr(k, f.name) for k in self.kinds for f in fields(k))]
-        for array in arrays + ([] if self.mask is None else [self.mask]):
+        for array in [*arrays, *([] if self.mask is None else [self.mask]), *self.drop_path]:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
 
-def draw_plan(recipe: AugmentRecipe, seed: int, positions: ArrayLike, *, num_patches: int = 0) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class PlanNeeds:
+    """What an objective and its encoder have drawn beside the views.
+
+    Attributes
+    ----------
+    num_patches : patches of a global view; needed where the recipe masks
+    drop_path : probability that each residual branch of the encoder is dropped; () = none is
+    """
+
+    num_patches: int = 0
+    drop_path: tuple[float, ...] = ()
+
+
+def draw_plan(
+    recipe: AugmentRecipe, seed: int, positions: ArrayLike, *, num_patches: int = 0, drop_path: Sequence[float] = ()
+) -> Plan:
     """Draw the plan of some positions.
 
     Parameters
@@ -144,15 +162,17 @@ def draw_plan(recipe: AugmentRecipe, seed: int, positions: ArrayLike, *, num_pat
     recipe : distribution of the views
     seed : of the run
     positions : (P,) global positions
-    num_patches : patches of a global view; needed where the recipe masks
+    num_patches, drop_path : see `PlanNeeds`
     """
     at = np.asarray(positions, dtype=np.int64)
-    first_view, kinds = 0, []
+    first_view, kinds, kept = 0, [], []
     for kind in recipe.kinds:
         kinds.append(_draw_views(recipe, kind, seed, at, first_view))
+        if drop_path:
+            kept.append(draw_drop_path(seed, at, range(first_view, first_view + kind.count), drop_path))
         first_view += kind.count
     mask = draw_mask(seed, at, num_patches, recipe.mask_ratio) if recipe.mask_ratio else None
-    return Plan(positions=at, kinds=tuple(kinds), mask=mask)
+    return Plan(positions=at, kinds=tuple(kinds), mask=mask, drop_path=tuple(kept))
 
 
 def draw_mask(seed: int, positions: NDArray[np.int64], num_patches: int, ratio: float) -> NDArray[np.bool_]:
@@ -180,7 +200,7 @@ def draw_drop_path(
 
 def _draw_views(
     recipe: AugmentRecipe, kind: ViewRecipe, seed: int, positions: NDArray[np.int64], first_view: int
-) -> Views:
+) -> ViewParameters:
     position, view = positions[:, None], first_view + np.arange(kind.count)[None, :]
 
     def words(stream: Stream) -> NDArray[np.uint32]:
@@ -194,7 +214,7 @@ def _draw_views(
     place_in_table = ((log_ratio + LOG_RATIO_ONE) << (ONE_BITS - 1)) // LOG_RATIO_ONE
     stain, stain_factors, stain_shifts = _draw_stain(recipe, kind, shape, words)
     never = np.zeros(shape, bool)
-    return Views(
+    return ViewParameters(
         area=area,
         ratio_half=interpolate(half_exp_table(), np.clip(place_in_table, 0, ONE)),
         place_x=crop[..., 2],

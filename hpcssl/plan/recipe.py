@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from hpcssl.core.config import settings
+from typing import Annotated
+
+from pydantic import Field
+
+from hpcssl.core.config import AtLeast0, AtLeast1, Below1, NotNegative, Share, fixed, settings
 from hpcssl.core.errors import ConfigError
 
 _MOST_SIGMA = 1000
@@ -27,30 +31,24 @@ class ViewRecipe:
     stain : probability of stain jitter (its strengths are the recipe's)
     """
 
-    count: int
-    view_px: int
-    scale: tuple[float, float]
-    flip: float = 0.5
-    jitter: float = 0.0
-    grey: float = 0.0
-    blur: tuple[float, ...] = ()
-    solarize: tuple[float, ...] = ()
-    flip_vertical: float = 0.0
-    quarter_turns: bool = False
-    stain: float = 0.0
+    count: AtLeast0 = fixed()
+    view_px: AtLeast1 = fixed()
+    scale: tuple[Share, Share] = fixed()
+    flip: Share = fixed(0.5)
+    jitter: Share = fixed(0.0)
+    grey: Share = fixed(0.0)
+    blur: tuple[Share, ...] = fixed(())
+    solarize: tuple[Share, ...] = fixed(())
+    flip_vertical: Share = fixed(0.0)
+    quarter_turns: bool = fixed(False)
+    stain: Share = fixed(0.0)
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.view_px < 1:
-            raise ConfigError(f"views: count = {self.count}, view_px = {self.view_px}; expected at least 0 and 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f"views: scale = {list(self.scale)}; expected two shares, 0 < low <= high <= 1")
         for name in ("blur", "solarize"):
             if len(getattr(self, name)) not in (0, self.count):
                 raise ConfigError(f"views: {name} has {len(getattr(self, name))} probabilities for {self.count} views")
-        single = (self.flip, self.jitter, self.grey, self.flip_vertical, self.stain)
-        for p in (*single, *self.blur, *self.solarize):
-            if not 0 <= p <= 1:
-                raise ConfigError(f"views: probability {p}; expected 0 to 1")
 
 
 @settings
@@ -77,31 +75,18 @@ class AugmentRecipe:
 
     global_views: ViewRecipe
     local_views: ViewRecipe | None = None
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    mask_ratio: float = 0.0
-    stain_alpha: float = 0.05
-    stain_beta: float = 0.05
+    brightness: Share = fixed(0.4)
+    contrast: Share = fixed(0.4)
+    saturation: Share = fixed(0.2)
+    hue: Annotated[float, Field(ge=0, le=0.5)] = fixed(0.1)
+    blur_sigma: tuple[NotNegative, NotNegative] = fixed((0.1, 2.0))
+    mask_ratio: Below1 = fixed(0.0)
+    stain_alpha: Share = fixed(0.05)
+    stain_beta: Share = fixed(0.05)
 
     def __post_init__(self) -> None:
-        bounds = {
-            "brightness": 1.0,
-            "contrast": 1.0,
-            "saturation": 1.0,
-            "hue": 0.5,
-            "stain_alpha": 1.0,
-            "stain_beta": 1.0,
-        }
-        for name, most in bounds.items():
-            if not 0 <= getattr(self, name) <= most:
-                raise ConfigError(f"augment: {name} = {getattr(self, name)}; expected 0 to {most:g}")
-        if not 0 <= self.mask_ratio < 1:
-            raise ConfigError(f"augment: mask_ratio = {self.mask_ratio}; expected 0 to below 1")
         low, high = self.blur_sigma
-        if not 0 <= low <= high <= _MOST_SIGMA:
+        if not low <= high <= _MOST_SIGMA:
             raise ConfigError(f"augment: blur_sigma = {[low, high]}; expected 0 <= low <= high <= {_MOST_SIGMA} pixels")
 
     @property

@@ -16,49 +16,33 @@ benchmark/           what follows the run: bench.yaml, features, results; see hp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcssl.core.atomic import write_atomic
-from hpcssl.core.config import build, dump_yaml, first_difference, read_yaml, to_mapping
+from hpcssl.core.claim import check_same
+from hpcssl.core.config import build, dump_yaml, is_free, read_yaml, to_mapping
 from hpcssl.core.errors import RunError
 from hpcssl.core.provenance import provenance
 
+T = TypeVar("T")
 CONFIG = "config.yaml"
 BAD_TILES = "bad_tiles.csv"
 NOT_SETTINGS = ("data", "derived")
-# settings that may change when a run continues: where it stops, and how (not what) it computes
-FREE_SETTINGS = (
-    "stop_after",
-    "initial_weights",  # where they lie; what they are is a digest among the data
-    "checkpoint",
-    "loader.threads",
-    "loader.prefetch_steps",
-    "loader.reads_in_flight",
-    "loader.read_ahead_steps",
-    "loader.read_by_slide",
-    "loader.max_bad_tiles",
-    "train.micro_batch",
-    "train.threads",
-    "train.deterministic",
-    "train.compile",
-    "train.checkpoint_activations",
-    "train.max_skipped_steps",
-    "train.watch_every_steps",
-    "train.hang_s",
-)
 
 
 def prepare_run(run: Path, config: Any, *, data: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
     """Make a run folder, or check that an existing one is this run and take over its free settings.
 
-    A setting that the run's config.yaml lacks, because it is younger than the run, counts there as its default: a new
-    setting's default is what was done before there was the setting.
+    Where data lie may change, as may every setting that is declared `free`; what data are may not. A setting that the
+    run's config.yaml lacks, because it is younger than the run, counts there as its default: a new setting's default is
+    what was done before there was the setting.
 
     Parameters
     ----------
@@ -74,14 +58,18 @@ def prepare_run(run: Path, config: Any, *, data: Mapping[str, Any], derived: Map
     # hidden names are what a killed start left before there was a config.yaml
     if run.exists() and not (run / CONFIG).exists() and any(not e.name.startswith(".") for e in run.iterdir()):
         raise RunError(f"{run}: not empty and no run (no {CONFIG}); choose another --out")
-    wanted = {**to_mapping(config), "data": dict(data), "derived": dict(derived)}
     if (run / CONFIG).exists():
-        old = read_yaml(run / CONFIG)
-        settings = {key: value for key, value in old.items() if key not in NOT_SETTINGS}
-        complete = to_mapping(build(type(config), settings, where=str(run / CONFIG)))
-        _check_same(run, {**old, **complete}, wanted)
+        stored, stored_data = read_settings(run, type(config))
+        check_same(
+            _fixed(stored) | _digests(stored_data),
+            _fixed(config) | _digests(data),
+            made=f"{run}: this run has",
+            now="asked for is",
+            advice="use the same, or another --out",
+            error=RunError,
+        )
     run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / CONFIG, dump_yaml(wanted))
+    write_atomic(run / CONFIG, dump_yaml({**to_mapping(config), "data": dict(data), "derived": dict(derived)}))
     for folder in ("checkpoints", "generations", "logs"):
         (run / folder).mkdir(exist_ok=True)
     write_atomic(run / "provenance.json", json.dumps(provenance(), indent=1) + "\n")
@@ -94,20 +82,35 @@ def read_config(run: Path) -> dict[str, Any]:
     return read_yaml(run / CONFIG)
 
 
-def _check_same(run: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse another setting or other data; where they lie may change, what they are may not."""
+def read_settings(run: Path, kind: type[T]) -> tuple[T, dict[str, str]]:
+    """Return the settings of a run as a dataclass of this kind, and what its config.yaml says of its data.
 
-    def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items() if k not in NOT_SETTINGS}
-        for setting in FREE_SETTINGS:
-            group, _, key = setting.rpartition(".")
-            (kept.get(group, {}) if group else kept).pop(key, None)
-        return kept | {k: v for k, v in values["data"].items() if k.endswith("_digest")}
+    Raises
+    ------
+    RunError
+        Where there is no run.
+    ConfigError
+        Where its settings are no such dataclass's.
+    """
+    stored = read_config(run)
+    settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS}
+    return build(kind, settings, where=str(run / CONFIG)), stored["data"]
 
-    difference = first_difference(fixed(old), fixed(new))
-    if difference:
-        key, before, now = difference
-        raise RunError(f"{run}: this run has {key} = {before}, asked for is {now}; use the same, or another --out")
+
+def _fixed(config: Any) -> dict[str, Any]:
+    """Return a dataclass as plain values, without the settings that are declared free."""
+    values, kept = to_mapping(config), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            kept[field.name] = _fixed(value)
+        elif not is_free(field):
+            kept[field.name] = values[field.name]
+    return kept
+
+
+def _digests(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key.endswith("_digest")}
 
 
 class Generation:

@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World, check_divides
 from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.run_folder import Generation, read_config, record_start
+from hpcssl.runs.run_folder import read_settings, record_start
 from hpcssl.schedule.file import Schedule
 from hpcssl.stores.kinds import open_store
 from hpcssl.train.execution import dtype_name, resolve_precision
-from hpcssl.train.loop import train
+from hpcssl.train.loop import Surroundings, train
 from hpcssl.train.pretrain_config import PretrainConfig
 from hpcssl.train.reduce import Collectives
 
@@ -34,9 +33,7 @@ def pretrain(
     local_rank: int,
     ranks_per_node: int,
     cores: int,
-    generation: Generation | None,
-    asked_to_stop: Callable[[], bool],
-    say: Callable[[str], None],
+    surroundings: Surroundings,
 ) -> None:
     """Train the run from its folder alone, in this process.
 
@@ -45,7 +42,7 @@ def pretrain(
     run : prepared run folder
     world, all_reduce_sum : this process among the others, and the sum over them, in place
     local_rank, ranks_per_node, cores : place on the node, for choosing its GPU and its share of the cores
-    generation, asked_to_stop, say : see `hpcssl.train.loop.train`
+    surroundings : see there
 
     Raises
     ------
@@ -54,26 +51,23 @@ def pretrain(
     """
     patience = _Patience(all_reduce_sum, world)
     collectives = Collectives(world=world, all_reduce_sum=patience.all_reduce_sum, limit_waiting=patience.limit)
-    settings = read_config(run)
-    data = settings.pop("data")
-    settings.pop("derived")
-    recipe = build(PretrainConfig, settings, where=str(run / "config.yaml"))
+    recipe, data = read_settings(run, PretrainConfig)
     check_divides(world.size, recipe.global_batch)
     store, schedule = open_store(Path(data["store"])), Schedule.open(Path(data["schedule"]))
     saved = checkpoint_steps(run)
-    found = {"store": store.digest, "schedule": schedule.digest}
+    digests = {"store": store.digest, "schedule": schedule.digest}
     if recipe.initial_weights and not saved:
-        found["initial_weights"] = digest_file(Path(recipe.initial_weights))
-    _check_same_data(run, found, data)
+        digests["initial_weights"] = digest_file(Path(recipe.initial_weights))
+    _check_same_data(run, digests, data)
     torch.set_num_threads(recipe.train.threads or max(1, cores // ranks_per_node))
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
     device = _device(local_rank)
-    if generation:
+    if surroundings.generation:
         record_start(
             run,
-            generation=generation.number,
+            generation=surroundings.generation.number,
             newest_checkpoint=saved[-1] if saved else None,
             world_size=world.size,
             device=str(device),
@@ -86,15 +80,13 @@ def pretrain(
         schedule=schedule,
         collectives=collectives,
         device=device,
-        generation=generation,
-        asked_to_stop=asked_to_stop,
-        say=say,
+        surroundings=surroundings,
     )
 
 
-def _check_same_data(run: Path, found: Mapping[str, str], data: Mapping[str, str]) -> None:
+def _check_same_data(run: Path, digests: Mapping[str, str], data: Mapping[str, str]) -> None:
     """Refuse to go on with other data than config.yaml says, by their digests."""
-    for name, digest in found.items():
+    for name, digest in digests.items():
         recorded = data[f"{name}_digest"]
         if digest != recorded:
             raise RunError(

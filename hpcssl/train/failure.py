@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from hpcssl.core.atomic import read_json, write_atomic
-from hpcssl.core.config import build
 from hpcssl.core.errors import RunError
 from hpcssl.core.provenance import provenance
 from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch
 from hpcssl.plan.draw import draw_plan
 from hpcssl.runs.checkpoint import load_checkpoint, write_state
-from hpcssl.runs.run_folder import NOT_SETTINGS, read_config
+from hpcssl.runs.run_folder import read_settings
 from hpcssl.schedule.file import Schedule
 from hpcssl.train.pretrain_config import PretrainConfig, Timeline
 from hpcssl.train.reduce import Collectives
@@ -53,7 +52,8 @@ def save_failed_step(
     tensors["positions"] = torch.from_numpy(np.ascontiguousarray(batch.positions))
     if batch.mask is not None:
         tensors["mask"] = batch.mask
-    plan = draw_plan(recipe.augment, recipe.seed, batch.positions, num_patches=state.objective.num_patches)
+    patches = state.objective.needs.num_patches
+    plan = draw_plan(recipe.augment, recipe.seed, batch.positions, num_patches=patches)
     facts = {"plan_digest": plan.digest(), "seed": recipe.seed, "rank": world.rank, "world_size": world.size}
     write_state(_share_file(folder, world), batch.step, tensors, facts)
     if world.rank == 0:
@@ -88,16 +88,18 @@ def repeat_failed_step(folder: Path, schedule: Schedule, device: torch.device) -
     RunError
         If something of the step is missing or damaged.
     """
-    settings = {key: value for key, value in read_config(folder.parent).items() if key not in NOT_SETTINGS}
-    recipe = build(PretrainConfig, settings, where=str(folder.parent))
+    recipe, _ = read_settings(folder.parent, PretrainConfig)
     recipe = replace(recipe, train=replace(recipe.train, max_skipped_steps=0))
     state = TrainState(recipe, device)
     state.from_checkpoint(*load_checkpoint(folder / _STATE))
-    return train_step(state, load_batch(folder), recipe, Timeline(recipe, schedule), Collectives(), device)
+    batch, needs = load_batch(folder), state.objective.needs
+    plan = draw_plan(recipe.augment, recipe.seed, batch.positions, **vars(needs))
+    batch = replace(batch, drop_path=Batch.of(batch.step, batch.views, plan).drop_path)
+    return train_step(state, batch, recipe, Timeline(recipe, schedule), Collectives(), device)
 
 
 def load_batch(folder: Path) -> Batch:
-    """Return the batch of a saved step, the shares of all ranks in the order of their positions."""
+    """Return the batch of a saved step, the shares of all ranks in the order of their positions, without drop-path."""
     size = read_json(folder / _ABOUT, RunError(f"{folder / _ABOUT}: damaged"))["world_size"]
     shares = [load_checkpoint(_share_file(folder, World(rank=rank, size=size))) for rank in range(size)]
     parts = [tensors for tensors, _ in shares]

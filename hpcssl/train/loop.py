@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hpcssl.core.errors import RunError
-from hpcssl.loader.stream import Batch, TileStream
+from hpcssl.core.world import World
+from hpcssl.loader.stream import Batch, StreamRequest, TileStream
 from hpcssl.runs.checkpoint import load_latest
 from hpcssl.runs.run_folder import BAD_TILES, Generation
 from hpcssl.schedule.file import Schedule
@@ -32,6 +33,22 @@ class Stopped(Exception):
     """Training was asked to stop before its end; the state was saved unless a later start owns the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a process of a run is given by those that started it.
+
+    Attributes
+    ----------
+    generation : this start's claim to the run folder; rank 0 holds it and writes the folder, the others have None
+    asked_to_stop : polled after each step by every rank and agreed on, so that all stop at the same step
+    say : takes lines for people
+    """
+
+    generation: Generation | None
+    asked_to_stop: Callable[[], bool]
+    say: Callable[[str], None]
+
+
 def train(
     run: Path,
     recipe: PretrainConfig,
@@ -40,14 +57,9 @@ def train(
     schedule: Schedule,
     collectives: Collectives,
     device: torch.device,
-    generation: Generation | None,
-    asked_to_stop: Callable[[], bool],
-    say: Callable[[str], None],
+    surroundings: Surroundings,
 ) -> None:
     """Train until `stop_after`, from the newest whole checkpoint of the run.
-
-    Rank 0, which holds a `generation`, writes the run folder; the others pass None. `asked_to_stop` is polled by every
-    rank after each step and agreed on, so that all stop at the same step.
 
     Raises
     ------
@@ -58,20 +70,22 @@ def train(
     OSError
         If the run folder cannot be written to.
     """
+    say, generation = surroundings.say, surroundings.generation
     timeline = Timeline(recipe, schedule)
     state = TrainState(recipe, device)
-    found = load_latest(run, on_damaged=say)
-    if found:
-        state.from_checkpoint(*found)
+    checkpoint = load_latest(run, on_damaged=say)
+    if checkpoint:
+        state.from_checkpoint(*checkpoint)
     elif recipe.initial_weights:
         say(load_initial_weights(state.objective, Path(recipe.initial_weights)))
     _check_same_step(state.step, collectives, device)
     how = describe_execution(recipe.train, device)
     say(f"begins at step {state.step} of {timeline.stop_step} with {collectives.world.size} processes, {how}")
-    stream = _stream(state, recipe, timeline, store, schedule, collectives, run, device)
+    request = request_of(state, recipe, timeline.stop_step, collectives.world)
+    stream = TileStream(store, schedule, request, config=recipe.loader, bad_tiles=run / BAD_TILES, device=device)
     watch = CollapseWatch(recipe, store, schedule, device, say=say) if generation else None
     writer = RunWriter(run, recipe, timeline, generation, state) if generation else None
-    loop = _Loop(run, state, recipe, timeline, collectives, device, writer, watch, asked_to_stop)
+    loop = _Loop(run, state, recipe, timeline, collectives, device, writer, watch, surroundings.asked_to_stop)
     stopped = None
     try:
         try:
@@ -85,6 +99,18 @@ def train(
             writer.close()
     if stopped:
         raise stopped
+
+
+def request_of(state: TrainState, recipe: PretrainConfig, stop_step: int, world: World) -> StreamRequest:
+    """Return what a rank asks of its stream: its share of the steps from the state's to another."""
+    return StreamRequest(
+        recipe=recipe.augment,
+        seed=recipe.seed,
+        global_batch=recipe.global_batch,
+        steps=range(state.step, stop_step),
+        needs=state.objective.needs,
+        world=world,
+    )
 
 
 @dataclass(frozen=True)
@@ -170,32 +196,6 @@ def _memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _stream(
-    state: TrainState,
-    recipe: PretrainConfig,
-    timeline: Timeline,
-    store: Store,
-    schedule: Schedule,
-    collectives: Collectives,
-    run: Path,
-    device: torch.device,
-) -> TileStream:
-    return TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=recipe.augment,
-        seed=recipe.seed,
-        global_batch=recipe.global_batch,
-        world=collectives.world,
-        start_step=state.step,
-        stop_step=timeline.stop_step,
-        num_patches=state.objective.num_patches,
-        config=recipe.loader,
-        bad_tiles=run / BAD_TILES,
-        device=device,
-    )
 
 
 def _check_same_step(step: int, collectives: Collectives, device: torch.device) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from hpcssl.core import config, resources
-from hpcssl.core.config import settings
+from hpcssl.core.config import Above0, AtLeast0, AtLeast1, Below1, NotNegative, fixed, free, settings
 from hpcssl.core.errors import ConfigError
 from hpcssl.loader.stream import LoaderConfig
-from hpcssl.models.decoder import MaeDecoderConfig
 from hpcssl.models.encoder import EncoderConfig
-from hpcssl.models.heads import DinoHeadConfig
+from hpcssl.objectives.registry import RegisteredConfig, present_layout
 from hpcssl.optim.values import cosine
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.schedule.file import Schedule
 
-_LONGEST_WAIT_S = 86_400
+_DAY_S = 86_400
 
 
 @settings
@@ -34,59 +35,13 @@ class OptimConfig:
     clip : norm that each parameter's gradient is clipped to; None = not clipped
     """
 
-    lr_per_256: float
-    final_lr: float = 1e-6
-    warmup_pseudo_epochs: float = 1.0
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("lr_per_256", "final_lr", "warmup_pseudo_epochs", "weight_decay", "final_weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optim.{name} = {getattr(self, name)}; expected at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optim.betas = {list(self.betas)}; expected two numbers from 0 to below 1")
-        if self.clip is not None and not self.clip > 0:
-            raise ConfigError(f"optim.clip = {self.clip}; expected above 0, or null for no clipping")
-
-
-@settings
-class DinoConfig:
-    """DINO's own settings (Caron et al. 2021); the defaults are the paper's.
-
-    Attributes
-    ----------
-    head : sizes of the projection head
-    student_temperature, teacher_temperature : of the softmax
-    warmup_teacher_temperature : the teacher's in the first pseudo-epoch, if there is a warm-up
-    teacher_temperature_warmup_pseudo_epochs : how many rise to `teacher_temperature`, evenly; constant within each, as
-        published. 0 = no warm-up, the default; the published "boosted" runs rise to 0.07 in 30
-    center_momentum : of the running mean of the teacher's logits
-    momentum : of the teacher at step 0; rises to 1 by a cosine
-    freeze_last_layer_pseudo_epochs : how long the head's last layer gets no gradient
-    """
-
-    head: DinoHeadConfig = field(default_factory=DinoHeadConfig)
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.04
-    warmup_teacher_temperature: float = 0.04
-    teacher_temperature_warmup_pseudo_epochs: int = 0
-    center_momentum: float = 0.9
-    momentum: float = 0.996
-    freeze_last_layer_pseudo_epochs: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected above 0")
-        for name in ("center_momentum", "momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected 0 to 1")
-        for name in ("freeze_last_layer_pseudo_epochs", "teacher_temperature_warmup_pseudo_epochs"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"dino.{name} = {getattr(self, name)}; expected 0 or more")
+    lr_per_256: NotNegative = fixed()
+    final_lr: NotNegative = fixed(1e-6)
+    warmup_pseudo_epochs: NotNegative = fixed(1.0)
+    weight_decay: NotNegative = fixed(0.04)
+    final_weight_decay: NotNegative = fixed(0.4)
+    betas: tuple[Below1, Below1] = fixed((0.9, 0.999))
+    clip: Above0 | None = fixed(None)
 
 
 @settings
@@ -108,26 +63,15 @@ class TrainConfig:
     hang_s : seconds that ranks wait for one that hangs before they end the run; in the first step, ten minutes
     """
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    micro_batch: int | None = None
-    threads: int | None = None
-    deterministic: bool = False
-    compile: Literal["auto"] | bool = "auto"
-    checkpoint_activations: bool = False
-    max_skipped_steps: int = 20
-    watch_every_steps: int = 500
-    hang_s: float = 45.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_skipped_steps", "watch_every_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}; expected at least 0")
-        if not 0 < self.hang_s <= _LONGEST_WAIT_S:
-            raise ConfigError(f"train.hang_s = {self.hang_s:g}; expected above 0, at most {_LONGEST_WAIT_S}, a day")
-        for name in ("micro_batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{name} = {value}; expected at least 1")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = fixed("auto")
+    micro_batch: AtLeast1 | None = free(None)
+    threads: AtLeast1 | None = free(None)
+    deterministic: bool = free(False)
+    compile: Literal["auto"] | bool = free("auto")
+    checkpoint_activations: bool = free(False)
+    max_skipped_steps: AtLeast0 = free(20)
+    watch_every_steps: AtLeast0 = free(500)
+    hang_s: Annotated[float, Field(gt=0, le=_DAY_S)] = free(45.0)
 
 
 @settings
@@ -136,18 +80,12 @@ class CheckpointConfig:
 
     Attributes
     ----------
-    every_min : minutes between two
+    every_min : minutes between two; 0 = one after every step
     keep_last : of the others, how many stay
     """
 
-    every_min: float = 15.0
-    keep_last: int = 2
-
-    def __post_init__(self) -> None:
-        if self.keep_last < 1:
-            raise ConfigError(f"checkpoint.keep_last = {self.keep_last}; expected at least 1")
-        if not self.every_min >= 0:
-            raise ConfigError(f"checkpoint.every_min = {self.every_min}; expected at least 0, as often as every step")
+    every_min: NotNegative = free(15.0)
+    keep_last: AtLeast1 = free(2)
 
 
 @settings
@@ -156,64 +94,52 @@ class PretrainConfig:
 
     Attributes
     ----------
-    objective : what is learnt
+    objective : what is learnt: a `kind` and its settings
     seed : of weights, plans and masks
     global_batch : tiles of one optimiser step over all ranks; constant for a run
     schedule_pseudo_epochs : length of every schedule of values; None = the tile schedule's
     stop_after : pseudo-epochs to train; None = all; free to change
-    initial_weights : file that the encoder starts from, of timm or of an official DINO or MAE checkpoint; None = fresh
+    initial_weights : file that the encoder starts from, of timm or an official checkpoint; None = fresh. Where it lies
+        is free; what it is, a digest among the run's data, is not
     """
 
-    objective: Literal["dino", "mae"]
-    global_batch: int
+    present_layout: ClassVar[Any] = staticmethod(present_layout)
+
+    objective: RegisteredConfig
+    global_batch: AtLeast1 = fixed()
     encoder: EncoderConfig
     augment: AugmentRecipe
     optim: OptimConfig
-    seed: int = 0
-    schedule_pseudo_epochs: int | None = None
-    stop_after: float | None = None
-    initial_weights: str | None = None
-    dino: DinoConfig = field(default_factory=DinoConfig)
-    decoder: MaeDecoderConfig = field(default_factory=MaeDecoderConfig)
+    seed: int = fixed(0)
+    schedule_pseudo_epochs: AtLeast1 | None = fixed(None)
+    stop_after: Above0 | None = free(None)
+    initial_weights: str | None = free(None)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.global_batch < 1:
-            raise ConfigError(f"recipe: global_batch = {self.global_batch}; expected at least 1")
-        for name in ("schedule_pseudo_epochs", "stop_after"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"recipe: {name} = {value}; expected above 0")
-        views, hides = self.augment.num_views, self.augment.mask_ratio > 0
         if self.augment.global_views.count < 1:
             raise ConfigError("recipe: augment.global_views.count = 0; expected at least 1")
-        if self.objective == "dino" and views < 2:
-            raise ConfigError("recipe: objective dino needs two views or more; add to augment.global_views.count")
-        if self.objective == "mae" and views != 1:
-            raise ConfigError(f"recipe: objective mae takes one view, augment has {views}; leave one global view")
-        if hides != (self.objective == "mae"):
-            expected = "above 0" if self.objective == "mae" else "0: it hides no patches"
-            raise ConfigError(f"recipe: objective {self.objective} needs augment.mask_ratio {expected}")
+        self.objective.check_views(self.augment)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Load a recipe that ships or a YAML file, with `--set` applied; ConfigError for anything unknown in it."""
     path = resources.locate("recipe", name_or_path)
-    values = config.with_overrides(config.read_yaml(path), overrides)
-    return config.build(PretrainConfig, values, where=f"recipe {path.stem}")
+    where = f"recipe {path.stem}"
+    stored = present_layout(config.read_yaml(path), where)
+    values = present_layout(config.with_overrides(stored, overrides), where, before=stored)
+    return config.build(PretrainConfig, values, where=where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepValues:
-    """What changes with the step."""
+    """What changes with the step; `objective` is what the objective's settings make of it."""
 
     lr: float
     weight_decay: float
-    momentum: float
-    teacher_temperature: float
-    last_layer_frozen: bool
+    objective: Any
 
 
 class Timeline:
@@ -237,7 +163,6 @@ class Timeline:
                 f" ({schedule.path}) are less than global_batch = {recipe.global_batch}; lower it, or raise stop_after"
             )
         self.warmup_steps = self.step_at(recipe.optim.warmup_pseudo_epochs)
-        self.frozen_steps = self.step_at(recipe.dino.freeze_last_layer_pseudo_epochs)
         self.peak_lr = recipe.optim.lr_per_256 * recipe.global_batch / 256
 
     def step_at(self, pseudo_epochs: float) -> int:
@@ -254,9 +179,8 @@ class Timeline:
         return self.step_at(number) == step
 
     def values(self, step: int) -> StepValues:
-        """Return the learning rate, weight decay and momentum of a step."""
-        optim, total = self._recipe.optim, self.total_steps
-        peak_step = self.warmup_steps if self._recipe.objective == "mae" else None
+        """Return the learning rate, the weight decay and the objective's values of a step."""
+        optim, objective, total = self._recipe.optim, self._recipe.objective, self.total_steps
         return StepValues(
             lr=cosine(
                 step,
@@ -264,21 +188,11 @@ class Timeline:
                 final=optim.final_lr,
                 total_steps=total,
                 warmup_steps=self.warmup_steps,
-                peak_step=peak_step,
+                peak_step=self.warmup_steps if objective.peaks_after_warmup else None,
             ),
             weight_decay=cosine(step, base=optim.weight_decay, final=optim.final_weight_decay, total_steps=total),
-            momentum=cosine(step, base=self._recipe.dino.momentum, final=1.0, total_steps=total),
-            teacher_temperature=self._teacher_temperature(step),
-            last_layer_frozen=step < self.frozen_steps,
+            objective=objective.values(step, self),
         )
-
-    def _teacher_temperature(self, step: int) -> float:
-        dino, number = self._recipe.dino, step * self._recipe.global_batch // self._positions
-        warm = dino.teacher_temperature_warmup_pseudo_epochs
-        if number >= warm:
-            return dino.teacher_temperature
-        rise = dino.teacher_temperature - dino.warmup_teacher_temperature
-        return dino.warmup_teacher_temperature + rise * number / max(warm - 1, 1)
 
     def derived(self) -> Mapping[str, Any]:
         """Return the derived values for the run folder's reader."""

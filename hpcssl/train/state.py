@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import RunError
+from hpcssl.objectives.contract import Objective
 from hpcssl.optim.parameters import parameter_groups
 from hpcssl.train.execution import resolve_precision
-from hpcssl.train.objective import Objective, build_objective
+from hpcssl.train.objective import build_objective
 from hpcssl.train.pretrain_config import PretrainConfig, StepValues
 from hpcssl.train.reduce import GradientBuffer
 
@@ -66,7 +67,7 @@ class TrainState:
                 updates[name] = float(moments["step"])
                 tensors |= {f"optimizer.{key}.{name}": moments[key] for key in _MOMENTS}
         state = {
-            "objective": self._recipe.objective,
+            "objective": self._recipe.objective.kind,
             "encoder": to_mapping(self._recipe.encoder),
             "encoder_prefix": self.objective.encoder_prefix,
             "updates": updates,

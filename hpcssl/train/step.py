@@ -9,6 +9,7 @@ import torch
 
 from hpcssl.core.errors import RunError
 from hpcssl.loader.stream import Batch
+from hpcssl.objectives.contract import Tiles
 from hpcssl.optim.parameters import clip_each
 from hpcssl.train.execution import resolve_precision
 from hpcssl.train.pretrain_config import PretrainConfig, Timeline
@@ -53,22 +54,27 @@ def train_step(
     share = len(batch.positions)
     loss = torch.zeros((), device=device)
     for part in _micro_batches(share, recipe.train.micro_batch):
-        views = tuple(v[:, part].to(device, non_blocking=True) for v in batch.views)
-        mask = None if batch.mask is None else batch.mask[part]
+        tiles = Tiles(
+            positions=batch.positions[part],
+            views=tuple(view[:, part].to(device, non_blocking=True) for view in batch.views),
+            mask=None if batch.mask is None else batch.mask[part],
+            drop_path=tuple(kept[:, part] for kept in batch.drop_path),
+        )
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
-            part_loss = state.objective.loss(views, batch.positions[part], mask, values) * (views[0].shape[1] / share)
+            part_loss = state.objective.loss(tiles, values.objective) * (len(tiles.positions) / share)
         state.scaler.scale(part_loss).backward()
         loss += part_loss.detach()
     state.gradients.mean_over_ranks(collectives)
     collectives.all_reduce_sum(loss)
     loss /= collectives.world.size
-    state.objective.before_update(values)
+    state.objective.before_update(values.objective)
     state.scaler.unscale_(state.optimizer)
     norm = clip_each(state.parameters, recipe.optim.clip or math.inf)
     record = {"loss": float(loss), "lr": values.lr, "weight_decay": values.weight_decay, "grad_norm": norm}
     if math.isfinite(record["loss"]) and (math.isfinite(norm) or state.is_overflow_normal()):
         state.scaler.step(state.optimizer)
-        record |= state.objective.after_update(values, share, collectives)
+        tiles_of_all = share * collectives.world.size
+        record |= state.objective.after_update(values.objective, tiles_of_all, collectives.all_reduce_sum)
     else:
         state.objective.forget()
         if state.skipped_steps >= recipe.train.max_skipped_steps:

@@ -9,15 +9,14 @@ their rank" (ICML 2023, arXiv 2210.02885), equations 1 and 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpcssl.core.world import World
-from hpcssl.loader.stream import TileStream
+from hpcssl.loader.stream import StreamRequest, TileStream
 from hpcssl.models.encoder import normalised
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 from hpcssl.schedule.file import Schedule
@@ -31,8 +30,6 @@ _EPSILON = 1e-7  # RankMe's
 # what is called a collapse, once the warm-up is over
 LEAST_DEVIATION = 0.1  # of the features' directions; the mean cosine of two tiles is then 0.99
 LEAST_RANK = 3.0  # dimensions that the features span, effectively; 1 = all tiles have the same direction
-LEAST_OUTPUTS = 2.0  # of the teacher's outputs, how many the tiles share out among them, effectively
-MOST_ENTROPY = 0.99  # of the teacher, as a share of log K; 1 = its outputs are all equal, whatever the tile
 
 
 def rank_me(features_ND: Tensor) -> float:
@@ -79,13 +76,15 @@ class CollapseWatch:
         every = self._recipe.train.watch_every_steps
         if not every or not (last or state.step % every == 0):
             return {}
-        found = self.measure(state)
+        measurements = self.measure(state)
         if state.step >= self._warm_steps:
-            for key, complaint in complaints(found, self._recipe).items():
+            objective = state.objective
+            messages = complaints(measurements, objective.advice) | objective.complaints(measurements)
+            for key, message in messages.items():
                 if key not in self._warned:
-                    self._say(f"step {state.step}: {complaint}")
+                    self._say(f"step {state.step}: {message}")
                     self._warned.add(key)
-        return found
+        return measurements
 
     @cached_property
     def _tiles(self) -> Tensor:
@@ -93,68 +92,33 @@ class CollapseWatch:
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> dict[str, float]:
-        """Return what the features look like and, of DINO, the centre and the teacher's outputs."""
-        module = state.objective.module
-        encoder = module.get_submodule(state.objective.encoder_prefix.rstrip("."))
+        """Return what the features look like, and what the objective measures beside them."""
+        objective = state.objective
+        encoder = objective.module.get_submodule(objective.encoder_prefix.rstrip("."))
         chunks = [encoder(normalised(tiles.to(self._device))).float() for tiles in self._tiles.split(_CHUNK)]
         features_ND = torch.cat(chunks)
-        found = {
-            "rank_me": rank_me(features_ND.double().cpu()),
-            "feature_deviation": feature_deviation(features_ND.double().cpu()),
-        }
-        if self._recipe.objective == "dino":
-            head, center = module.get_submodule("teacher.head"), module.get_buffer("center")
-            # of the schedule's end: a function of the weights alone
-            temperature = self._recipe.dino.teacher_temperature
-            outputs_NK = torch.cat([((head(c) - center) / temperature).softmax(-1) for c in features_ND.split(_CHUNK)])
-            found["center_norm"] = float(center.norm())
-            found["watched_entropy"] = float(_entropy(outputs_NK).mean())
-            found["outputs_used"] = math.exp(_entropy(outputs_NK.mean(0)))
-        return found
+        exact_ND = features_ND.double().cpu()
+        measurements = {"rank_me": rank_me(exact_ND), "feature_deviation": feature_deviation(exact_ND)}
+        return measurements | objective.measure(features_ND)
 
 
-def _entropy(shares_NK: Tensor) -> Tensor:
-    return -torch.special.xlogy(shares_NK, shares_NK).sum(-1)
-
-
-def complaints(found: dict[str, float], recipe: PretrainConfig) -> dict[str, str]:
-    """Return, for each measurement beyond its limit, what that means and what to try."""
-    told = {}
-    if found["feature_deviation"] < LEAST_DEVIATION or found["rank_me"] < LEAST_RANK:
-        told["features"] = (
-            f"the features collapse: deviation {found['feature_deviation']:.3g} (limit {LEAST_DEVIATION}), RankMe"
-            f" {found['rank_me']:.3g} (limit {LEAST_RANK:g}); try a lower optim.lr_per_256 or a longer warm-up"
-            + (", and a lower dino.teacher_temperature" if recipe.objective == "dino" else "")
-        )
-    if recipe.objective == "dino":
-        share = found["watched_entropy"] / math.log(recipe.dino.head.out_dim)
-        if found["outputs_used"] < LEAST_OUTPUTS:
-            told["outputs"] = (
-                f"the teacher gives all tiles the same output: {found['outputs_used']:.3g} in use (limit"
-                f" {LEAST_OUTPUTS:g}); try a lower dino.center_momentum or a higher dino.teacher_temperature"
-            )
-        if share > MOST_ENTROPY:
-            told["entropy"] = (
-                f"the teacher's outputs are all equal: entropy {share:.2%} of log K (limit {MOST_ENTROPY:.0%});"
-                " try a lower dino.teacher_temperature"
-            )
-    return told
+def complaints(measurements: Mapping[str, float], advice: str = "") -> dict[str, str]:
+    """Return, where the features are beyond a limit, what that means and what to try; `advice` ends the line."""
+    deviation, rank = measurements["feature_deviation"], measurements["rank_me"]
+    if not (deviation < LEAST_DEVIATION or rank < LEAST_RANK):
+        return {}
+    return {
+        "features": f"the features collapse: deviation {deviation:.3g} (limit {LEAST_DEVIATION}), RankMe {rank:.3g}"
+        f" (limit {LEAST_RANK:g}); try a lower optim.lr_per_256 or a longer warm-up{advice}"
+    }
 
 
 def _fixed_tiles(recipe: PretrainConfig, store: Store, schedule: Schedule) -> Tensor:
     """Return the whole of the tiles at the schedule's first positions, each once, uint8 (N, px, px, 3)."""
     count = min(MOST_TILES, schedule.num_positions)
     px = recipe.augment.global_views.view_px
-    stream = TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=AugmentRecipe(global_views=ViewRecipe(count=1, view_px=px, scale=(1.0, 1.0), flip=0.0)),
-        seed=0,
-        global_batch=count,
-        world=World(),
-        start_step=0,
-        stop_step=1,
-        config=recipe.loader,
-    )
+    whole = AugmentRecipe(global_views=ViewRecipe(count=1, view_px=px, scale=(1.0, 1.0), flip=0.0))
+    request = StreamRequest(recipe=whole, seed=0, global_batch=count, steps=range(1))
+    stream = TileStream(store, schedule, request, config=recipe.loader)
     first = np.sort(np.unique(schedule.tiles_at(0, count), return_index=True)[1])
     return next(iter(stream)).views[0][0][torch.from_numpy(first)]

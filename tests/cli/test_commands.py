@@ -143,7 +143,7 @@ def _pretrain(data, out: Path, *more: object, recipe: object = "dino-demo") -> l
     [
         ("optim.lr_per_255=1e-3", "did you mean lr_per_256?"),
         ("seeds=1", "did you mean seed?"),
-        ("dino.head.outdim=3", "unknown setting dino.head.outdim; did you mean out_dim?"),
+        ("dino.head.outdim=3", "unknown setting objective.head.outdim; did you mean out_dim?"),
         ("global_batch=many", "global_batch"),
         ("seed", "expected key=value"),
         ("seed.x=1", "seed = {'x': 1}: input should be a valid integer"),

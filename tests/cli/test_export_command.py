@@ -17,26 +17,12 @@ from hpcssl.cli.main import main
 from hpcssl.core.atomic import digest_file
 from hpcssl.embed.sources import Source, load_encoder
 from hpcssl.models.encoder import MEAN
-from hpcssl.runs.checkpoint import save_checkpoint
-from hpcssl.train.state import TrainState
 
 
 @pytest.fixture
 def make_run(small: Any, data: Any, tmp_path: Path) -> Any:
     """A run folder with checkpoints at steps 0 and 7 whose student and teacher differ."""
-
-    def make(recipe: Any, name: str = "run", schedule: Any = data) -> Path:
-        run = small.make_run(tmp_path / name, schedule, recipe)
-        state = TrainState(recipe, torch.device("cpu"))
-        save_checkpoint(run, 0, *state.to_checkpoint())
-        state.step = 7
-        with torch.no_grad():
-            for i, tensor in enumerate(state.objective.module.state_dict().values()):
-                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.05)
-        save_checkpoint(run, 7, *state.to_checkpoint())
-        return run
-
-    return make
+    return lambda recipe, schedule=data: small.make_trained_run(tmp_path / "run", schedule, recipe)
 
 
 def call_of(card: Path) -> dict[str, Any]:

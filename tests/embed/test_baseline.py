@@ -89,8 +89,7 @@ def test_weights_that_are_not_there_are_not_downloaded(monkeypatch, tmp_path):
 
 
 def test_weights_that_do_not_fit_are_told(resnet, tmp_path):
-    model, file = resnet
-    weights = model.state_dict()
+    weights = resnet[0].state_dict()
     cases = {
         "lacks": ({k: v for k, v in weights.items() if k != "conv1.weight"}, r"lacks conv1\.weight \(1 such of 120\)"),
         "holds": ({**weights, "extra": torch.ones(1)}, r"holds extra"),
@@ -100,11 +99,7 @@ def test_weights_that_do_not_fit_are_told(resnet, tmp_path):
         torch.save({"state_dict": content}, tmp_path / f"{name}.pth")
         with pytest.raises(ConfigError, match=message):
             Baseline.parse("timm:resnet18", tmp_path / f"{name}.pth").load()
-    for name in ("a.pth", "a.safetensors"):
-        (tmp_path / name).write_bytes(file.read_bytes()[:500])
-        with pytest.raises(ConfigError, match=rf"{name}: no"):
-            Baseline.parse("timm:resnet18", tmp_path / name).load()
-    with pytest.raises(ConfigError, match="no such file of weights"):
+    with pytest.raises(ConfigError, match="no such file of weights; nothing is downloaded"):
         Baseline.parse("timm:resnet18", tmp_path / "gone.pth").load()
 
 

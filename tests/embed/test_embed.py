@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpcssl.core.errors import ConfigError, FeatureError, RunError, StoreError
+from hpcssl.core.errors import ConfigError, FeatureError, RunError
 from hpcssl.embed import embedding as embed_module
 from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source, load_encoder
 from hpcssl.features.feature_files import read_coords, read_slide
 from hpcssl.features.feature_folder import FeatureSet
-from hpcssl.runs.checkpoint import save_checkpoint
+from hpcssl.models.encoder import normalised
 from hpcssl.stores.scan import build_store
-from hpcssl.train.objective import normalised
 from hpcssl.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,20 +24,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def runs(small, data, tmp_path_factory) -> dict[str, Path]:
-    """Runs with checkpoints of step 0 and 7; those of 7 are moved by hand, the teacher otherwise than the student."""
-    made = {}
-    for name, make in small.RECIPES.items():
-        run = small.make_run(tmp_path_factory.mktemp("runs") / f"{name}-run", data, make())
-        state = TrainState(make(), torch.device("cpu"))
-        save_checkpoint(run, 0, *state.to_checkpoint())
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in state.objective.module.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        state.step = 7
-        save_checkpoint(run, 7, *state.to_checkpoint())
-        made[name] = run
-    return made
+    """Runs with checkpoints of steps 0 and 7."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: small.make_trained_run(folder / f"{name}-run", data, make()) for name, make in small.RECIPES.items()}
 
 
 def _embed(data, source: str, out: Path, **more) -> list[int]:
@@ -237,17 +225,12 @@ def test_other_sizes_of_tile_give_other_features(data, runs, features, tmp_path)
     assert all(not np.allclose(larger[name], native[name], atol=1e-3) for name in native)
 
 
-def test_large_slides_are_embedded_in_batches(data, runs, features, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_module, "_BATCH", 2)
-    _embed(data, f"{runs['dino']}@7", tmp_path / "f")
-    for name, wanted in _files(features).items():
-        np.testing.assert_allclose(_files(tmp_path / "f")[name], wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_several_threads_give_the_same_files(data, runs, features, tmp_path):
-    embed_store(data.store, Source.parse(f"{runs['dino']}@7"), tmp_path / "f", threads=3)
-    for name, wanted in _files(features).items():
-        np.testing.assert_allclose(_files(tmp_path / "f")[name], wanted, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize(("batch", "threads"), [(2, 1), (128, 3)])
+def test_neither_batches_nor_threads_change_the_features(data, runs, features, tmp_path, monkeypatch, batch, threads):
+    monkeypatch.setattr(embed_module, "_BATCH", batch)
+    embed_store(data.store, Source.parse(f"{runs['dino']}@7"), tmp_path / "f", threads=threads)
+    for name, expected in _files(features).items():
+        np.testing.assert_allclose(_files(tmp_path / "f")[name], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_source_is_parsed(runs, tmp_path, monkeypatch):
@@ -272,22 +255,10 @@ def test_a_run_without_checkpoints_is_told(small, data, tmp_path):
         Source.parse(str(run))
 
 
-def test_an_undecodable_tile_is_named_and_the_rest_can_follow(small, runs, tmp_path):
-    own = small.make_data(tmp_path)
-    file = own.store.file_of(10)
-    whole = file.read_bytes()
-    file.write_bytes(whole[:300])
-    with pytest.raises(StoreError, match="cannot be decoded") as caught:
-        _embed(own, f"{runs['dino']}@7", tmp_path / "f")
-    assert str(file) in str(caught.value)
-    file.write_bytes(whole)
-    _embed(own, f"{runs['dino']}@7", tmp_path / "f")
-    assert len(_files(tmp_path / "f")) == 6
-
-
 def test_a_refused_size_leaves_nothing_that_the_next_try_trips_on(data, runs, tmp_path):
     with pytest.raises(ConfigError, match="multiple of the encoder"):
         _embed(data, f"{runs['dino']}@7", tmp_path / "f", tile_px=30)
+    assert not (tmp_path / "f").exists()
     _embed(data, f"{runs['dino']}@7", tmp_path / "f")
 
 

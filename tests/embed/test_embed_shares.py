@@ -6,28 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
 from hpcssl.embed.baseline import Baseline
-from hpcssl.embed.embedding import embed_share, embed_store, missing_slides, prepare, source_of, text_of
+from hpcssl.embed.embedding import embed_share, embed_store, missing_slides, source_of, text_of
 from hpcssl.embed.sources import Source
 from hpcssl.features.feature_files import read_slide
-from hpcssl.runs.checkpoint import save_checkpoint
-from hpcssl.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def run(small, data, tmp_path_factory) -> Path:
-    """A run with the checkpoints of steps 0 and 7."""
-    folder = small.make_run(tmp_path_factory.mktemp("runs") / "run", data, small.dino_recipe())
-    state = TrainState(small.dino_recipe(), torch.device("cpu"))
-    for step in (0, 7):
-        state.step = step
-        save_checkpoint(folder, step, *state.to_checkpoint())
-    return folder
+    return small.make_trained_run(tmp_path_factory.mktemp("runs") / "run", data, small.dino_recipe())
 
 
 def _share(data, run: Path, out: Path, slides: list[int]) -> None:
@@ -86,24 +77,20 @@ def test_a_source_means_the_same_to_every_task(run, monkeypatch, tmp_path):
         source_of(str(run), tmp_path / "weights.pth")
 
 
-def test_preparing_refuses_the_folder_of_another_encoder(data, run, tmp_path):
-    encoder, px = prepare(data.store, Source.parse(f"{run}@7"), tmp_path / "f", None)
-    assert (encoder.dim, px) == (24, 32)
-    with pytest.raises(FeatureError, match="holds features with checkpoint = 7, asked for is 0"):
-        prepare(data.store, Source.parse(f"{run}@0"), tmp_path / "f", None)
-    with pytest.raises(ConfigError, match="tiles of 30 px; expected a multiple of the encoder's patch of 8 px"):
-        prepare(data.store, Source.parse(f"{run}@7"), tmp_path / "g", 30)
-    assert not (tmp_path / "g").exists()
-
-
 def test_a_bad_tile_keeps_no_other_slide_from_its_features(small, run, tmp_path):
     own = small.make_data(tmp_path)
     store = own.store
+    whole = {}
     for slide, fault in ((1, b"no picture"), (4, None)):
         file = store.file_of(int(store.first_tiles[slide]))
+        whole[file] = file.read_bytes()
         file.write_bytes(fault) if fault else file.unlink()
     with pytest.raises(BadTileError) as caught:
         _share(own, run, tmp_path / "f", [0, 1, 2, 4, 5])
     assert str(store.file_of(int(store.first_tiles[1]))) in str(caught.value)
     assert "2 of 5 slides have no features for such a tile" in str(caught.value)
     assert {file.stem for file in (tmp_path / "f").glob("*.h5")} == _ids(own, [0, 2, 5])
+    for file, content in whole.items():
+        file.write_bytes(content)
+    _share(own, run, tmp_path / "f", [1, 4])
+    assert {file.stem for file in (tmp_path / "f").glob("*.h5")} == _ids(own, [0, 1, 2, 4, 5]), "the rest can follow"

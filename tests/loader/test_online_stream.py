@@ -158,6 +158,7 @@ def test_two_runs_from_tiles_and_from_slides_have_the_same_loss(small, both, obj
 
 def loss_trace(small: Any, store: Any, schedule: Any, objective: str) -> list[float]:
     """Train eight steps in this process."""
+    from hpcssl.train.loop import request_of
     from hpcssl.train.pretrain_config import Timeline
     from hpcssl.train.reduce import Collectives
     from hpcssl.train.state import TrainState
@@ -165,20 +166,8 @@ def loss_trace(small: Any, store: Any, schedule: Any, objective: str) -> list[fl
 
     recipe, cpu = small.RECIPES[objective](), torch.device("cpu")
     state = TrainState(recipe, cpu)
-    batches = TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=recipe.augment,
-        seed=recipe.seed,
-        global_batch=small.GLOBAL_BATCH,
-        world=World(),
-        start_step=0,
-        stop_step=8,
-        num_patches=state.objective.num_patches,
-    )
-    collectives = Collectives(world=World(), all_reduce_sum=lambda tensor: None)
-    timeline = Timeline(recipe, schedule)
-    return [train_step(state, batch, recipe, timeline, collectives, cpu)["loss"] for batch in batches]
+    batches, timeline = TileStream(store, schedule, request_of(state, recipe, 8, World())), Timeline(recipe, schedule)
+    return [train_step(state, batch, recipe, timeline, Collectives(), cpu)["loss"] for batch in batches]
 
 
 class Failing(OnlineStore):

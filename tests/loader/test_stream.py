@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,22 +21,26 @@ from hpcssl.plan.draw import draw_plan
 def stream(small, data):
     """Makes a stream of the tiny store."""
 
-    def make(start=0, stop=small.STEPS, world=None, *, store=data.store, **more) -> TileStream:
-        return small.stream_of(store, data.schedule, start=start, stop=stop, world=world, **more)
+    def make(*, store=data.store, **more) -> TileStream:
+        return small.stream_of(store, data.schedule, **more)
 
     return make
 
 
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    """Return all tensors of a batch, the tiles along the first axis."""
+    masks = [] if batch.mask is None else [batch.mask]
+    return [torch.from_numpy(batch.positions), *masks, *(t.transpose(0, 1) for t in batch.views + batch.drop_path)]
+
+
 def _same(a: Batch, b: Batch) -> bool:
-    masks = (a.mask is None and b.mask is None) or torch.equal(a.mask, b.mask)
-    views = all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
-    return a.step == b.step and np.array_equal(a.positions, b.positions) and views and masks
+    return a.step == b.step and all(torch.equal(x, y) for x, y in zip(_tensors(a), _tensors(b), strict=True))
 
 
 def test_batches_hold_the_steps_positions_views_and_masks(small, stream):
-    for objective, shapes, patches in (
-        ("dino", [(2, 12, 32, 32, 3), (2, 12, 16, 16, 3)], None),
-        ("mae", [(1, 12, 32, 32, 3)], (12, 16)),
+    for objective, shapes, patches, kept in (
+        ("dino", [(2, 12, 32, 32, 3), (2, 12, 16, 16, 3)], None, [(2, 12, 4), (2, 12, 4)]),
+        ("mae", [(1, 12, 32, 32, 3)], (12, 16), []),
     ):
         batches = list(stream(objective=objective))
         assert [b.step for b in batches] == list(range(small.STEPS))
@@ -45,6 +48,7 @@ def test_batches_hold_the_steps_positions_views_and_masks(small, stream):
         assert [tuple(v.shape) for v in batches[0].views] == shapes
         assert all(v.dtype is torch.uint8 for v in batches[0].views)
         assert (None if batches[0].mask is None else tuple(batches[0].mask.shape)) == patches
+        assert [tuple(k.shape) for k in batches[0].drop_path] == kept
 
 
 def test_pixels_are_those_of_the_scheduled_tiles_also_across_pseudo_epochs(small, stream, data):
@@ -83,13 +87,8 @@ def test_neither_start_nor_prefetch_nor_threads_change_a_step(stream, objective,
 def test_the_shares_of_all_ranks_are_the_batch_of_one(stream, objective, size):
     ranks = [stream(objective=objective, stop=5, world=World(rank=r, size=size)) for r in range(size)]
     for whole, *shares in zip(stream(objective=objective, stop=5), *ranks, strict=True):
-        joined = Batch(
-            step=shares[0].step,
-            positions=np.concatenate([s.positions for s in shares]),
-            views=tuple(torch.cat(v, dim=1) for v in zip(*(s.views for s in shares), strict=True)),
-            mask=None if whole.mask is None else torch.cat([s.mask for s in shares]),
-        )
-        assert _same(joined, whole), whole.step
+        joined = [torch.cat(parts) for parts in zip(*map(_tensors, shares), strict=True)]
+        assert all(torch.equal(x, y) for x, y in zip(joined, _tensors(whole), strict=True)), whole.step
 
 
 def test_the_seed_changes_the_plan_but_not_the_positions(stream):
@@ -254,9 +253,7 @@ def test_the_stream_works_ahead(small, stream, data):
     ("setting", "told"),
     [
         ({"threads": 0}, "threads = 0"),
-        ({"prefetch_steps": 0}, "prefetch"),
-        ({"reads_in_flight": 0}, "reads_in_flight = 0"),
-        ({"read_ahead_steps": 0}, "read_ahead_steps = 0"),
+        ({"max_bad_tiles": 1.5}, "max_bad_tiles = 1.5"),
         ({"backend": "dali2"}, "known: auto, cpu, pillow, dali"),
     ],
 )
@@ -269,9 +266,3 @@ def test_a_finished_run_reads_nothing(small, stream, data):
     store = _Slow(data.store)
     assert list(stream(store=store, start=small.STEPS)) == []
     assert not store.fetched
-
-
-def test_views_are_of_every_kind_in_the_recipe(small, stream):
-    recipe = small.dino_recipe().augment
-    assert recipe.num_views == sum(len(v) for v in next(iter(stream())).views)
-    assert replace(recipe, local_views=None).num_views == 2

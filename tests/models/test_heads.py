@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.special import erf
 
-from hpcssl.core.errors import ConfigError
 from hpcssl.models.heads import DinoHead, DinoHeadConfig
 
 CONFIG = DinoHeadConfig(out_dim=11, hidden_dim=8, bottleneck_dim=5)
@@ -60,8 +59,3 @@ def test_defaults_are_the_papers():
         "last_v": (100, 256),
     }
     assert DinoHeadConfig().out_dim == 65536
-
-
-def test_refuses_an_empty_head():
-    with pytest.raises(ConfigError, match="out_dim 0"):
-        DinoHeadConfig(out_dim=0)

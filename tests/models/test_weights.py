@@ -45,11 +45,8 @@ def _write(path: Path, layout: str, weights: dict) -> Path:
     return path
 
 
-LAYOUTS = {"safetensors": 2, "bare": 2, "dino": 2, "dino_student": 2, "mae": 2, "state_dict": 2}
-
-
-@pytest.mark.parametrize(("layout", "left_out"), LAYOUTS.items())
-def test_every_layout_gives_the_encoder_its_features(tmp_path, vit, layout, left_out):
+@pytest.mark.parametrize("layout", ["safetensors", "bare", "dino", "dino_student", "mae", "state_dict"])
+def test_every_layout_gives_the_encoder_its_features(tmp_path, vit, layout):
     path = _write(tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth"), layout, vit.state_dict())
     encoder = build_encoder(TINY)
     weights, told = read_initial_weights(path, encoder)
@@ -57,9 +54,7 @@ def test_every_layout_gives_the_encoder_its_features(tmp_path, vit, layout, left
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), vit.forward_features(images)[:, 0], atol=1e-5, rtol=0)
-    assert (
-        f"all {len(encoder.vit.state_dict())} of its tensors matched; {left_out} of a head or decoder left out" in told
-    )
+    assert f"all {len(encoder.vit.state_dict())} of its tensors matched; 2 of a head or decoder left out" in told
 
 
 def test_a_wrong_architecture_is_refused_by_its_first_tensor(tmp_path, vit):
@@ -98,7 +93,7 @@ def test_no_code_of_a_file_runs_and_what_is_no_weights_is_told_in_one_line(tmp_p
         ("list.pth", "no named weights"),
         ("torn.pth", "cannot be read as weights"),
         ("torn.safetensors", "cannot be read as weights"),
-        ("nowhere.pth", "no such file; nothing is downloaded: put the weights there"),
+        ("nowhere.pth", "no such file of weights; nothing is downloaded: put them there"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             read_initial_weights(tmp_path / name, encoder)

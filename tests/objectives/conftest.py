@@ -61,7 +61,8 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr("hpcssl.train.objective.normalised", lambda pixels: normalised(pixels).double())
+    for module in ("dino.dino_objective", "mae.mae_objective"):
+        monkeypatch.setattr(f"hpcssl.objectives.{module}.normalised", lambda pixels: normalised(pixels).double())
     yield
     torch.set_default_dtype(before)
 

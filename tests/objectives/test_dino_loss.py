@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcssl.objectives.dino_loss import dino_loss, teacher_entropy, update_center
+from hpcssl.objectives.dino.dino_loss import dino_loss, teacher_entropy, update_center
 
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcssl.objectives.mae_loss import mae_loss, patchify
+from hpcssl.objectives.mae.mae_loss import mae_loss, patchify
 
 
 def _draw():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import nn
 from hpcssl.loader.stream import Batch
 from hpcssl.models.encoder import EncoderConfig, build_encoder, normalised, resample_position
 from hpcssl.models.heads import DinoHead, DinoHeadConfig
+from hpcssl.objectives.contract import Tiles
+from hpcssl.objectives.dino.dino_objective import DinoValues
 from hpcssl.optim.parameters import clip_each, parameter_groups
-from hpcssl.train.objective import Dino
-from hpcssl.train.pretrain_config import StepValues
+from hpcssl.train.objective import build_objective
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
@@ -24,7 +25,7 @@ from hpcssl.train.step import train_step
 CPU = torch.device("cpu")
 REPOSITORY = ("HPCSSL_DINO_REPO", "main_dino.py")
 TOLERANCE = 1e-5
-VALUES = StepValues(lr=0.0, weight_decay=0.0, momentum=0.9, teacher_temperature=0.04, last_layer_frozen=False)
+VALUES = DinoValues(momentum=0.9, teacher_temperature=0.04, last_layer_frozen=False)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -61,7 +62,7 @@ def one_process(tmp_path):
 def _theirs(recipe, ours: nn.Module) -> nn.Module:
     """Return the published student or teacher with our weights."""
     vits, utils = importlib.import_module("vision_transformer"), importlib.import_module("utils")
-    size, head = recipe.encoder, recipe.dino.head
+    size, head = recipe.encoder, recipe.objective.head
     backbone = vits.VisionTransformer(
         img_size=[size.image_px],
         patch_size=size.patch_px,
@@ -93,9 +94,11 @@ def pair(request, small, published):
     """Our objective, the published student and teacher, and the same views for both."""
     published(*REPOSITORY)
     recipe = small.dino_recipe()
-    head = replace(recipe.dino.head, norm_last_layer=request.param)
-    recipe = replace(recipe, encoder=replace(recipe.encoder, drop_path=0.0), dino=replace(recipe.dino, head=head))
-    ours = Dino(recipe, CPU)
+    head = replace(recipe.objective.head, norm_last_layer=request.param)
+    recipe = replace(
+        recipe, encoder=replace(recipe.encoder, drop_path=0.0), objective=replace(recipe.objective, head=head)
+    )
+    ours = build_objective(recipe, CPU)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in ours.module.parameters():  # the teacher is another model, and no weight is 0
@@ -110,20 +113,20 @@ def pair(request, small, published):
 def test_loss_gradients_and_centre_are_the_published_ones(pair):
     recipe, ours, (student, teacher), views = pair
     loss_of = importlib.import_module("main_dino").DINOLoss(
-        recipe.dino.head.out_dim, 4, 0.04, 0.04, 0, 10, student_temp=0.1, center_momentum=0.9
+        recipe.objective.head.out_dim, 4, 0.04, 0.04, 0, 10, student_temp=0.1, center_momentum=0.9
     )
     loss_of.center.copy_(ours.module.get_buffer("center")[None])
     crops = [normalised(view) for kind in views for view in kind]
     theirs = loss_of(student(crops), teacher(crops[:2]).detach(), 0)
     theirs.backward()
 
-    loss = ours.loss(views, np.arange(6), None, VALUES)
+    loss = ours.loss(Tiles(positions=np.arange(6), views=views), VALUES)
     loss.backward()
     assert loss.item() == pytest.approx(theirs.item(), rel=TOLERANCE)
     gradients = {name: p.grad for name, p in student.named_parameters()}
     for name, parameter in ours.trained.named_parameters():
         assert _difference(parameter.grad, gradients[their_name(name)]) < TOLERANCE, name
-    ours.after_update(VALUES, 6, Collectives())
+    ours.after_update(VALUES, 6, lambda tensor: None)
     assert _difference(ours.module.get_buffer("center"), loss_of.center[0]) < TOLERANCE
 
 
@@ -201,7 +204,7 @@ def _tables(recipe, epochs: int, steps: int) -> dict[str, np.ndarray]:
     return {
         "lr": table(peak, optim.final_lr, epochs, steps, warmup_epochs=warmup),
         "weight_decay": table(optim.weight_decay, optim.final_weight_decay, epochs, steps),
-        "momentum": table(recipe.dino.momentum, 1, epochs, steps),
+        "momentum": table(recipe.objective.momentum, 1, epochs, steps),
     }
 
 
@@ -213,8 +216,8 @@ def test_values_are_the_published_ones(published, small, timeline_of):
     recipe = replace(
         recipe,
         optim=replace(recipe.optim, warmup_pseudo_epochs=3),
-        dino=replace(
-            recipe.dino,
+        objective=replace(
+            recipe.objective,
             teacher_temperature=0.07,
             teacher_temperature_warmup_pseudo_epochs=6,
             freeze_last_layer_pseudo_epochs=2,
@@ -226,7 +229,7 @@ def test_values_are_the_published_ones(published, small, timeline_of):
         "teacher_temperature": np.repeat(temperatures, steps),
         "last_layer_frozen": np.arange(epochs * steps) // steps < 2,
     }
-    values = [asdict(timeline.values(step)) for step in range(timeline.total_steps)]
+    values = [vars(v) | vars(v.objective) for v in map(timeline.values, range(timeline.total_steps))]
     for name, table in tables.items():
         np.testing.assert_allclose([value[name] for value in values], table, rtol=1e-12, err_msg=name)
 
@@ -242,7 +245,7 @@ def test_twelve_steps_of_training_give_the_published_weights(pair, timeline_of):
     student, teacher = (_theirs(recipe, state.objective.module.get_submodule(p)) for p in ("student", "teacher"))
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
     tables = _tables(recipe, epochs, steps)
-    loss_of = importlib.import_module("main_dino").DINOLoss(recipe.dino.head.out_dim, 4, 0.04, 0.04, 0, epochs)
+    loss_of = importlib.import_module("main_dino").DINOLoss(recipe.objective.head.out_dim, 4, 0.04, 0.04, 0, epochs)
     torch.manual_seed(1)
     norms: list[float] = []
     for step in range(epochs * steps):

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +19,17 @@ from torch import nn
 from hpcssl.loader.stream import Batch
 from hpcssl.models.decoder import MaeDecoderConfig, MaskedAutoencoder, sincos_position
 from hpcssl.models.encoder import EncoderConfig, build_encoder, normalised
-from hpcssl.objectives.mae_loss import patchify
+from hpcssl.objectives.contract import Tiles
+from hpcssl.objectives.mae.mae_loss import patchify
 from hpcssl.optim.parameters import parameter_groups
 from hpcssl.plan.draw import draw_mask
-from hpcssl.train.objective import Mae
-from hpcssl.train.pretrain_config import StepValues
+from hpcssl.train.objective import build_objective
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-VALUES = StepValues(lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temperature=1.0, last_layer_frozen=False)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +60,7 @@ def models_mae(published, monkeypatch):
 
 def _theirs(models_mae, recipe) -> nn.Module:
     """Return the published model in the recipe's sizes."""
-    size, decoder = recipe.encoder, recipe.decoder
+    size, decoder = recipe.encoder, recipe.objective.decoder
     return models_mae.MaskedAutoencoderViT(
         img_size=size.image_px,
         patch_size=size.patch_px,
@@ -76,7 +76,7 @@ def _theirs(models_mae, recipe) -> nn.Module:
     )
 
 
-def _load(theirs: nn.Module, ours: Mae) -> None:
+def _load(theirs: nn.Module, ours: Any) -> None:
     weights = {their_name(name): tensor for name, tensor in ours.module.state_dict().items()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -91,7 +91,7 @@ def _masks(noise: torch.Tensor) -> torch.Tensor:
 def test_loss_and_gradients_are_the_published_ones(small, models_mae, monkeypatch):
     recipe = small.mae_recipe()
     size = recipe.encoder
-    ours = Mae(recipe, CPU)
+    ours = build_objective(recipe, CPU)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in ours.module.parameters():
@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_the_published_ones(small, models_mae, monkeypatc
     assert torch.equal(hidden.bool(), mask)
     assert torch.equal(patchify(normalised(views[0]), size.patch_px), theirs.patchify(normalised(views[0])))
     published_loss.backward()
-    loss = ours.loss((views,), np.arange(6), mask, VALUES)
+    loss = ours.loss(Tiles(positions=np.arange(6), views=(views,), mask=mask), None)
     loss.backward()
     assert loss.item() == pytest.approx(published_loss.item(), rel=TOLERANCE)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
@@ -160,7 +160,7 @@ def test_fresh_weights_are_drawn_as_published(models_mae):
 
 def test_the_same_parameters_decay(small):
     """The published training leaves the choice to timm, where today the function has another name."""
-    ours = Mae(small.mae_recipe(), CPU).trained
+    ours = build_objective(small.mae_recipe(), CPU).trained
     theirs = param_groups_weight_decay(ours)
     published = [{id(parameter) for parameter in group["params"]} for group in theirs]
     groups = parameter_groups(ours.named_parameters())

@@ -15,7 +15,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from hpcssl.plan import tables
-from hpcssl.plan.draw import Q16, Plan, Views, draw_drop_path, draw_mask, draw_plan
+from hpcssl.plan.draw import Q16, Plan, Stream, ViewParameters, draw_drop_path, draw_mask, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 
 THRESHOLD = 1e-3
@@ -27,6 +27,20 @@ TILE = 2000  # pixels a side: large, so that whole pixels blur nothing
 def dino() -> Plan:
     """20,000 positions of the published multi-crop."""
     return draw_plan(dino_augment(), 0, np.arange(COUNT))
+
+
+@pytest.fixture(scope="module")
+def tissue() -> Plan:
+    """As many positions of a recipe that flips vertically, turns and stains."""
+    return draw_tissue(0, np.arange(COUNT))
+
+
+def draw_tissue(seed: int, positions: np.ndarray) -> Plan:
+    kinds = [
+        ViewRecipe(count=2, view_px=px, scale=scale, jitter=0.5, flip_vertical=0.5, quarter_turns=True, stain=0.8)
+        for px, scale in ((64, (0.4, 1.0)), (32, (0.1, 0.4)))
+    ]
+    return draw_plan(AugmentRecipe(global_views=kinds[0], local_views=kinds[1]), seed, positions)
 
 
 def limit(count: int) -> float:
@@ -168,7 +182,7 @@ def test_interpolation_meets_the_knots_and_lies_between() -> None:
 # colour
 
 
-def kinds_and_recipes(plan: Plan) -> Iterator[tuple[Views, ViewRecipe]]:
+def kinds_and_recipes(plan: Plan) -> Iterator[tuple[ViewParameters, ViewRecipe]]:
     yield from zip(plan.kinds, dino_augment().kinds, strict=True)
 
 
@@ -199,15 +213,30 @@ def test_events_happen_as_often_as_the_recipe_says(dino: Plan) -> None:
         ("saturation", 0.8, 1.2),
         ("hue", -0.1, 0.1),
         ("sigma", 0.1, 2.0),
+        ("stain_factors", 0.95, 1.05),
+        ("stain_shifts", -0.05, 0.05),
     ],
 )
-def test_factors_are_uniform_between_their_limits(dino: Plan, name: str, low: float, high: float) -> None:
-    for views in dino.kinds:
-        values = getattr(views, name).ravel() / Q16
-        assert low - 1e-5 <= values.min() < low + 0.01 * (high - low)
-        assert high - 0.01 * (high - low) < values.max() <= high + 1e-5
-        assert stats.kstest(values, "uniform", args=(low, high - low)).pvalue > THRESHOLD
-        assert stats.kstest(values, "uniform", args=(low, 0.97 * (high - low))).pvalue < THRESHOLD
+def test_factors_are_uniform_between_their_limits(dino: Plan, tissue: Plan, name: str, low: float, high: float) -> None:
+    for views in (tissue if "stain" in name else dino).kinds:
+        drawn = getattr(views, name) / Q16
+        for values in np.moveaxis(drawn, 2, 0) if drawn.ndim == 3 else [drawn]:  # each stain
+            assert low - 1e-5 <= values.min() < low + 0.01 * (high - low)
+            assert high - 0.01 * (high - low) < values.max() <= high + 1e-5
+            assert stats.kstest(values.ravel(), "uniform", args=(low, high - low)).pvalue > THRESHOLD
+            assert stats.kstest(values.ravel(), "uniform", args=(low, 0.97 * (high - low))).pvalue < THRESHOLD
+
+
+def test_turns_are_uniform_and_tissue_is_flipped_and_stained_as_often_as_said(tissue: Plan) -> None:
+    for views in tissue.kinds:
+        assert views.turns.dtype == np.uint8
+        for v in range(2):
+            assert stats.chisquare(np.bincount(views.turns[:, v], minlength=4)).pvalue > THRESHOLD
+            check_frequency(views.flip_vertical[:, v], 0.5, "vertical flip")
+            check_frequency(views.stain[:, v], 0.8, "stain")
+            # the eight ways to lay a square come up alike
+            symmetry = views.turns[:, v] + 4 * (views.flip[:, v] ^ views.flip_vertical[:, v])
+            assert stats.chisquare(np.bincount(symmetry, minlength=8)).pvalue > THRESHOLD
 
 
 def test_all_24_orders_come_up_equally_often(dino: Plan) -> None:
@@ -278,22 +307,32 @@ def check_uncorrelated(columns: np.ndarray) -> None:
 
 
 def parameters(plan: Plan) -> np.ndarray:
-    """Every drawn number of every view, (positions, numbers); what never varies is left out."""
-    columns = [getattr(views, f.name).astype(float) for views in plan.kinds for f in fields(Views)]
+    """Every drawn number of every view, (positions, numbers), a turn as its sine and cosine; not what never varies."""
+    columns = []
+    for views in plan.kinds:
+        for f in fields(ViewParameters):
+            array = getattr(views, f.name).astype(float)
+            columns += [np.sin(array * np.pi / 2), np.cos(array * np.pi / 2)] if f.name == "turns" else [array]
     table = np.concatenate([column.reshape(len(plan.positions), -1) for column in columns], axis=1)
     return table[:, table.std(axis=0) > 0]
 
 
-def test_no_two_numbers_of_a_plan_go_together(dino: Plan) -> None:
+def test_no_two_numbers_of_a_plan_go_together(dino: Plan, tissue: Plan) -> None:
     table = parameters(dino)
     assert table.shape[1] > 130
     check_uncorrelated(table)
+    check_uncorrelated(parameters(tissue))
 
 
-@pytest.mark.parametrize("step", [1, 2, 64, 1024])
-def test_positions_do_not_go_together(dino: Plan, step: int) -> None:
-    table = parameters(replace(dino, kinds=(dino.kinds[0],)))
-    check_uncorrelated(np.concatenate([table[:-step], table[step:]], axis=1))
+def check_positions(plan: Plan, *steps: int) -> None:
+    table = parameters(replace(plan, kinds=(plan.kinds[0],)))
+    for step in steps:
+        check_uncorrelated(np.concatenate([table[:-step], table[step:]], axis=1))
+
+
+def test_positions_do_not_go_together(dino: Plan, tissue: Plan) -> None:
+    check_positions(dino, 1, 2, 64, 1024)
+    check_positions(tissue, 1, 2, 64)
 
 
 def check_seeds(draw: Callable[[int, np.ndarray], Plan]) -> None:
@@ -310,12 +349,21 @@ def draw_globals(seed: int, positions: np.ndarray) -> Plan:
 
 def test_seeds_do_not_go_together() -> None:
     check_seeds(draw_globals)
+    check_seeds(draw_tissue)
 
 
-def test_the_checks_catch_added_seeds_and_one_draw_for_two_views(dino: Plan) -> None:
+def test_the_checks_catch_added_seeds_and_shared_draws(
+    dino: Plan, tissue: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AssertionError, match="between"):
         check_seeds(lambda seed, positions: draw_globals(0, positions + seed))
     views = dino.kinds[0]
     shared = replace(views, hue=np.repeat(views.hue[:, :1], 2, axis=1))
     with pytest.raises(AssertionError, match="between"):
         check_uncorrelated(parameters(replace(dino, kinds=(shared,))))
+    with pytest.raises(AssertionError, match="between"):
+        check_positions(draw_tissue(0, np.arange(COUNT) // 2), 1)
+    of_another = property(lambda stream: int(Stream.FLIP if stream == Stream.FLIP_VERTICAL else stream) << 16)
+    monkeypatch.setattr(Stream, "first_block", of_another)
+    with pytest.raises(AssertionError, match="between"):
+        check_uncorrelated(parameters(draw_tissue(0, np.arange(2000))))

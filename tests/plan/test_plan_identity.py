@@ -17,7 +17,7 @@ import hpcssl
 from hpcssl.core.errors import ConfigError
 from hpcssl.core.rng import uniforms
 from hpcssl.plan import draw as draw_module
-from hpcssl.plan.draw import Plan, Stream, Views, draw_drop_path, draw_plan
+from hpcssl.plan.draw import Plan, Stream, ViewParameters, draw_drop_path, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 
 POSITIONS = np.concatenate(
@@ -34,12 +34,26 @@ def mae(positions: np.ndarray, seed: int = 0) -> Plan:
     return draw_plan(mae_augment(), seed, positions, num_patches=196)
 
 
+def tissue_recipe(**changes: float) -> AugmentRecipe:
+    """The published one with vertical flips, turns and stains."""
+    changes = {"flip_vertical": 0.5, "quarter_turns": True, "stain": 0.8, **changes}
+    recipe = dino_augment()
+    return replace(recipe, global_views=replace(recipe.global_views, **changes))  # type: ignore[arg-type]
+
+
+def tissue(positions: np.ndarray, seed: int = 0) -> Plan:
+    return draw_plan(tissue_recipe(), seed, positions, drop_path=(0.0, 0.2))
+
+
 def arrays_of(plan: Plan) -> dict[str, np.ndarray]:
-    arrays = {f"{k}.{f.name}": getattr(views, f.name) for k, views in enumerate(plan.kinds) for f in fields(Views)}
-    return arrays | ({} if plan.mask is None else {"mask": plan.mask}) | {"positions": plan.positions}
+    arrays = {
+        f"{k}.{f.name}": getattr(views, f.name) for k, views in enumerate(plan.kinds) for f in fields(ViewParameters)
+    }
+    kept = {f"{k}.drop_path": kept for k, kept in enumerate(plan.drop_path)}
+    return arrays | kept | ({} if plan.mask is None else {"mask": plan.mask}) | {"positions": plan.positions}
 
 
-def row(views: Views, p: int, v: int) -> str:
+def row(views: ViewParameters, p: int, v: int) -> str:
     """One planned view of a 224 px tile, as a line."""
     left, top, width, height = views.windows(224, 224)[p, v].tolist()
     words = [f"{width}x{height}+{left}+{top}"]
@@ -156,12 +170,12 @@ def check_ranks_agree(draw: Callable[[np.ndarray, int], Plan]) -> None:
             assert (np.concatenate([part[name] for part in parts]) == array).all(), f"{name} with {size} ranks"
 
 
-@pytest.mark.parametrize("draw", [dino, mae])
+@pytest.mark.parametrize("draw", [dino, mae, tissue])
 def test_any_batch(draw: DrawPlan) -> None:
     check_any_batch(draw)
 
 
-@pytest.mark.parametrize("draw", [dino, mae])
+@pytest.mark.parametrize("draw", [dino, mae, tissue])
 def test_any_world(draw: DrawPlan) -> None:
     check_ranks_agree(lambda positions, rank: draw(positions))
 
@@ -210,13 +224,12 @@ def test_views_stand_on_their_own() -> None:
     one_kind = replace(recipe, local_views=None)
     alone = draw_plan(one_kind, 0, POSITIONS).kinds[0]
     beside = dino(POSITIONS).kinds[0]
-    for f in fields(Views):
+    for f in fields(ViewParameters):
         assert (getattr(alone, f.name) == getattr(beside, f.name)).all(), f.name
 
 
 def test_one_setting_shifts_no_other() -> None:
-    base = dino(POSITIONS).kinds[0]
-    recipe = dino_augment()
+    base, recipe = tissue(POSITIONS).kinds[0], tissue_recipe()
     changes: dict[str, AugmentRecipe] = {
         "flip": replace(recipe, global_views=replace(recipe.global_views, flip=1.0)),
         "grey": replace(recipe, global_views=replace(recipe.global_views, grey=0.0)),
@@ -226,10 +239,15 @@ def test_one_setting_shifts_no_other() -> None:
         "brightness": replace(recipe, brightness=0.1),
         "sigma": replace(recipe, blur_sigma=(1.0, 5.0)),
         "hue": replace(recipe, hue=0.5),
+        "flip_vertical": tissue_recipe(flip_vertical=0.9),
+        "turns": tissue_recipe(quarter_turns=False),
+        "stain": tissue_recipe(stain=0.2),
+        "stain_factors": replace(recipe, stain_alpha=0.3),
+        "stain_shifts": replace(recipe, stain_beta=0.3),
     }
     for name, changed_recipe in changes.items():
         changed = draw_plan(changed_recipe, 0, POSITIONS).kinds[0]
-        for f in fields(Views):
+        for f in fields(ViewParameters):
             same = (getattr(changed, f.name) == getattr(base, f.name)).all()
             assert same == (f.name != name), f"{f.name} when {name} is set otherwise"
 
@@ -248,7 +266,7 @@ def test_the_digest_covers_every_array(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(dino(np.arange(4)), mask=np.zeros((4, 4), bool))
     seen = {plan.digest()}
     for k, views in enumerate(plan.kinds):
-        for f in fields(Views):
+        for f in fields(ViewParameters):
             array = getattr(views, f.name).copy()
             array[-1, -1] = ~array[-1, -1] if array.dtype == bool else array[-1, -1] ^ 1
             kinds = list(plan.kinds)
@@ -256,10 +274,11 @@ def test_the_digest_covers_every_array(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.add(replace(plan, kinds=tuple(kinds)).digest())
     seen.add(replace(plan, mask=np.eye(4, dtype=bool)).digest())
     seen.add(replace(plan, mask=None).digest())
+    seen.add(replace(plan, drop_path=(np.zeros((4, 2, 3), bool),)).digest())
     seen.add(replace(plan, positions=plan.positions + 1).digest())
     monkeypatch.setattr(draw_module, "VERSION", draw_module.VERSION + 1)
     seen.add(plan.digest())
-    assert len(seen) == 1 + 2 * len(fields(Views)) + 4
+    assert len(seen) == 1 + 2 * len(fields(ViewParameters)) + 5
 
 
 # any processor
@@ -320,38 +339,31 @@ def test_the_same_bits_on_a_processor_without_avx() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "expected"),
     [
-        {"count": -1},
-        {"view_px": 0},
-        {"scale": (0.0, 1.0)},
-        {"scale": (0.5, 0.4)},
-        {"scale": (0.5, 1.1)},
-        {"flip": 1.1},
-        {"jitter": -0.1},
-        {"blur": (0.5,)},
-        {"solarize": (0.5, 2.0)},
-        {"flip_vertical": 1.5},
-        {"stain": -0.1},
+        ({"count": -1}, "count = -1; expected at least 0"),
+        ({"view_px": 0}, "view_px = 0"),
+        ({"scale": (0.0, 1.0)}, "views: scale"),
+        ({"scale": (0.5, 0.4)}, "views: scale"),
+        ({"scale": (0.5, 1.1)}, "scale.1 = 1.1"),
+        ({"jitter": -0.1}, "jitter = -0.1"),
+        ({"blur": (0.5,)}, "blur has 1 probabilities for 2 views"),
+        ({"solarize": (0.5, 2.0)}, "solarize.1 = 2.0; expected at most 1"),
     ],
 )
-def test_a_view_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="views: "):
+def test_a_view_that_cannot_be_drawn_is_refused(change: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         replace(dino_augment().global_views, **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"brightness": 1.5},
-        {"saturation": -0.1},
         {"hue": 0.6},
         {"blur_sigma": (2.0, 0.1)},
-        {"mask_ratio": 1.5},
-        {"mask_ratio": -0.5},
+        {"blur_sigma": (0.1, 1001.0)},
+        {"mask_ratio": 1.0},
         {"contrast": float("nan")},
-        {"stain_alpha": 1.1},
-        {"stain_beta": -0.1},
     ],
 )
 def test_an_augmentation_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> None:

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from hpcssl.core.config import build, read_yaml, settings, to_mapping
+from hpcssl.core.config import build, fixed, free, groups_in, is_free, read_yaml, settings, to_mapping
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.runs import run_folder as folder
 from hpcssl.runs.run_folder import Generation, prepare_run, read_config, record_start
@@ -16,33 +16,33 @@ from hpcssl.runs.run_folder import Generation, prepare_run, read_config, record_
 
 @settings
 class Optim:
-    lr_per_256: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = None
+    lr_per_256: float = fixed(5e-5)
+    betas: tuple[float, float] = fixed((0.9, 0.999))
+    clip: float | None = fixed(None)
 
 
 @settings
 class Loader:
-    threads: int = 1
+    threads: int = free(1)
 
 
 @settings
 class Train:
-    precision: str = "auto"
-    micro_batch: int | None = None
+    precision: str = fixed("auto")
+    micro_batch: int | None = free(None)
 
 
 @settings
 class Checkpoint:
-    keep_last: int = 2
+    keep_last: int = free(2)
 
 
 @settings
 class Config:
-    objective: str = "dino"
-    seed: int = 0
-    global_batch: int = 1080
-    stop_after: float | None = None
+    objective: str = fixed("dino")
+    seed: int = fixed(0)
+    global_batch: int = fixed(1080)
+    stop_after: float | None = free(None)
     optim: Optim = field(default_factory=Optim)
     loader: Loader = field(default_factory=Loader)
     train: Train = field(default_factory=Train)
@@ -51,7 +51,7 @@ class Config:
 
 @settings
 class YoungerOptim(Optim):
-    momentum: float = 0.9
+    momentum: float = fixed(0.9)
 
 
 @settings
@@ -59,7 +59,7 @@ class YoungerConfig(Config):
     """Of a later version that has two more settings."""
 
     optim: YoungerOptim = field(default_factory=YoungerOptim)
-    crops: int = 2
+    crops: int = fixed(2)
 
 
 DATA = {"store": "/a/store", "store_digest": "s1", "schedule": "/a/schedule", "schedule_digest": "d1"}
@@ -171,6 +171,21 @@ def test_free_settings_change(run, key, value):
         node = node[part]
     assert node == value
     assert read_config(run)["derived"]["stop_step"] == 5
+
+
+def test_every_setting_of_a_run_says_whether_it_is_free():
+    from hpcssl.train.pretrain_config import PretrainConfig
+
+    silent, groups = [], [PretrainConfig]
+    for group in groups:
+        hints = get_type_hints(group)
+        for field_ in fields(group):
+            inner = groups_in(hints[field_.name])
+            groups += inner
+            if not inner and is_free(field_) is None:
+                silent.append(f"{group.__name__}.{field_.name}")
+    assert len(groups) > 10
+    assert silent == []
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

@@ -14,7 +14,6 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.core.errors import BadTileError, SlideError, StoreError, UnreachableTileError
-from hpcssl.core.world import World
 from hpcssl.loader.stream import LoaderConfig, TileStream
 from hpcssl.slides import ranges
 from hpcssl.slides.opening import open_slide
@@ -254,19 +253,8 @@ def test_the_command_tells_what_a_server_says(server, quick, tmp_path, capsys, f
 
 def stream_of(small: Any, store: Store, schedule: Any, **more: Any) -> TileStream:
     """Return a stream of two steps."""
-    return TileStream(
-        store=store,
-        schedule=schedule,
-        recipe=small.mae_recipe().augment,
-        seed=0,
-        global_batch=6,
-        world=World(),
-        start_step=0,
-        stop_step=2,
-        num_patches=16,
-        config=LoaderConfig(max_bad_tiles=1.0, reads_in_flight=8, threads=2),
-        **more,
-    )
+    config = LoaderConfig(max_bad_tiles=1.0, reads_in_flight=8, threads=2)
+    return TileStream(store, schedule, small.request_of("mae", stop=2, global_batch=6), config=config, **more)
 
 
 def test_a_run_stops_where_no_server_answers(online, small, remote, server, quick, tmp_path) -> None:

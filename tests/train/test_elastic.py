@@ -1,7 +1,11 @@
-"""Fifty steps whose loss falls, drop-path on: the same losses for 1 to 4 ranks, also where their number changes."""
+"""Several ranks equal one, each in a thread, by real steps and an exact sum; every breakage turns a check red.
+
+Fifty steps whose loss falls, drop-path on: the same losses for 1 to 4 ranks, also where their number changes.
+"""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +13,12 @@ import pytest
 import torch
 
 from hpcssl.core.errors import ConfigError
-from hpcssl.core.world import World, check_divides
+from hpcssl.core.world import check_divides
 from hpcssl.loader import stream as stream_module
-from hpcssl.train.loop import _stream
-from hpcssl.train.objective import Dino
-from hpcssl.train.pretrain_config import Timeline
-from hpcssl.train.reduce import Collectives
+from hpcssl.objectives.dino.dino_objective import Dino
+from hpcssl.plan import draw as draw_module
+from hpcssl.train.reduce import GradientBuffer
 from hpcssl.train.state import TrainState
-from hpcssl.train.step import train_step
 
 CPU = torch.device("cpu")
 STEPS = 50
@@ -24,6 +26,7 @@ TOLERANCE = 1e-5  # relative, of every step's loss
 FALL = {"dino": 0.75, "mae": 0.92}  # the mean loss of the last five steps over that of the first five is below
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
+both = pytest.mark.parametrize("objective", ["dino", "mae"])
 
 
 @pytest.fixture(scope="module")
@@ -38,116 +41,150 @@ def _recipe(small, objective: str):
     if objective == "mae":
         return replace(recipe, optim=replace(recipe.optim, lr_per_256=0.1))
     assert recipe.encoder.drop_path == 0.3
-    return replace(recipe, dino=replace(recipe.dino, momentum=0.996, center_momentum=0.99))
+    return replace(recipe, objective=replace(recipe.objective, momentum=0.996, center_momentum=0.99))
 
 
-def _advance(small, data, recipe, states: list[TrainState], stop: int, saved: list | None = None) -> list[float]:
-    """Train some states, one a rank, up to a step; returns the losses and appends the state before each to `saved`."""
-    size, schedule, store = len(states), data.schedule, data.store
-    schedule.tiles_at(0, schedule.num_positions)  # all files are open before there are threads
-    timeline, ranks = Timeline(recipe, schedule), small.VirtualRanks(size)
-
-    def work(rank: int) -> list[float]:
-        collectives = Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank))
-        folder = data.store_path.parent
-        stream = iter(_stream(states[rank], recipe, timeline, store, schedule, collectives, folder, CPU))
-        losses = []
-        while states[rank].step < stop:
-            if saved is not None:
-                tensors, values = states[rank].to_checkpoint()
-                step = {"step": states[rank].step}
-                saved.append(({name: tensor.clone() for name, tensor in tensors.items()}, {**values, **step}))
-            losses.append(train_step(states[rank], next(stream), recipe, timeline, collectives, CPU)["loss"])
-        stream.close()
-        return losses
-
-    return ranks.run(work)[0]
-
-
-def _states(recipe, size: int, found=None) -> list[TrainState]:
+def _states(recipe, size: int, checkpoint=None) -> list[TrainState]:
     states = [TrainState(recipe, CPU) for _ in range(size)]
     for state in states:
-        if found:  # a copy for each: loaded moments are kept, not copied
-            tensors, values = found
+        if checkpoint:  # a copy for each: loaded moments are kept, not copied
+            tensors, values = checkpoint
             state.from_checkpoint({name: tensor.clone() for name, tensor in tensors.items()}, values)
     return states
+
+
+@pytest.fixture
+def losses(small, long_data):
+    """Returns the losses of some ranks up to a step, after a look at what all of them must have alike."""
+
+    def run(recipe, size: int, stop: int = STEPS, checkpoint=None) -> list[float]:
+        states = _states(recipe, size, checkpoint)
+        records = [
+            [(r["loss"], r["grad_norm"]) for r in rank] for rank in small.advance(long_data, recipe, states, stop)
+        ]
+        assert all(rank == records[0] for rank in records), "every rank tells the same loss and gradient norm"
+        for state in states[1:]:
+            for name, tensor in states[0].objective.module.state_dict().items():
+                assert torch.equal(tensor, state.objective.module.state_dict()[name]), f"{name} differs between ranks"
+        return [loss for loss, _ in records[0]]
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def alone(small, long_data):
     """Of each objective, the losses of one rank and the state before every step."""
     torch.set_num_threads(1)
-    found = {}
+    results = {}
     for objective in ("dino", "mae"):
         recipe, saved = _recipe(small, objective), []
-        losses = _advance(small, long_data, recipe, _states(recipe, 1), STEPS, saved)
-        found[objective] = np.array(losses), saved
-    return found
+
+        def save(state, saved=saved) -> None:
+            tensors, values = state.to_checkpoint()
+            saved.append(({name: tensor.clone() for name, tensor in tensors.items()}, {**values, "step": state.step}))
+
+        (records,) = small.advance(long_data, recipe, _states(recipe, 1), STEPS, save)
+        results[objective] = np.array([record["loss"] for record in records]), saved
+    return results
 
 
-def _difference(losses: list[float], wanted: np.ndarray) -> float:
-    return float(np.abs(np.array(losses) / wanted - 1).max())
+def _difference(losses: list[float], expected: np.ndarray) -> float:
+    """Return the largest relative difference of a step's loss."""
+    return float(np.abs(np.array(losses) / expected[: len(losses)] - 1).max())
 
 
-@pytest.mark.parametrize("objective", ["dino", "mae"])
+@both
 def test_the_losses_really_fall(alone, objective):
     losses = alone[objective][0]
     assert losses[-5:].mean() < FALL[objective] * losses[:5].mean()
+    assert len(set(losses.tolist())) == STEPS, "they move, so that equal ones say something"
 
 
+@both
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("objective", ["dino", "mae"])
-def test_any_number_of_ranks_gives_the_losses_of_one(small, long_data, alone, objective, size):
-    recipe = _recipe(small, objective)
-    losses = _advance(small, long_data, recipe, _states(recipe, size), STEPS)
-    assert _difference(losses, alone[objective][0]) < TOLERANCE
+def test_any_number_of_ranks_gives_the_losses_of_one(small, losses, alone, objective, size):
+    assert _difference(losses(_recipe(small, objective), size), alone[objective][0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("objective", ["dino", "mae"])
-def test_from_every_step_another_number_of_ranks_goes_on_alike(small, long_data, alone, objective):
+@both
+def test_from_every_step_another_number_of_ranks_goes_on_alike(small, losses, alone, objective):
     """One step from each of the fifty, with 2, 3 and 4 ranks in turn; the whole rest is in the long test."""
-    recipe, (wanted, saved) = _recipe(small, objective), alone[objective]
+    recipe, (expected, saved) = _recipe(small, objective), alone[objective]
     for step in range(STEPS):
-        states = _states(recipe, 2 + step % 3, saved[step])
-        losses = _advance(small, long_data, recipe, states, step + 1)
-        assert _difference(losses, wanted[step : step + 1]) < TOLERANCE, step
+        assert _difference(losses(recipe, 2 + step % 3, step + 1, saved[step]), expected[step:]) < TOLERANCE, step
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("objective", ["dino", "mae"])
-def test_from_every_step_another_number_of_ranks_trains_the_rest_alike(small, long_data, alone, objective):
-    recipe, (wanted, saved) = _recipe(small, objective), alone[objective]
+@both
+def test_from_every_step_another_number_of_ranks_trains_the_rest_alike(small, losses, alone, objective):
+    recipe, (expected, saved) = _recipe(small, objective), alone[objective]
     for step in range(STEPS):
-        states = _states(recipe, 2 + step % 3, saved[step])
-        assert _difference(_advance(small, long_data, recipe, states, STEPS), wanted[step:]) < TOLERANCE, step
+        assert _difference(losses(recipe, 2 + step % 3, STEPS, saved[step]), expected[step:]) < TOLERANCE, step
 
 
-@pytest.mark.parametrize("objective", ["dino", "mae"])
-def test_micro_batches_give_the_losses_of_the_whole_batch(small, long_data, alone, objective):
+@both
+@pytest.mark.parametrize(("size", "micro_batch", "stop"), [(1, 5, STEPS), (2, 4, 12), (3, 1, 12)])
+def test_micro_batches_give_the_losses_of_the_whole_batch(small, losses, alone, objective, size, micro_batch, stop):
     recipe = _recipe(small, objective)
-    recipe = replace(recipe, train=replace(recipe.train, micro_batch=5))  # parts of 5, 5 and 2 tiles
-    losses = _advance(small, long_data, recipe, _states(recipe, 1), STEPS)
-    assert _difference(losses, alone[objective][0]) < TOLERANCE
+    recipe = replace(recipe, train=replace(recipe.train, micro_batch=micro_batch))  # also unequal parts: 5, 5, 2
+    assert _difference(losses(recipe, size, stop), alone[objective][0]) < TOLERANCE
 
 
-def test_a_rank_seeded_plan_fails_this_test(small, long_data, alone, monkeypatch):
+@both
+def test_a_plan_seeded_by_the_rank_is_noticed(small, losses, alone, objective, monkeypatch):
     draw, share = stream_module.draw_plan, small.GLOBAL_BATCH // 2
 
     def broken(recipe, seed, positions, **more):
         return draw(recipe, seed + int(positions[0] // share) % 2, positions, **more)
 
     monkeypatch.setattr(stream_module, "draw_plan", broken)
+    assert _difference(losses(_recipe(small, objective), 2, 5), alone[objective][0]) > 100 * TOLERANCE
+
+
+def test_drop_path_seeded_by_the_rank_is_noticed(small, losses, alone, monkeypatch):
+    draw, share = draw_module.draw_drop_path, small.GLOBAL_BATCH // 2
+
+    def broken(seed, positions, views, rates):
+        return draw(seed + int(positions[0] // share) % 2, positions, views, rates)
+
+    monkeypatch.setattr(draw_module, "draw_drop_path", broken)
+    assert _difference(losses(_recipe(small, "dino"), 2, 12), alone["dino"][0]) > 100 * TOLERANCE
+
+
+def test_drop_path_is_on_in_these_checks(small, losses, alone):
     recipe = _recipe(small, "dino")
-    losses = _advance(small, long_data, recipe, _states(recipe, 2), 5)
-    assert _difference(losses, alone["dino"][0][:5]) > 100 * TOLERANCE
+    without = losses(replace(recipe, encoder=replace(recipe.encoder, drop_path=0.0)), 1, 12)
+    assert _difference(without, alone["dino"][0]) > 100 * TOLERANCE
 
 
-def test_an_unreduced_centre_fails_this_test(small, long_data, alone, monkeypatch):
+def test_a_centre_that_is_not_reduced_is_noticed(small, losses, monkeypatch):
     after = Dino.after_update
-    monkeypatch.setattr(Dino, "after_update", lambda self, values, count, _: after(self, values, count, Collectives()))
-    recipe = _recipe(small, "dino")
-    losses = _advance(small, long_data, recipe, _states(recipe, 2), 10)
-    assert _difference(losses, alone["dino"][0][:10]) > 10 * TOLERANCE
+
+    def broken(self, values, global_batch, all_reduce_sum):
+        return after(self, values, global_batch // 2, lambda tensor: None)
+
+    monkeypatch.setattr(Dino, "after_update", broken)
+    with pytest.raises(AssertionError, match="center differs between ranks"):
+        losses(_recipe(small, "dino"), 2, 2)
+
+
+def test_a_centre_of_one_rank_alone_changes_the_loss(small, losses, alone, monkeypatch):
+    """Also where all ranks agree on it, a centre of half of the batch is noticed."""
+    after = Dino.after_update
+
+    def broken(self, values, global_batch, all_reduce_sum):
+        if threading.current_thread().name == "rank 1":
+            self._sum.zero_()
+        return after(self, values, global_batch, all_reduce_sum)
+
+    monkeypatch.setattr(Dino, "after_update", broken)
+    assert _difference(losses(_recipe(small, "dino"), 2, 12), alone["dino"][0]) > 10 * TOLERANCE
+
+
+def test_gradients_that_are_not_reduced_are_noticed(small, losses, monkeypatch):
+    monkeypatch.setattr(GradientBuffer, "mean_over_ranks", lambda self, collectives: None)
+    with pytest.raises(AssertionError, match="every rank tells the same"):
+        losses(_recipe(small, "dino"), 2, 12)
 
 
 def test_ranks_that_cannot_share_the_batch_are_told_who_can():

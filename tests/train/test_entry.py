@@ -20,7 +20,7 @@ from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.stores.scan import build_store
 from hpcssl.train.entry import _Patience, pretrain
-from hpcssl.train.loop import Stopped
+from hpcssl.train.loop import Stopped, Surroundings
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
@@ -42,9 +42,9 @@ def _start(run, *, steps: int | None = None) -> list[str]:
         local_rank=0,
         ranks_per_node=1,
         cores=1,
-        generation=Generation.take(run),
-        asked_to_stop=lambda: next(left) + 1 == steps,
-        say=said.append,
+        surroundings=Surroundings(
+            generation=Generation.take(run), asked_to_stop=lambda: next(left) + 1 == steps, say=said.append
+        ),
     )
     return said
 

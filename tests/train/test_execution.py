@@ -9,8 +9,10 @@ import torch
 from hpcssl.core.config import build
 from hpcssl.core.errors import ConfigError
 from hpcssl.loader.stream import Batch
+from hpcssl.plan.draw import draw_plan
 from hpcssl.train import execution
 from hpcssl.train.execution import can_compile, describe_execution, resolve_execution, resolve_precision
+from hpcssl.train.objective import build_objective
 from hpcssl.train.pretrain_config import Timeline, TrainConfig
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
@@ -86,11 +88,8 @@ def test_on_a_gpu_compiled_and_checkpointed_steps_are_plain_steps(small, data, o
     views = tuple(
         torch.randint(0, 256, (k.count, 12, k.view_px, k.view_px, 3), dtype=torch.uint8) for k in recipe.augment.kinds
     )
-    mask = None
-    if objective == "mae":
-        mask = torch.zeros(12, 16, dtype=torch.bool)
-        mask[:, :12] = True
-    batch = Batch(step=0, positions=np.arange(12), views=views, mask=mask)
+    needs = build_objective(recipe, CPU).needs
+    batch = Batch.of(0, views, draw_plan(recipe.augment, 0, np.arange(12), **vars(needs)))
     losses = []
     for changes in ({}, {"compile": True}, {"checkpoint_activations": True}):
         changed = replace(recipe, train=TrainConfig(precision="fp32", **({"compile": False} | changes)))

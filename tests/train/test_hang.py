@@ -27,6 +27,7 @@ def _rank(run: Path, rank: int) -> None:
     from hpcssl.core.world import World
     from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
     from hpcssl.train.entry import pretrain
+    from hpcssl.train.loop import Surroundings
 
     warnings.simplefilter("error", FutureWarning)
     torch.cuda.is_available = lambda: False
@@ -49,9 +50,11 @@ def _rank(run: Path, rank: int) -> None:
                 local_rank=rank,
                 ranks_per_node=2,
                 cores=2,
-                generation=Generation.take(run) if rank == 0 else None,
-                asked_to_stop=asked_to_stop,
-                say=lambda text: None,
+                surroundings=Surroundings(
+                    generation=Generation.take(run) if rank == 0 else None,
+                    asked_to_stop=asked_to_stop,
+                    say=lambda text: None,
+                ),
             )
     except Exception as error:  # noqa: BLE001 - told to the test
         outcome = f"{type(error).__name__}: {error}"

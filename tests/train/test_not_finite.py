@@ -12,11 +12,12 @@ import torch
 
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
+from hpcssl.objectives.dino.dino_objective import Dino
+from hpcssl.objectives.mae.mae_objective import Mae
 from hpcssl.plan.draw import draw_plan
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from hpcssl.runs.trace import read_metrics
 from hpcssl.train.failure import failed_step_folder, load_batch, repeat_failed_step
-from hpcssl.train.objective import Dino, Mae
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import NotFiniteError
@@ -44,9 +45,8 @@ def poison(monkeypatch):
     def put(positions=POISON, value=math.nan) -> None:
         for kind in (Dino, Mae):
 
-            def poisoned(self, views, positions_of_part, mask, values, real=kind.loss):
-                hit = bool(np.isin(positions_of_part, positions).any())
-                return real(self, views, positions_of_part, mask, values) * (value if hit else 1.0)
+            def poisoned(self, tiles, values, real=kind.loss):
+                return real(self, tiles, values) * (value if np.isin(tiles.positions, positions).any() else 1.0)
 
             monkeypatch.setattr(kind, "loss", poisoned)
 
@@ -152,7 +152,7 @@ def test_beyond_the_allowance_the_step_is_saved_and_can_be_repeated(small, data,
     assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items()), "the state before the step"
     assert values["step"] == 3
     _, share = load_checkpoint(folder / "batch-rank1of2.safetensors")
-    patches = TrainState(recipe, CPU).objective.num_patches
+    patches = TrainState(recipe, CPU).objective.needs.num_patches
     plan = draw_plan(recipe.augment, recipe.seed, np.arange(42, 48), num_patches=patches)
     assert share["plan_digest"] == plan.digest()
 

@@ -8,13 +8,11 @@ import pytest
 import timm
 import torch
 
-from hpcssl.cli.export_command import timm_arguments
 from hpcssl.core import resources
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import ConfigError
-from hpcssl.models.decoder import MaskedAutoencoder
-from hpcssl.models.encoder import build_encoder
-from hpcssl.train.objective import check_recipe
+from hpcssl.embed.exported import timm_arguments
+from hpcssl.train.objective import build_objective, check_recipe
 from hpcssl.train.pretrain_config import load_recipe
 
 
@@ -23,9 +21,8 @@ def test_what_export_writes_of_every_recipe_is_what_timm_expects(name):
     """Names, shapes and types of all tensors, without memory for them: a strict load needs no more."""
     recipe = load_recipe(name)
     with torch.device("meta"):
-        encoder = build_encoder(recipe.encoder)
-        if recipe.objective == "mae":
-            MaskedAutoencoder(encoder, recipe.decoder)  # which changes the encoder
+        objective = build_objective(recipe, torch.device("meta"))
+        encoder = objective.module.get_submodule(objective.encoder_prefix.rstrip("."))
         model = timm.create_model(**timm_arguments(to_mapping(encoder.config)))
     ours, theirs = ({n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (encoder.vit, model))
     assert ours == theirs

@@ -1,7 +1,7 @@
 """A whole training step again, in float64 numpy from pixels to weights: loss, gradient, update, teacher and centre.
 
-Nothing of the library takes part but the draws of drop-path. Gradients are compared with difference quotients of the
-numpy loss, one random direction a tensor.
+Nothing of the library takes part but the draws of masks and drop-path. Gradients are compared with difference quotients
+of the numpy loss, one random direction a tensor.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from scipy.special import erf
 
 from hpcssl.loader.stream import Batch
-from hpcssl.models.encoder import resample_position
-from hpcssl.objectives.mae_loss import patchify
-from hpcssl.plan.draw import draw_drop_path
+from hpcssl.objectives.contract import Tiles
+from hpcssl.objectives.mae.mae_loss import patchify
+from hpcssl.plan.draw import draw_plan
 from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
@@ -141,18 +141,16 @@ class _Dino:
 
     def scales(self) -> list[np.ndarray]:
         rates = np.repeat(np.linspace(0, self.recipe.encoder.drop_path, DEPTH), 2)
-        keep = draw_drop_path(self.recipe.seed, self.batch.positions, range(4), rates.tolist())  # (B, V, branches)
-        scale = keep.swapaxes(0, 1) / (1 - rates)
-        return [scale[:2].reshape(-1, 2 * DEPTH), scale[2:].reshape(-1, 2 * DEPTH)]
+        return [kept.numpy().reshape(-1, 2 * DEPTH) / (1 - rates) for kept in self.batch.drop_path]
 
     def targets(self, w: Weights) -> tuple[np.ndarray, np.ndarray]:
         logits = _logits(_below(w, "teacher."), self.views[0])
-        return logits, _softmax((logits - w["center"]) / self.recipe.dino.teacher_temperature)
+        return logits, _softmax((logits - w["center"]) / self.recipe.objective.teacher_temperature)
 
     def loss(self, w: Weights) -> float:
         _, q = self.targets(w)
         student = [_logits(_below(w, "student."), v, s) for v, s in zip(self.views, self.scales(), strict=True)]
-        log_p = np.log(_softmax(np.concatenate(student) / self.recipe.dino.student_temperature))
+        log_p = np.log(_softmax(np.concatenate(student) / self.recipe.objective.student_temperature))
         pairs = [-(q[g] * log_p[v]).sum(-1).mean() for g in range(2) for v in range(4) if v != g]
         return float(np.mean(pairs))
 
@@ -172,7 +170,7 @@ class _Mae:
             x = _encoded(vit, of_image[None, ~row])[0] @ w["decoder_embed.weight"].T + w["decoder_embed.bias"]
             full = np.repeat(w["mask_token"][0], len(row) + 1, 0)
             full[0], full[1:][~row] = x[0], x[1:]
-            y = _blocks(w, "decoder_blocks.", full[None] + position, self.recipe.decoder.depth)
+            y = _blocks(w, "decoder_blocks.", full[None] + position, self.recipe.objective.decoder.depth)
             y = _normed(y, w["decoder_norm.weight"], w["decoder_norm.bias"])[0, 1:]
             predicted = y @ w["decoder_pred.weight"].T + w["decoder_pred.bias"]
             target = _cut(image[None])[0].reshape(len(row), -1)
@@ -193,13 +191,13 @@ def _sincos(dim: int, side: int) -> np.ndarray:
 def begin(small: Any, data: Any) -> Callable[..., Any]:
     """A state at a step with weights, moments and, of DINO, teacher and centre unlike those of a beginning."""
 
-    def make(objective: str, step: int, **changes: Any) -> tuple[Any, TrainState, Batch]:
-        recipe = small.RECIPES[objective](**changes)
+    def make(kind: str, step: int, **changes: Any) -> tuple[Any, TrainState, Batch]:
+        recipe = small.RECIPES[kind](**changes)
         state, generator = TrainState(recipe, CPU), torch.Generator().manual_seed(5)
         tensors, values = state.to_checkpoint()
         tensors = {n: t.clone() for n, t in tensors.items()}
         for name, tensor in tensors.items():
-            if objective == "dino" or not name.endswith("pos_embed"):
+            if kind == "dino" or not name.endswith("pos_embed"):
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
         updates = {}
         for name, parameter in state.objective.trained.named_parameters():
@@ -209,14 +207,11 @@ def begin(small: Any, data: Any) -> Callable[..., Any]:
                     drawn = 0.02 * torch.randn(parameter.shape, generator=generator)
                     tensors[f"optimizer.{key}.{name}"] = drawn**power
         state.from_checkpoint(tensors, {**values, "updates": updates, "step": step})
-        kinds = recipe.augment.kinds
-        shapes = [(kind.count, small.GLOBAL_BATCH, kind.view_px, kind.view_px, 3) for kind in kinds]
+        shapes = [(k.count, small.GLOBAL_BATCH, k.view_px, k.view_px, 3) for k in recipe.augment.kinds]
         views = tuple(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for shape in shapes)
-        mask = torch.zeros(small.GLOBAL_BATCH, 16, dtype=torch.bool)
-        mask.scatter_(1, torch.rand(mask.shape, generator=generator).argsort(1)[:, 4:], True)
         positions = np.arange(step * small.GLOBAL_BATCH, (step + 1) * small.GLOBAL_BATCH)
-        batch = Batch(step=step, positions=positions, views=views, mask=mask if objective == "mae" else None)
-        return recipe, state, batch
+        plan = draw_plan(recipe.augment, recipe.seed, positions, **vars(state.objective.needs))
+        return recipe, state, Batch.of(step, views, plan)
 
     return make
 
@@ -229,8 +224,8 @@ def _weights(state: TrainState) -> Weights:
 def _gradients(state: TrainState, batch: Batch, timeline: Timeline) -> Weights:
     """What autograd gives of the whole batch, before anything is clipped or dropped."""
     state.gradients.zero()
-    values = timeline.values(state.step)
-    state.objective.loss(batch.views, batch.positions, batch.mask, values).backward()
+    tiles = Tiles(positions=batch.positions, views=batch.views, mask=batch.mask, drop_path=batch.drop_path)
+    state.objective.loss(tiles, timeline.values(state.step).objective).backward()
     state.objective.forget()
     named = state.objective.trained.named_parameters()
     return {name: p.grad.double().numpy().copy() for name, p in named if p.requires_grad}
@@ -265,12 +260,12 @@ def _assert_near(found: np.ndarray, wanted: np.ndarray, told: str) -> None:
 def _check_dino(small, data, begin, step, *, learnt_lengths=False):
     """Train a step both ways; at step 2 the last layer is still frozen."""
     plain = small.dino_recipe()
-    head = replace(plain.dino.head, norm_last_layer=not learnt_lengths)
+    head = replace(plain.objective.head, norm_last_layer=not learnt_lengths)
     optim = replace(plain.optim, clip=0.05)  # so that many tensors are clipped, and others not
-    recipe, state, batch = begin("dino", step, dino=replace(plain.dino, head=head), optim=optim)
+    recipe, state, batch = begin("dino", step, objective=replace(plain.objective, head=head), optim=optim)
     timeline, w, numpy = Timeline(recipe, data.schedule), _weights(state), _Dino(recipe, batch)
     values = timeline.values(step)
-    assert values.last_layer_frozen == (step < 3)
+    assert values.objective.last_layer_frozen == (step < 3)
     assert values.lr > 0
 
     gradients = _gradients(state, batch, timeline)
@@ -294,7 +289,8 @@ def _check_dino(small, data, begin, step, *, learnt_lengths=False):
             wanted = w[f"student.{name}"]
             assert f"optimizer.exp_avg.{name}" not in after
         _assert_near(after[f"student.{name}"], wanted, name)
-        teacher = values.momentum * w[f"teacher.{name}"] + (1 - values.momentum) * after[f"student.{name}"]
+        momentum = values.objective.momentum
+        teacher = momentum * w[f"teacher.{name}"] + (1 - momentum) * after[f"student.{name}"]
         _assert_near(after[f"teacher.{name}"], teacher, name)
     _assert_near(after["center"], 0.9 * w["center"] + 0.1 * logits.mean((0, 1)), "center")
 
@@ -304,7 +300,7 @@ def _check_mae(data, begin):
     timeline, w, numpy = Timeline(recipe, data.schedule), _weights(state), _Mae(recipe, batch)
     values = timeline.values(6)
     assert values.lr > 0
-    w["decoder_position"] = _sincos(recipe.decoder.embed_dim, 4)
+    w["decoder_position"] = _sincos(recipe.objective.decoder.embed_dim, 4)
     _assert_near(w["encoder.vit.pos_embed"], _sincos(recipe.encoder.embed_dim, 4), "position embedding")
 
     gradients = _gradients(state, batch, timeline)
@@ -359,11 +355,14 @@ def _with_the_biased_variance(predictions, images, mask, patch_px):
     ("where", "broken"),
     [
         ("hpcssl.train.step.clip_each", _clipped_together),
-        ("hpcssl.train.objective.Dino.before_update", _frozen_by_a_zero),
+        ("hpcssl.objectives.dino.dino_objective.Dino.before_update", _frozen_by_a_zero),
         ("hpcssl.models.encoder.resample_position", _resampled_to_the_size),
         ("hpcssl.train.state.TrainState.set_values", _all_decay),
-        ("hpcssl.train.objective.update_center", lambda center, total, count, m: center * (1 - m) + total / count * m),
-        ("hpcssl.train.objective.residual_scale", lambda keep, rates: keep.float()),
+        (
+            "hpcssl.objectives.dino.dino_objective.update_center",
+            lambda center, total, count, m: center * (1 - m) + total / count * m,
+        ),
+        ("hpcssl.objectives.dino.dino_objective.residual_scale", lambda keep, rates: keep.float()),
     ],
 )
 def test_another_step_of_dino_is_noticed(small, data, begin, monkeypatch, where, broken):
@@ -375,7 +374,7 @@ def test_another_step_of_dino_is_noticed(small, data, begin, monkeypatch, where,
 @pytest.mark.parametrize(
     ("where", "broken"),
     [
-        ("hpcssl.train.objective.mae_loss", _with_the_biased_variance),
+        ("hpcssl.objectives.mae.mae_objective.mae_loss", _with_the_biased_variance),
         ("hpcssl.train.state.TrainState.set_values", _all_decay),
     ],
 )
@@ -383,11 +382,3 @@ def test_another_step_of_mae_is_noticed(data, begin, monkeypatch, where, broken)
     monkeypatch.setattr(where, broken)
     with pytest.raises(AssertionError):
         _check_mae(data, begin)
-
-
-@pytest.mark.parametrize(("native", "side"), [(14, 6), (4, 2), (7, 3), (14, 37)])
-def test_position_embeddings_are_resampled_by_the_cubic_convolution(native, side):
-    position = np.random.default_rng(3).normal(size=(1 + native**2, 5))
-    ours = resample_position(torch.from_numpy(position), (native, native), (side, side)).numpy()
-    np.testing.assert_allclose(ours[1:], _positions(position, side), rtol=0, atol=1e-12)
-    assert np.array_equal(ours[0], position[0])

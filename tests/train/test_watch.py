@@ -12,6 +12,7 @@ import torch
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
 from hpcssl.runs.trace import read_metrics
+from hpcssl.train.objective import build_objective
 from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.state import TrainState
 from hpcssl.train.watch import MOST_TILES, CollapseWatch, complaints, feature_deviation, rank_me
@@ -140,7 +141,8 @@ def test_a_warning_is_said_once_and_names_limit_and_remedy(small, data, tmp_path
     ],
 )
 def test_each_limit_has_its_complaint(small, change, told):
-    found = complaints({**HEALTHY, **change}, small.dino_recipe())
+    measurements = {**HEALTHY, **change}
+    found = complaints(measurements) | build_objective(small.dino_recipe(), CPU).complaints(measurements)
     assert len(found) == (told is not None)
     if told:
         assert told in "".join(found.values())
@@ -155,12 +157,14 @@ def test_real_collapses_are_told_and_health_is_not(small, tmp_path, change, told
     """Without the centre one output wins; without a sharp teacher all outputs become equal."""
     data = small.make_data(tmp_path, pseudo_epochs=15)
     plain = small.dino_recipe()
-    dino = replace(plain.dino, **({"teacher_temperature": 0.01, "center_momentum": 0.8, "momentum": 0.99} | change))
+    dino = replace(
+        plain.objective, **({"teacher_temperature": 0.01, "center_momentum": 0.8, "momentum": 0.99} | change)
+    )
     mild = AugmentRecipe(
         global_views=ViewRecipe(count=2, view_px=32, scale=(0.6, 1.0)),
         local_views=ViewRecipe(count=2, view_px=16, scale=(0.3, 0.6)),
     )
-    recipe = _every(replace(plain, dino=dino, augment=mild), 10)
+    recipe = _every(replace(plain, objective=dino, augment=mild), 10)
     said = small.train_here(small.make_run(tmp_path / "run", data, recipe), recipe, data)
     warned = [text for text in said if "try " in text]
     assert bool(warned) == (told is not None), warned

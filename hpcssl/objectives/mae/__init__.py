@@ -1,0 +1,1 @@
+"""The masked autoencoder (He et al. 2022)."""

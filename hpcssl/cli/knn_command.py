@@ -39,25 +39,18 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from hpcssl.cli.mccv_command import tell_left_out
+    from hpcssl.cli.mccv_command import report_left_out
     from hpcssl.cli.progress import progress
-    from hpcssl.evaluate.knn import knn_parts
-    from hpcssl.evaluate.mil.benchmark import plan_parts
-    from hpcssl.evaluate.mil.presets import PRESETS
+    from hpcssl.evaluate.knn import Neighbours
+    from hpcssl.evaluate.labelled import label_features
+    from hpcssl.pipelines.evaluate import find_neighbours
 
     allowed = {"allow_missing": args.allow_missing, "allow_extra": args.allow_missing}
-    parts = plan_parts(args.features, args.splits, PRESETS["gma-50"], replicas=1, kind=args.kind, **allowed)
-    tell_left_out(parts)
-    weighted = args.votes == "weighted"
-    with progress("nearest neighbours", total=len(parts), unit="tables") as advance:
-        table = knn_parts(
-            parts,
-            k=args.k,
-            weighted=weighted,
-            tiles_per_slide=args.tiles_per_slide,
-            out=args.out,
-            on_progress=advance,
-        )
+    pairs = label_features(args.features, args.splits, kind=args.kind, **allowed)
+    report_left_out((data.name, data) for data in pairs)
+    neighbours = Neighbours(k=args.k, weighted=args.votes == "weighted", tiles_per_slide=args.tiles_per_slide)
+    with progress("nearest neighbours", total=len(pairs), unit="tables") as advance:
+        table = find_neighbours(pairs, neighbours, out=args.out, on_progress=advance)
     table = table[table["encoder"].str.endswith(", k-NN")]
     metrics = ["auc", "accuracy", "tile_auc", "tile_accuracy"]
     means = table.pivot_table(index=["task", "encoder", "checkpoint"], columns="metric", values="value", sort=False)

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hpcssl.report.arms import UNTRAINED, Arm, replicas_with_value, score_matrices, short_step
 from hpcssl.report.curves import WHAT_THE_INTERVAL_IS
-from hpcssl.report.results import UNTRAINED, Arm, replicas_with_value, score_matrices, short_step
-from hpcssl.report.style import GREY, INK, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+from hpcssl.report.style import GREY, INK, Chart, Look, draw, elided, looks, say_empty
 from hpcssl.report.summary import METRICS
 
 _GAP = 0.6
@@ -21,7 +21,7 @@ _LOWEST_SPAN = 0.06
 _FEWEST_FOR_BOX = 5
 
 
-def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
+def checkpoints_chart(results: pd.DataFrame, summary: pd.DataFrame) -> Chart:
     """Return the figure of a checked results table and its summary."""
     last = {arm: matrix.iloc[:, -1] for arm, matrix in score_matrices(results).items()}
     counts = replicas_with_value(results)
@@ -30,12 +30,12 @@ def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
     styles = looks(list(last))
     columns = 2 if len(tasks) > 1 and len(styles) <= _MAX_PER_HALF_WIDTH else 1
     height = 0.5 + 2.75 * -(-len(tasks) // columns)
-    return Part(
+    return Chart(
         name="auc_by_checkpoint",
         title="AUC by checkpoint",
         caption=_caption(several=bool(summary["score_low"].notna().any())),
         alt="Mean last-epoch AUC. " + " ".join(_told(task, summary) for task in tasks),
-        png=draw(WIDTH_INCH, height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
+        png=draw(height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
         table=table,
     )
 

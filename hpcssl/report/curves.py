@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hpcssl.report.arms import SCORES, Arm, split_matrices
 from hpcssl.report.bootstrap import RESAMPLES, mean_interval
-from hpcssl.report.results import SCORES, Arm, split_matrices
-from hpcssl.report.style import SOLID, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+from hpcssl.report.style import SOLID, Chart, Look, draw, elided, looks, say_empty
 from hpcssl.report.summary import METRICS as SUMMARY_NAMES
 
 METRICS = {
@@ -31,7 +31,7 @@ WHAT_THE_INTERVAL_IS = (
 )
 
 
-def curve_parts(results: pd.DataFrame) -> list[Part]:
+def curve_charts(results: pd.DataFrame) -> list[Chart]:
     """Return one figure for each task of a checked results table; what was not trained (epoch 0) has no curve."""
     results = results[results["epoch"] > 0]
     if results.empty:
@@ -70,7 +70,7 @@ def _points(metric: str, arm: Arm, matrix: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**arm._asdict(), **columns})
 
 
-def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[str, str], Look]) -> Part:
+def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[str, str], Look]) -> Chart:
     present = set(zip(points["encoder"], points["checkpoint"]))
     used = {key: look for key, look in everything.items() if key in present}
     banded = _banded(list(used))
@@ -90,13 +90,13 @@ def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[
         for key, look in used.items()
         if len(rows := scores[(scores["encoder"] == key[0]) & (scores["checkpoint"] == key[1])])
     ]
-    return Part(
+    return Chart(
         name=name,
         title=f"{task}: loss and {score} over the epochs",
         caption=" ".join(caption),
         alt=f"Training loss, validation loss and {score} by epoch on {task}. "
         f"{score} at the last epoch: {', '.join(last)}.",
-        png=draw(WIDTH_INCH, 5.6, lambda figure: _paint(figure, points, used, banded)),
+        png=draw(5.6, lambda figure: _paint(figure, points, used, banded)),
         table=points,
     )
 

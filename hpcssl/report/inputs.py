@@ -6,44 +6,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcssl.report.results import FILE_NAME, ReportError
+from hpcssl.evaluate.results import RESULTS_NAME, ResultsFolder
+from hpcssl.report.arms import ReportError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The folders of one report."""
 
-    results: Path | None
-    runs: tuple[Path, ...]
-    schedule: Path | None
+    results: Path | None = None
+    """Holds results.csv."""
+    runs: tuple[Path, ...] = ()
+    """Hold metrics.jsonl."""
+    schedule: Path | None = None
+    """Holds schedule.json."""
 
 
-def sorted_inputs(folders: Sequence[Path]) -> Inputs:
-    """Tell results (results.csv), runs (metrics.jsonl) and a schedule (schedule.json) apart.
+def sort_inputs(folders: Sequence[Path]) -> Inputs:
+    """Tell results, runs and a schedule apart by the files in them.
 
     Raises
     ------
     ReportError
         For a folder that is none of them, or a second results or schedule folder.
     """
-    kinds: dict[str, list[Path]] = {FILE_NAME: [], "metrics.jsonl": [], "schedule.json": []}
+    of_kind: dict[str, list[Path]] = {RESULTS_NAME: [], "metrics.jsonl": [], "schedule.json": []}
     for folder in folders:
-        held = [name for name in kinds if (folder / name).is_file()]
-        if not held:
+        kinds = [name for name in of_kind if (folder / name).is_file()]
+        if not kinds:
             raise ReportError(_not_understood(folder))
-        for name in held:
-            if folder not in kinds[name]:
-                kinds[name].append(folder)
-    for name in (FILE_NAME, "schedule.json"):
-        if len(kinds[name]) > 1:
-            listed = " and ".join(map(str, kinds[name][:2]))
+        for name in kinds:
+            if folder not in of_kind[name]:
+                of_kind[name].append(folder)
+    results, runs, schedules = of_kind.values()
+    for name, several in ((RESULTS_NAME, results), ("schedule.json", schedules)):
+        if len(several) > 1:
+            listed = " and ".join(map(str, several[:2]))
             raise ReportError(f"{listed}: both hold {name}; expected one of them, make a report for each")
-    results, schedule = kinds[FILE_NAME], kinds["schedule.json"]
-    return Inputs(
-        results=results[0] if results else None,
-        runs=tuple(kinds["metrics.jsonl"]),
-        schedule=schedule[0] if schedule else None,
-    )
+    return Inputs(results=next(iter(results), None), runs=tuple(runs), schedule=next(iter(schedules), None))
 
 
 def _not_understood(folder: Path) -> str:
@@ -51,6 +51,8 @@ def _not_understood(folder: Path) -> str:
         return f"{folder}: no such folder; expected results, a run or a schedule"
     if not folder.is_dir():
         return f"{folder}: a file; expected the folder of results, a run or a schedule"
-    if (folder / "parts").is_dir():
-        return f"{folder}: a benchmark that is not finished (no {FILE_NAME}); run its `hpcssl mccv` command again first"
-    return f"{folder}: neither results ({FILE_NAME}), a run (metrics.jsonl) nor a schedule (schedule.json)"
+    if ResultsFolder(folder).parts.is_dir():
+        return (
+            f"{folder}: a benchmark that is not finished (no {RESULTS_NAME}); run its `hpcssl mccv` command again first"
+        )
+    return f"{folder}: neither results ({RESULTS_NAME}), a run (metrics.jsonl) nor a schedule (schedule.json)"

@@ -12,8 +12,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from hpcssl.report.arms import UNTRAINED, Arm, arm_order, score_matrices, short_step
 from hpcssl.report.paired import VAL_PER_TRAIN, corrected
-from hpcssl.report.results import UNTRAINED, Arm, arm_order, score_matrices, short_step
 from hpcssl.report.summary import interval_text
 
 _METRIC_NAMES = {"auc": "", "r2": " (R²)"}

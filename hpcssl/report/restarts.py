@@ -13,27 +13,27 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hpcssl.report.style import DASHES, GREY, PALETTE, WIDTH_INCH, Part, draw, elided
+from hpcssl.report.style import DASHES, GREY, PALETTE, Chart, draw, elided
 
 _COLUMNS = ["run", "start", "time", "step", "why", "processes", "nodes"]
 _FIRST = "first start"
 _MOST_TOLD = 12  # causes in the words beside the figure; all of them stand in the table
 
 
-def restarts_part(runs: Mapping[str, Path], last_steps: Mapping[str, int]) -> Part | None:
+def restarts_chart(runs: Mapping[str, Path], last_steps: Mapping[str, int]) -> Chart | None:
     """Return the restart history of runs by their names; None where none of them was started more than once."""
     table = pd.concat([_history(name, run) for name, run in runs.items()], ignore_index=True)
     again = table[table["start"] > 1]
     if again.empty:
         return None
     told = " ".join(_told(str(name), starts) for name, starts in again.groupby("run", sort=False))
-    return Part(
+    return Chart(
         name="restarts",
         title="Restarts",
         caption="The processes of a run by its steps; a dot is a restart, at the checkpoint that it went on from. "
         + told,
         alt=told,
-        png=draw(WIDTH_INCH, 2.6, lambda figure: _paint(figure, table, last_steps)),
+        png=draw(2.6, lambda figure: _paint(figure, table, last_steps)),
         table=table,
     )
 

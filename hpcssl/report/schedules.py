@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from hpcssl.core.atomic import write_atomic
-from hpcssl.report.shares import organ_shares_part
-from hpcssl.report.style import PALETTE, WIDTH_INCH, Part, draw
+from hpcssl.report.shares import organ_shares_chart
+from hpcssl.report.style import PALETTE, Chart, draw
 from hpcssl.schedule.inspect import Inspection
 
 _HEIGHT_INCH = 3.0
@@ -19,7 +19,7 @@ _HEIGHT_INCH = 3.0
 
 def write_inspection(schedule: Path, found: Inspection, out: Path) -> list[Path]:
     """Write each figure as PNG with its numbers as CSV beside it into the folder `out`; returns the pictures."""
-    parts = [organ_shares_part(schedule), _repeats(found), _passes(found), _coverage(found)]
+    parts = [organ_shares_chart(schedule), _repeats(found), _passes(found), _coverage(found)]
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         write_atomic(out / f"{part.name}.png", part.png)
@@ -27,7 +27,7 @@ def write_inspection(schedule: Path, found: Inspection, out: Path) -> list[Path]
     return [out / f"{part.name}.png" for part in parts]
 
 
-def _repeats(found: Inspection) -> Part:
+def _repeats(found: Inspection) -> Chart:
     table = found.repeats
 
     def paint(figure: Figure) -> None:
@@ -40,17 +40,17 @@ def _repeats(found: Inspection) -> Part:
         _label_counts(axes, "draws of a tile over the whole schedule", "tiles")
 
     most = table.iloc[-1]
-    return Part(
+    return Chart(
         name="repeats",
         title="Repeats per tile",
         caption="How many tiles the schedule draws how often; 0: never.",
         alt=f"Bars over the number of draws; the most often drawn {most['tiles']:,} tiles come {most['draws']} times.",
-        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        png=draw(_HEIGHT_INCH, paint),
         table=table,
     )
 
 
-def _passes(found: Inspection) -> Part:
+def _passes(found: Inspection) -> Chart:
     table = found.passes
 
     def paint(figure: Figure) -> None:
@@ -65,17 +65,17 @@ def _passes(found: Inspection) -> Part:
         _label_counts(axes, "pass (a colour is a pseudo-epoch of it)", "slides")
 
     whole = table.groupby("pass")["slides"].sum()
-    return Part(
+    return Chart(
         name="slides_per_pass",
         title="Slides per pass",
         caption="Slides that each pass uses, stacked by its pseudo-epochs; a whole pass uses every slide once.",
         alt=f"{len(whole)} bars of {whole.min():,} to {whole.max():,} slides.",
-        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        png=draw(_HEIGHT_INCH, paint),
         table=table,
     )
 
 
-def _coverage(found: Inspection) -> Part:
+def _coverage(found: Inspection) -> Chart:
     table = found.coverage
     start = pd.DataFrame({"samples_seen": [0], "slides_share": [0.0], "tiles_share": [0.0]})
 
@@ -97,7 +97,7 @@ def _coverage(found: Inspection) -> Part:
         figure.legend(loc="outside upper center", ncols=2)
 
     last = table.iloc[-1]
-    return Part(
+    return Chart(
         name="coverage",
         title="Coverage against samples seen",
         caption="Share of the slides and of the tiles that have been seen at least once.",
@@ -105,7 +105,7 @@ def _coverage(found: Inspection) -> Part:
             f"Two rising lines; at the end {last['slides_share']:.1%} of the slides"
             f" and {last['tiles_share']:.1%} of the tiles."
         ),
-        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        png=draw(_HEIGHT_INCH, paint),
         table=table,
     )
 

@@ -8,20 +8,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hpcssl.report.style import PALETTE, WIDTH_INCH, Part, draw, elided
+from hpcssl.report.style import PALETTE, Chart, draw, elided
+from hpcssl.schedule.inspect import organ_shares
 
 _BAR = 0.38
 _FEW = 16
 
 
-def organ_shares_part(schedule: Path) -> Part:
+def organ_shares_chart(schedule: Path) -> Chart:
     """Return the figure of a schedule's organ shares: natural (by tiles) beside scheduled (by positions)."""
-    from hpcssl.schedule.inspect import organ_shares
-
     table = organ_shares(schedule).sort_values(["natural_share", "organ"], ascending=[False, True], ignore_index=True)
     height = max(1.9, 1.2 + (0.32 if len(table) <= _FEW else 0.25) * len(table))
     largest, after = table.iloc[0], table["scheduled_share"]
-    return Part(
+    return Chart(
         name="organ_shares",
         title="Organ shares before and after balancing",
         caption=(
@@ -33,7 +32,7 @@ def organ_shares_part(schedule: Path) -> Part:
             f"{largest['scheduled_share']:.1%} of the positions; after balancing the shares lie between "
             f"{after.min():.1%} and {after.max():.1%}."
         ),
-        png=draw(WIDTH_INCH, height, lambda figure: _paint(figure, table)),
+        png=draw(height, lambda figure: _paint(figure, table)),
         table=table,
     )
 

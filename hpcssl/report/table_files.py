@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hpcssl.report.arms import short_step
 from hpcssl.report.formats import table_files
 from hpcssl.report.leaderboard import (
     cells,
@@ -18,12 +19,13 @@ from hpcssl.report.leaderboard import (
     saturation,
     saturation_text,
 )
-from hpcssl.report.results import short_step
 from hpcssl.report.summary import difference_text
+from hpcssl.report.times import step_times
+from hpcssl.runs.trace import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class TablePart:
+class ComparisonTable:
     """A table of the page."""
 
     name: str
@@ -37,7 +39,7 @@ class TablePart:
     """Name to content of the files beside the page."""
 
 
-def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequence[Path] = ()) -> list[TablePart]:
+def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequence[Path] = ()) -> list[ComparisonTable]:
     """Return leaderboard and pairs, where there are several encoders, and early saturation, where several checkpoints.
 
     `runs` tell what the training after saturation cost: a run's folder has the encoder's name.
@@ -51,10 +53,10 @@ def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequen
     return tables
 
 
-def _leaderboard(summary: pd.DataFrame) -> TablePart:
+def _leaderboard(summary: pd.DataFrame) -> ComparisonTable:
     table = leaderboard(summary)
     header, *rows = cells(table)
-    return TablePart(
+    return ComparisonTable(
         name="leaderboard",
         title="Leaderboard",
         sentences=[],
@@ -65,7 +67,7 @@ def _leaderboard(summary: pd.DataFrame) -> TablePart:
     )
 
 
-def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> TablePart:
+def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> ComparisonTable:
     table = pairs(results, summary)
     words = {"better": "first is better", "worse": "second is better", "unclear": "undecided", "unknown": "too few"}
     rows = [
@@ -80,7 +82,7 @@ def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> TablePart:
         for row in table.to_dict("records")
     ]
     header = ["task", "first", "second", "difference (95 % interval)", "p", "verdict"]
-    return TablePart(
+    return ComparisonTable(
         name="pairs",
         title="Encoder against encoder",
         sentences=pair_verdicts(table),
@@ -92,7 +94,7 @@ def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> TablePart:
     )
 
 
-def _saturation(found: pd.DataFrame) -> TablePart:
+def _saturation(found: pd.DataFrame) -> ComparisonTable:
     records = found.to_dict("records")
     rows = [
         [
@@ -106,7 +108,7 @@ def _saturation(found: pd.DataFrame) -> TablePart:
         for row in records
     ]
     header = ["task", "encoder", "first", "best", "last", "first − best", "training after", "GPU-hours after"]
-    return TablePart(
+    return ComparisonTable(
         name="saturation",
         title="Early saturation",
         sentences=[saturation_text({str(k): v for k, v in row.items()}) for row in records],
@@ -125,8 +127,5 @@ def _named(encoder: object, checkpoint: object) -> str:
 
 def _hours(runs: Sequence[Path]) -> dict[str, pd.DataFrame]:
     """Return the times of every run that recorded them, by the name of its folder."""
-    from hpcssl.report.times import step_times
-    from hpcssl.runs.trace import read_metrics
-
-    found = {run.resolve().name: step_times(read_metrics(run)) for run in runs}
-    return {name: times for name, times in found.items() if times is not None}
+    recorded = {run.resolve().name: step_times(read_metrics(run)) for run in runs}
+    return {name: times for name, times in recorded.items() if times is not None}

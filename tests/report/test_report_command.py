@@ -5,13 +5,13 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.cli.report_command import format_table
-from hpcssl.report.inputs import sorted_inputs
+from hpcssl.report.inputs import sort_inputs
 from hpcssl.report.summary import summarise
 
 
 def test_folders_are_told_apart_in_any_order(make_results, write_results, make_run, schedule, demo_levels) -> None:
     results, a, b = write_results(make_results(demo_levels)), make_run("a"), make_run("b")
-    found = sorted_inputs([b, schedule, results, a, b])
+    found = sort_inputs([b, schedule, results, a, b])
     assert (found.results, found.runs, found.schedule) == (results, (b, a), schedule)
 
 

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from hpcssl.report.formats import latex, markdown
+from hpcssl.report.inputs import Inputs
 from hpcssl.report.leaderboard import (
     cells,
     leaderboard,
@@ -109,7 +110,7 @@ def test_markdown_and_latex(make_results) -> None:
 
 
 def test_every_table_of_the_page_is_there_as_csv_markdown_and_latex(results, write_results, tmp_path) -> None:
-    out = write_report(tmp_path / "out", results=write_results(results), title="t").parent
+    out = write_report(tmp_path / "out", Inputs(results=write_results(results)), title="t").page.parent
     page = (out / "report.html").read_text(encoding="utf-8")
     for name in ("summary", "leaderboard", "pairs"):
         numbers = pd.read_csv(out / f"{name}.csv")
@@ -134,7 +135,7 @@ def test_values_are_judged_by_r2(make_results, write_results, tmp_path) -> None:
     summary = summarise(results)
     assert summary.set_index("task")["metric"].to_dict() == {"age": "r2", "lung": "auc"}
     assert "age (R²)" in leaderboard(summary).columns
-    out = write_report(tmp_path / "out", results=write_results(results), title="t").parent
+    out = write_report(tmp_path / "out", Inputs(results=write_results(results)), title="t").page.parent
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "vit beats r50 on 1 of 2 tasks (undecided on 1)." in page
     assert "R² or AUC (95 % interval)" in page
@@ -145,7 +146,7 @@ def test_values_are_judged_by_r2(make_results, write_results, tmp_path) -> None:
 def test_what_was_not_trained_has_no_curve(make_results, write_results, tmp_path) -> None:
     near = make_results({("lung", "vit, k-NN", "100"): 0.7}, replicas=1, epochs=1).assign(epoch=0)
     results = pd.concat([make_results({("lung", "vit", "100"): 0.8}), near[near["metric"] == "auc"]])
-    out = write_report(tmp_path / "out", results=write_results(results), title="t").parent
+    out = write_report(tmp_path / "out", Inputs(results=write_results(results)), title="t").page.parent
     assert set(pd.read_csv(out / "curves_lung.csv")["encoder"]) == {"vit"}
     assert set(pd.read_csv(out / "leaderboard.csv")["encoder"]) == {"vit", "vit, k-NN"}
 

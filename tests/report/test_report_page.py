@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from hpcssl.core.errors import RunError
+from hpcssl.evaluate.results import ResultsError
+from hpcssl.report.arms import ReportError
+from hpcssl.report.inputs import Inputs
 from hpcssl.report.page import write_report
-from hpcssl.report.results import ReportError
 
 PARTS = ["auc_by_checkpoint", "curves_breast", "curves_lung", "organ_shares", "schedules", "training"]
 
@@ -42,7 +44,7 @@ def inputs(make_results, write_results, make_run, schedule, demo_levels) -> dict
 
 def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
     out = tmp_path / "deep" / "report"
-    path = write_report(out, **inputs, title="A <title>", notes={"seed": "7", "tiles": "<b>&"})
+    path = write_report(out, Inputs(**inputs), title="A <title>", notes={"seed": "7", "tiles": "<b>&"}).page
     assert path == out / "report.html"
     expected = {f"{part}.{ending}" for part in PARTS for ending in ("png", "csv")}
     expected |= {f"{table}.{ending}" for table in ("summary", "saturation") for ending in ("csv", "md", "tex")}
@@ -62,7 +64,7 @@ def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
 
 
 def test_pictures_have_150_dots_an_inch(tmp_path: Path, inputs: dict) -> None:
-    write_report(tmp_path / "out", **inputs, title="t")
+    write_report(tmp_path / "out", Inputs(**inputs), title="t")
     for part in PARTS:
         with Image.open(tmp_path / "out" / f"{part}.png") as image:
             assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
@@ -73,13 +75,13 @@ def test_pictures_have_150_dots_an_inch(tmp_path: Path, inputs: dict) -> None:
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, inputs: dict) -> None:
-    first, second = (write_report(tmp_path / name, **inputs, title="t").parent for name in "ab")
+    first, second = (write_report(tmp_path / name, Inputs(**inputs), title="t").page.parent for name in "ab")
     for path in sorted(first.iterdir()):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
 def test_numbers_beside_the_report(tmp_path: Path, inputs: dict) -> None:
-    out = write_report(tmp_path / "out", **inputs, title="t").parent
+    out = write_report(tmp_path / "out", Inputs(**inputs), title="t").page.parent
     summary = pd.read_csv(out / "summary.csv").set_index(["task", "checkpoint"])
     assert summary.loc[("lung", 200), "difference_low"] > 0
     by_checkpoint = pd.read_csv(out / "auc_by_checkpoint.csv").groupby(["task", "checkpoint"])["score"].mean()
@@ -95,7 +97,7 @@ def test_numbers_beside_the_report(tmp_path: Path, inputs: dict) -> None:
     [("results", PARTS[:3]), ("runs", ["schedules", "training"]), ("schedule", ["organ_shares"])],
 )
 def test_a_part_without_input_is_left_out(tmp_path: Path, inputs: dict, kept: str, present: list[str]) -> None:
-    out = write_report(tmp_path / "out", **{"results": None, kept: inputs[kept]}, title="t").parent
+    out = write_report(tmp_path / "out", Inputs(**{"results": None, kept: inputs[kept]}), title="t").page.parent
     assert sorted(p.stem for p in out.glob("*.png")) == present
     page = Page(out / "report.html")
     assert ("summary" in page.ids) == (kept == "results")
@@ -105,16 +107,16 @@ def test_a_part_without_input_is_left_out(tmp_path: Path, inputs: dict, kept: st
 def test_nothing_is_written_when_an_input_is_bad(tmp_path: Path, inputs: dict) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError):
-        write_report(tmp_path / "out", **{**inputs, "runs": [tmp_path / "empty"]}, title="t")
-    with pytest.raises(ReportError):
-        write_report(tmp_path / "out", **{**inputs, "results": tmp_path / "empty"}, title="t")
+        write_report(tmp_path / "out", Inputs(**{**inputs, "runs": [tmp_path / "empty"]}), title="t")
+    with pytest.raises(ResultsError):
+        write_report(tmp_path / "out", Inputs(**{**inputs, "results": tmp_path / "empty"}), title="t")
     assert not (tmp_path / "out").exists()
 
 
 def test_out_must_not_be_a_file(tmp_path: Path, inputs: dict) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(ReportError, match="is a file"):
-        write_report(tmp_path / "out", **inputs, title="t")
+        write_report(tmp_path / "out", Inputs(**inputs), title="t")
 
 
 def test_no_torch() -> None:

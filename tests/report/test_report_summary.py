@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.report.results import ReportError
+from hpcssl.evaluate.results import COLUMNS, check_rows
+from hpcssl.report.arms import Arm, ReportError, replicas_with_value, split_matrices
 from hpcssl.report.summary import summarise, verdict, verdict_text
 
 
@@ -88,3 +89,19 @@ def test_baselines_beside_a_run_have_no_difference(make_results, demo_levels) ->
     summary = summarise(make_results(demo_levels | {("lung", "resnet50", ""): 0.6}))
     assert summary.loc[summary["encoder"] == "resnet50", "difference"].isna().all()
     assert len(verdict(summary)) == 1
+
+
+def test_arms_come_in_the_order_of_their_steps(make_results) -> None:
+    names = ["1000", "200", "0", "final"]
+    results = check_rows(make_results({("t", "e", name): 0.7 for name in names} | {("t", "a", ""): 0.6}, splits=2))
+    assert [arm.checkpoint for arm in split_matrices(results, "auc")] == ["", "0", "200", "1000", "final"]
+
+
+def test_replicas_are_averaged_within_their_split_first() -> None:
+    rows = [("t", "e", "0", 1, r, 1, "auc", v) for r, v in enumerate((0.9, 0.9, 0.9))] + [
+        ("t", "e", "0", 2, 1, 1, "auc", 0.5)
+    ]
+    results = check_rows(pd.DataFrame(rows, columns=list(COLUMNS)))
+    matrix = split_matrices(results, "auc")[Arm("t", "e", "0")]
+    assert matrix[1].tolist() == pytest.approx([0.9, 0.5])
+    assert replicas_with_value(results).tolist() == [3, 1]

@@ -5,31 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hpcssl.cli.mccv_command import add_inputs, add_leniency, report_left_out
+
 SUMMARY = "tell slides by the nearest tiles, over the same splits as mccv; nothing is trained"
 EXAMPLE = "hpcssl knn --features features/step0 features/step500 --splits breast.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--features", type=Path, nargs="+", required=True, metavar="FEATURES", help="feature folders")
-    parser.add_argument(
-        "--splits", type=Path, nargs="+", required=True, metavar="SPLITS.csv", help="split files; the name is the task"
-    )
-    parser.add_argument("--out", type=Path, metavar="RESULTS", help="folder of results that these are added to")
-    parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
-    parser.add_argument(
-        "--votes",
-        choices=["weighted", "equal"],
-        default="weighted",
-        help="by similarity, or each neighbour alike (%(default)s)",
-    )
-    parser.add_argument("--tiles-per-slide", type=int, default=100, help="at most, at even distances (%(default)s)")
-    parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="leave out slides that one of FEATURES lacks, and features without slides",
-    )
+    add_inputs(parser, "feature folders")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="RESULTS", help="folder of results that these are added to")
+    add("--k", type=int, default=20, help="neighbours (%(default)s)")
+    votes = "by similarity, or each neighbour alike (%(default)s)"
+    add("--votes", choices=["weighted", "equal"], default="weighted", help=votes)
+    add("--tiles-per-slide", type=int, default=100, help="at most, at even distances (%(default)s)")
+    add_leniency(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +30,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from hpcssl.cli.mccv_command import report_left_out
     from hpcssl.cli.progress import progress
     from hpcssl.evaluate.knn import Neighbours
     from hpcssl.evaluate.labelled import label_features

@@ -18,64 +18,40 @@ EXAMPLE = "hpcssl mccv --features features/step0 features/step500 --splits breas
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "--features",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FEATURES",
-        help="folders of .h5 (ours, CLAM's, TRIDENT's), .pt or .npy files, or slide_data.csv@ENCODER",
-    )
-    parser.add_argument(
-        "--splits", type=Path, nargs="+", required=True, metavar="SPLITS.csv", help="split files; the name is the task"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="RESULTS", help="folder of results; continued if there"
-    )
-    parser.add_argument("--preset", default="gma-50", help="gma-50 (the paper's), gma-40 or mccv-demo (%(default)s)")
-    parser.add_argument(
-        "--head",
-        nargs="+",
-        default=["gma"],
-        metavar="HEAD",
-        help="gma, abmil, mean, max; several are measured beside each other (%(default)s)",
-    )
-    parser.add_argument("--replicas", type=int, default=2, help="repeats of every split (%(default)s)")
-    parser.add_argument("--epochs", type=int, help="another length than the preset's")
-    parser.add_argument("--only", metavar="split=7,replica=1", help="one run alone; it comes out as among all")
+    add_inputs(parser, "folders of .h5 (ours, CLAM's, TRIDENT's), .pt or .npy files, or slide_data.csv@ENCODER")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="RESULTS", help="folder of results; continued if there")
+    add("--preset", default="gma-50", help="gma-50 (the paper's), gma-40 or mccv-demo (%(default)s)")
+    heads = "gma, abmil, mean, max; several are measured beside each other (%(default)s)"
+    add("--head", nargs="+", default=["gma"], metavar="HEAD", help=heads)
+    add("--replicas", type=int, default=2, help="repeats of every split (%(default)s)")
+    add("--epochs", type=int, help="another length than the preset's")
+    add("--only", metavar="split=7,replica=1", help="one run alone; it comes out as among all")
+    add_leniency(parser)
+    threads = "runs fitted at a time on the CPU; changes no result (all cores)"
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help=threads)
+    memory = "a task's features beyond this are read from a scratch file in RESULTS, slide by slide (%(default)s)"
+    add("--memory-gib", type=float, default=8.0, help=memory)
+    precision = "of the tiles' layers; bf16 is for processors with instructions for it (%(default)s)"
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help=precision)
+    add("--device", default="cpu", help="cpu, or cuda: all runs in one stack (%(default)s)")
+    attention = "slides of which the report draws a map: attention by heads that did not train on them"
+    add("--attention", nargs="+", default=[], metavar="SLIDE", help=attention)
+    add("--seed", type=int, default=0, help="of weights, orders and dropout (%(default)s)")
+
+
+def add_inputs(parser: argparse.ArgumentParser, features_help: str) -> None:
+    """Declare what is evaluated."""
+    features, splits = {"metavar": "FEATURES", "help": features_help}, "split files; the name is the task"
+    parser.add_argument("--features", type=Path, nargs="+", required=True, **features)
+    parser.add_argument("--splits", type=Path, nargs="+", required=True, metavar="SPLITS.csv", help=splits)
+
+
+def add_leniency(parser: argparse.ArgumentParser) -> None:
+    """Declare how inputs that do not say or do not match are taken."""
     parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="leave out slides that one of FEATURES lacks, and features without slides",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="runs fitted at a time on the CPU; changes no result (all cores)",
-    )
-    parser.add_argument(
-        "--memory-gib",
-        type=float,
-        default=8.0,
-        help="a task's features beyond this are read from a scratch file in RESULTS, slide by slide (%(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of the tiles' layers; bf16 is for processors with instructions for it (%(default)s)",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda: all runs in one stack (%(default)s)")
-    parser.add_argument(
-        "--attention",
-        nargs="+",
-        default=[],
-        metavar="SLIDE",
-        help="slides of which the report draws a map: attention by heads that did not train on them",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, orders and dropout (%(default)s)")
+    missing = "leave out slides that one of FEATURES lacks, and features without slides"
+    parser.add_argument("--allow-missing", action="store_true", help=missing)
 
 
 def run(args: argparse.Namespace) -> int:

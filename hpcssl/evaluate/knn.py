@@ -56,8 +56,7 @@ class Neighbours:
                 f"task {data.task}: a target of values; k-NN tells classes only (--kind classes, if the numbers are)"
             )
         about = _about(data)
-        name = part_name(about["task"], about["encoder"], about["checkpoint"])
-        return name, asdict(self) | about | data.record(data.split_numbers)
+        return part_name(**about), asdict(self) | about | data.record(data.split_numbers)
 
     def measure(self, data: LabelledFeatures) -> pd.DataFrame:
         """Return the rows of one feature set on one task.
@@ -113,12 +112,9 @@ def sample_tiles(features: FeatureSet, slides: Sequence[str], most: int) -> tupl
     return torch.cat(samples), np.repeat(np.arange(len(slides)), counts)
 
 
-def _about(data: LabelledFeatures) -> dict[str, str]:
-    return {
-        "task": data.task,
-        "encoder": f"{data.features.encoder}, k-NN",
-        "checkpoint": data.features.checkpoint,
-    }
+def _about(data: LabelledFeatures) -> dict[str, Any]:
+    encoder = f"{data.features.encoder}, k-NN"
+    return {"task": data.task, "encoder": encoder, "checkpoint": data.features.checkpoint}
 
 
 def _metrics(votes_TK: NDArray[np.float64], slide_T: NDArray[np.int64], labels_S: NDArray[Any]) -> dict[str, float]:

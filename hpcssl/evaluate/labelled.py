@@ -14,15 +14,7 @@ from numpy.typing import NDArray
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import ConfigError
 from hpcssl.evaluate.results import Record, part_name, task_name
-from hpcssl.evaluate.splits import (
-    CLASSES,
-    TRAIN,
-    read_splits,
-    split_columns,
-    split_number,
-    target_kind,
-    without_missing,
-)
+from hpcssl.evaluate.splits import CLASSES, TRAIN, read_splits, split_numbers, target_kind, without_missing
 from hpcssl.features.feature_folder import FeatureSet
 
 
@@ -51,7 +43,7 @@ class LabelledFeatures:
     @property
     def split_numbers(self) -> list[int]:
         """The k of every column mccvk, in order."""
-        return [split_number(column) for column in split_columns(self.table)]
+        return split_numbers(self.table)
 
     @property
     def targets(self) -> NDArray[np.int64] | NDArray[np.float64]:
@@ -92,12 +84,9 @@ def label_features(
     ----------
     kind : of the target; None = read from the column
     allow_missing : leave out slides that one of the feature sets lacks: all sets are compared on the same slides
-    allow_extra : features of slides that the splits do not name
+    allow_extra : allow features of slides that the splits do not name
 
-    Raises
-    ------
-    FeatureError, SplitError
-        Naming the file that cannot be used.
+    FeatureError and SplitError name the file that cannot be used.
     """
     sets = [FeatureSet.open(folder) for folder in features]
     pairs = []
@@ -130,8 +119,8 @@ def refuse_twins(parts: Iterable[tuple[str, LabelledFeatures]]) -> None:
     """Refuse (ConfigError) two parts of one name, which would overwrite each other."""
     names = set()
     for name, data in parts:
+        features = data.features
         if name in names:
-            features = data.features
             raise ConfigError(
                 f"{features.folder}: task {data.task} with encoder {features.encoder!r}, checkpoint"
                 f" {features.checkpoint!r} is given twice; rename the splits file, or change the encoder's name in"

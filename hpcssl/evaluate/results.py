@@ -59,15 +59,9 @@ class ResultsFolder:
         return [(file, _read_record(file)) for file in self._part_files()]
 
     def check_tasks(self, planned: Iterable[tuple[Path, Record]]) -> None:
-        """Refuse a task whose stored part is from another split table, or of another kind of target.
+        """Refuse (ConfigError) a task whose stored part is from another split table, or of another kind of target.
 
-        Parameters
-        ----------
-        planned : split file and record of every part to be written
-
-        Raises
-        ------
-        ConfigError
+        `planned` are the split file and the record of every part to be written.
         """
         of_task = {record["task"]: (splits, record) for splits, record in planned}
         for file, stored in self.records():
@@ -100,10 +94,9 @@ class ResultsFolder:
         write_table(file, table)
 
     def collect(self) -> pd.DataFrame:
-        """Join all parts in results.csv and tasks.csv, and return the former.
+        """Join all parts, also those that another command adds meanwhile, in results.csv and tasks.csv.
 
-        A fit that has a part of its own and stands in a full part, too, is taken once. Parts that another command adds
-        meanwhile are joined, too.
+        Returns the rows; a fit that has a part of its own and stands in a full part, too, is taken once.
         """
         joined, files = None, self._part_files()
         while joined != files:
@@ -111,10 +104,9 @@ class ResultsFolder:
             table = pd.concat([read_rows(file) for file in files], ignore_index=True)
             table = table.drop_duplicates(KEY, keep="first").sort_values(list(KEY), ignore_index=True)
             write_table(self.path / RESULTS_NAME, table)
-            records = [_read_record(file) for file in files]
-            sizes = {r["task"]: {"train": r["train"], "val": r["slides"] - r["train"]} for r in records if "train" in r}
-            tasks = pd.DataFrame([{"task": task, **row} for task, row in sorted(sizes.items())])
-            write_table(self.path / TASKS_NAME, tasks)
+            records = [record for file in files if "train" in (record := _read_record(file))]
+            sizes = {r["task"]: (r["task"], r["train"], r["slides"] - r["train"]) for r in records}
+            write_table(self.path / TASKS_NAME, pd.DataFrame(sorted(sizes.values()), columns=["task", "train", "val"]))
             files = self._part_files()
         return table
 
@@ -175,20 +167,13 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def read_results(folder: Path) -> pd.DataFrame:
-    """Read the results.csv of a folder, perhaps written elsewhere, and check it (see `check_rows`).
+    """Read the results.csv of a folder, perhaps written elsewhere, and check it as `check_rows` does.
 
     Its `attrs` hold `val_per_train`: of every task in tasks.csv, validation slides for one training slide.
-
-    Raises
-    ------
-    ResultsError
-        If there is none, or it is empty, is not CSV, lacks a column, or holds a value that is no number.
     """
     path = folder / RESULTS_NAME
     if not path.is_file():
-        raise ResultsError(
-            f"{folder}: no {RESULTS_NAME}; expected the folder that `hpcssl mccv --out` wrote to the end"
-        )
+        raise ResultsError(f"{folder}: no {path.name}; expected the folder that `hpcssl mccv --out` wrote to the end")
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
@@ -202,10 +187,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 def check_rows(frame: pd.DataFrame, *, where: str = "results") -> pd.DataFrame:
     """Return a results table in its canonical types: names as text, epoch int64, value float64 (not finite = NaN).
 
-    Raises
-    ------
-    ResultsError
-        If columns are missing, there are no rows, a number is none, or a row comes twice.
+    ResultsError if columns are missing, there are no rows, a number is none, or a row comes twice.
     """
     lacking = [name for name in COLUMNS if name not in frame.columns]
     if lacking:

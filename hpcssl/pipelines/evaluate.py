@@ -22,11 +22,11 @@ def fit_missing(
     attention: Sequence[str] = (),
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
-    """Fit the heads of the measurements that are not yet in `out`, and return the whole results table.
+    """Fit the heads of the measurements that are not yet in `out`, and return all rows there.
 
     Of the slides `attention` that a measurement has in validation, the attention to every tile is written with its
-    place; a part without these files is measured again. Features beyond the memory that is granted stand in a scratch
-    file in `out` while they are used.
+    place; a part without these files is measured again. Features of a task beyond the memory that is granted stand in a
+    scratch file in `out`.
 
     Parameters
     ----------
@@ -36,10 +36,9 @@ def fit_missing(
     Raises
     ------
     ConfigError
-        If a part in `out` was made with something else (the setting and both values are named), or a part of the same
-        task from another split file; if a slide of `attention` is in validation nowhere.
+        If a part in `out` was made with something else, or a part of the same task from another split file; if a slide
+        of `attention` is in validation nowhere.
     FeatureError
-        Naming the features that cannot be used.
     """
     results, compute = ResultsFolder(out), compute or Compute()
     check_training(results, measurements[0].record)
@@ -76,16 +75,8 @@ def find_neighbours(
 ) -> pd.DataFrame:
     """Measure every feature set on every task by nearest neighbours; return the rows of all.
 
-    Parameters
-    ----------
-    out : folder of results whose missing parts these are; all its rows are returned
-    on_progress : counts pairs
-
-    Raises
-    ------
-    ConfigError, FeatureError, SplitError
-        For features or splits that cannot be used, or a part in `out` made with something else, or one of the same task
-        from other splits.
+    With `out`, what that folder of results lacks is measured, and all rows there are returned. `on_progress` counts
+    pairs. A UserError as for `fit_missing`, or for a target of values.
     """
     parts = [(*neighbours.part(data), data) for data in pairs]
     refuse_twins((name, data) for name, _, data in parts)

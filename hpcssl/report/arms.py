@@ -10,6 +10,7 @@ from hpcssl.core.errors import UserError
 
 SCORES = ("auc", "r2")  # a task is judged by the first of these that it has
 UNTRAINED = "0"
+VAL_PER_TRAIN = 0.25  # of the paper's splits, 80 to 20
 
 
 class ReportError(UserError):
@@ -56,6 +57,11 @@ def replicas_with_value(results: pd.DataFrame) -> pd.Series:
     rows = results[results["metric"] == results["task"].map(score_metrics(results))]
     last = rows.groupby(["task", "encoder", "checkpoint"])["epoch"].transform("max")
     return rows[rows["epoch"] == last].groupby(["task", "encoder", "checkpoint", "split"])["value"].count()
+
+
+def val_per_train(results: pd.DataFrame, task: str) -> float:
+    """Return a task's validation slides for one training slide; those of the paper's splits where nothing says."""
+    return float(results.attrs.get("val_per_train", {}).get(task, VAL_PER_TRAIN))
 
 
 def arm_order(arm: Arm) -> tuple[str, str, int, int, str]:

@@ -21,10 +21,10 @@ def attention_charts(results: Path) -> list[Chart]:
 
     Such a file has a row a tile: x, y (level-0 pixels) and attention, which sums to one.
     """
-    return [_part(path, number) for number, path in enumerate(sorted((results / ATTENTION).glob("*/*.csv")), start=1)]
+    return [_chart(path, number) for number, path in enumerate(sorted((results / ATTENTION).glob("*/*.csv")), start=1)]
 
 
-def _part(path: Path, number: int) -> Chart:
+def _chart(path: Path, number: int) -> Chart:
     try:
         table = pd.read_csv(path)
         table = table[[*ATTENTION_COLUMNS]].astype(float)
@@ -33,8 +33,7 @@ def _part(path: Path, number: int) -> Chart:
             f"{path}: no table of {', '.join(ATTENTION_COLUMNS)} ({error}); run `hpcssl mccv` again"
         ) from None
     slide, what = path.stem, path.parent.name.replace("__", ", ").rstrip(", ")
-    share = table["attention"].sort_values(ascending=False).cumsum()
-    half = int((share < 0.5).sum()) + 1
+    half = int((table["attention"].sort_values(ascending=False).cumsum() < 0.5).sum()) + 1
     return Chart(
         name=f"attention_{number:03d}",
         title=f"{slide}: attention ({what})",

@@ -19,17 +19,9 @@ Floats = NDArray[np.float64]
 def mean_interval(values: ArrayLike, purpose: str) -> tuple[Floats, Floats, Floats]:
     """Return the mean over the first axis and the ends of its 95 % interval.
 
-    Splits are resampled as wholes, the same ones in every column. NaN marks a split without a value: it is left out.
-    With fewer than two splits there is no interval, and its ends are NaN.
-
-    Parameters
-    ----------
-    values : (splits, columns)
-    purpose : names the resamples; the same name and number of splits give the same ones.
-
-    Returns
-    -------
-    mean, low, high : each (columns,)
+    Splits are resampled as wholes, the same ones in every column of `values` (splits, columns) and for every table of
+    the same purpose and number of splits. NaN marks a split without a value: it is left out. With fewer than two splits
+    there is no interval, and its ends are NaN.
 
     >>> [round(float(v[0]), 3) for v in mean_interval([[0.7], [0.8], [0.9]], "example")]
     [0.8, 0.7, 0.9]

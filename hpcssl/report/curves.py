@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,7 @@ from hpcssl.report.bootstrap import RESAMPLES, mean_interval
 from hpcssl.report.style import SOLID, Chart, Look, draw, elided, looks, say_empty
 from hpcssl.report.summary import METRICS as SUMMARY_NAMES
 
-METRICS = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "auc": "validation AUC",
-    "r2": "validation R²",
-}
+METRICS = {"train_loss": "training loss", "val_loss": "validation loss", "auc": "validation AUC", "r2": "validation R²"}
 _MAX_BANDS = 6
 _MAX_MARKED_EPOCHS = 12
 WHAT_THE_INTERVAL_IS = (
@@ -105,10 +101,8 @@ def _banded(keys: list[tuple[str, str]]) -> set[tuple[str, str]]:
     """Choose the lines that get a band: all, or, where bands would hide each other, each encoder's first and last."""
     if len(keys) <= _MAX_BANDS:
         return set(keys)
-    trained: dict[str, list[tuple[str, str]]] = {}
-    for key in keys:
-        trained.setdefault(key[0], []).append(key)
-    ends = {end for group in trained.values() for end in (group[0], group[-1])}
+    first, last = ({key[0]: key for key in order} for order in (reversed(keys), keys))
+    ends = {*first.values(), *last.values()}
     return ends if len(ends) <= _MAX_BANDS else set()
 
 
@@ -116,8 +110,8 @@ def _paint(
     figure: Figure, points: pd.DataFrame, used: Mapping[tuple[str, str], Look], banded: set[tuple[str, str]]
 ) -> None:
     grid = figure.subplots(2, 2, sharex=False).ravel()
-    held = [name for name in METRICS if name not in SCORES or (points["metric"] == name).any()]
-    for axes, metric in zip(grid, held if len(held) > 2 else METRICS):
+    measured = [name for name in METRICS if name not in SCORES or (points["metric"] == name).any()]
+    for axes, metric in zip(grid, measured if len(measured) > 2 else METRICS):
         label, rows = METRICS[metric], points[points["metric"] == metric]
         for key, look in used.items():
             line = rows[(rows["encoder"] == key[0]) & (rows["checkpoint"] == key[1])]
@@ -137,9 +131,7 @@ def _line(axes: Axes, line: pd.DataFrame, look: Look, *, band: bool) -> None:
         return
     marker = look.marker if len(line) <= _MAX_MARKED_EPOCHS else ""
     z = 2.5 if look.dash == SOLID else 2.4
-    axes.plot(
-        line["epoch"], line["mean"], color=look.colour, linestyle=look.dash, marker=marker, markersize=3, zorder=z
-    )
+    axes.plot(line["epoch"], line["mean"], **_style(look, marker), zorder=z)
     if band:
         axes.fill_between(line["epoch"], line["low"], line["high"], color=look.colour, alpha=0.16, linewidth=0)
 
@@ -149,17 +141,13 @@ def _legend(axes: Axes, used: Mapping[tuple[str, str], Look], *, marked: bool) -
     encoders = {encoder for encoder, _ in used}
     title = elided(next(iter(encoders)), 40) if len(encoders) == 1 else "encoder, checkpoint"
     handles = [
-        Line2D([], [], color=look.colour, linestyle=look.dash, marker=look.marker if marked else "", markersize=3)
-        for look in used.values()
+        Line2D([], [], **_style(look, look.marker if marked else ""), label=look.label) for look in used.values()
     ]
     size = 8.5 if len(used) <= 14 else 6.5 if len(used) <= 26 else 5.0
-    axes.legend(
-        handles,
-        [look.label for look in used.values()],
-        title=title,
-        loc="center left",
-        fontsize=size,
-        ncols=1 if len(used) <= 18 or len(encoders) > 1 else 2,
-        handlelength=3,
-        alignment="left",
-    )
+    columns = 1 if len(used) <= 18 or len(encoders) > 1 else 2
+    place: dict[str, Any] = {"loc": "center left", "handlelength": 3, "alignment": "left"}
+    axes.legend(handles=handles, title=title, fontsize=size, ncols=columns, **place)
+
+
+def _style(look: Look, marker: str) -> dict[str, Any]:
+    return {"color": look.colour, "linestyle": look.dash, "marker": marker, "markersize": 3}

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-VAL_PER_TRAIN = 0.25  # of the paper's splits, 80 to 20; taken where results do not tell
+from hpcssl.report.arms import VAL_PER_TRAIN
+
 _LEVEL = 0.95
 
 

@@ -17,19 +17,18 @@ from hpcssl.schedule.inspect import Inspection
 _HEIGHT_INCH = 3.0
 
 
-def write_inspection(schedule: Path, found: Inspection, out: Path) -> list[Path]:
+def write_inspection(schedule: Path, inspection: Inspection, out: Path) -> list[Path]:
     """Write each figure as PNG with its numbers as CSV beside it into the folder `out`; returns the pictures."""
-    parts = [organ_shares_chart(schedule), _repeats(found), _passes(found), _coverage(found)]
+    of_table = _repeats(inspection.repeats), _passes(inspection.passes), _coverage(inspection.coverage)
+    charts = [organ_shares_chart(schedule), *of_table]
     out.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        write_atomic(out / f"{part.name}.png", part.png)
-        write_atomic(out / f"{part.name}.csv", part.table.to_csv(index=False, lineterminator="\n"))
-    return [out / f"{part.name}.png" for part in parts]
+    for chart in charts:
+        write_atomic(out / f"{chart.name}.png", chart.png)
+        write_atomic(out / f"{chart.name}.csv", chart.table.to_csv(index=False, lineterminator="\n"))
+    return [out / f"{chart.name}.png" for chart in charts]
 
 
-def _repeats(found: Inspection) -> Chart:
-    table = found.repeats
-
+def _repeats(table: pd.DataFrame) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.bar(table["draws"], table["tiles"], width=0.8, color=PALETTE[0])
@@ -50,9 +49,7 @@ def _repeats(found: Inspection) -> Chart:
     )
 
 
-def _passes(found: Inspection) -> Chart:
-    table = found.passes
-
+def _passes(table: pd.DataFrame) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         bottom = pd.Series(0, index=sorted(set(table["pass"])))
@@ -75,19 +72,14 @@ def _passes(found: Inspection) -> Chart:
     )
 
 
-def _coverage(found: Inspection) -> Chart:
-    table = found.coverage
+def _coverage(table: pd.DataFrame) -> Chart:
     start = pd.DataFrame({"samples_seen": [0], "slides_share": [0.0], "tiles_share": [0.0]})
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         lines = pd.concat([start, table])
-        for column, colour, label in (
-            ("slides_share", PALETTE[1], "slides seen"),
-            ("tiles_share", PALETTE[0], "tiles seen"),
-        ):
-            dash = "-" if column == "slides_share" else "--"  # where both are the same, both show
-            share = 100 * lines[column]
+        for name, colour, dash in (("slides", PALETTE[1], "-"), ("tiles", PALETTE[0], "--")):  # both show if alike
+            share, label = 100 * lines[f"{name}_share"], f"{name} seen"
             axes.plot(lines["samples_seen"], share, dash, color=colour, label=label, marker="o", markersize=2.5)
         axes.set_xlabel("samples seen")
         axes.set_ylabel("share in %")

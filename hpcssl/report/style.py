@@ -93,10 +93,8 @@ def looks(arms: Sequence[Arm]) -> dict[tuple[str, str], Look]:
     Checkpoints of one encoder run along a ramp of colours in the order of their steps; untrained weights are dashed.
     """
     checkpoints: dict[str, list[str]] = {}
-    for arm in arms:
-        known = checkpoints.setdefault(arm.encoder, [])
-        if arm.checkpoint not in known:
-            known.append(arm.checkpoint)
+    for _, encoder, checkpoint in dict.fromkeys(arm._replace(task="") for arm in arms):
+        checkpoints.setdefault(encoder, []).append(checkpoint)
     trained = [encoder for encoder, names in checkpoints.items() if names != [""]]
     chosen = {}
     for index, (encoder, names) in enumerate(checkpoints.items()):

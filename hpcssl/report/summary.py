@@ -17,16 +17,10 @@ import numpy as np
 import pandas as pd
 
 from hpcssl.evaluate.results import check_rows
-from hpcssl.report.arms import (
-    UNTRAINED,
-    ReportError,
-    replicas_with_value,
-    score_matrices,
-    score_metrics,
-    short_step,
-)
+from hpcssl.report import arms
+from hpcssl.report.arms import UNTRAINED, ReportError, short_step, val_per_train
 from hpcssl.report.bootstrap import mean_interval
-from hpcssl.report.paired import VAL_PER_TRAIN, Difference, corrected
+from hpcssl.report.paired import Difference, corrected
 
 METRICS = {"auc": "AUC", "r2": "R²"}
 
@@ -47,9 +41,9 @@ SHOWN = (
     Column(header="task", cell=lambda row: row["task"], min_width=6),
     Column(header="encoder", cell=lambda row: row["encoder"], min_width=10),
     Column(header="checkpoint", cell=lambda row: _checkpoint(row["checkpoint"]), min_width=10),
-    Column(header="{score} (95 % interval)", cell=lambda row: interval_text(*_triple(row, "score")), min_width=13),
+    Column(header="{score} (95 % interval)", cell=lambda row: interval_text(*triple(row, "score")), min_width=13),
     Column(
-        header="difference to untrained", cell=lambda row: difference_text(*_triple(row, "difference")), min_width=10
+        header="difference to untrained", cell=lambda row: difference_text(*triple(row, "difference")), min_width=10
     ),
     Column(header="runs", cell=lambda row: f"{row['splits']} × {row['replicas']}", min_width=6),
 )
@@ -70,17 +64,16 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
         If the table is not a results table, or holds no score.
     """
     table = check_rows(results)
-    matrices, metrics = score_matrices(table), score_metrics(table)
+    matrices, metrics = arms.score_matrices(table), arms.score_metrics(table)
     if not matrices:
         raise ReportError("results: no rows of the metric auc or r2; expected one for every epoch of every run")
-    ratios = table.attrs.get("val_per_train", {})
-    counts = replicas_with_value(table)
+    counts = arms.replicas_with_value(table)
     rows = []
     for arm, matrix in matrices.items():
         last = matrix.iloc[:, -1]
         base = matrices.get(arm._replace(checkpoint=UNTRAINED)) if arm.checkpoint != UNTRAINED else None
         score, low, high = (float(v[0]) for v in mean_interval(last.to_numpy()[:, None], arm.task))
-        gain = corrected([] if base is None else last - base.iloc[:, -1], ratios.get(arm.task, VAL_PER_TRAIN))
+        gain = corrected([] if base is None else last - base.iloc[:, -1], val_per_train(table, arm.task))
         rows.append(
             {
                 **arm._asdict(),
@@ -107,7 +100,8 @@ def summary_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return [column.header.format(score=score) for column in SHOWN], rows
 
 
-def _triple(row: Mapping[Any, Any], name: str) -> tuple[float, float, float]:
+def triple(row: Any, name: str) -> tuple[float, float, float]:
+    """Return a value of a row and the ends of its interval."""
     return row[name], row[f"{name}_low"], row[f"{name}_high"]
 
 
@@ -125,11 +119,11 @@ def verdict(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:
     sentences = []
     for encoder, rows in summary.groupby("encoder", sort=True):
         trained = rows[rows["checkpoint"].str.isdigit() & (rows["checkpoint"] != UNTRAINED)]
-        tasks = set(rows.loc[rows["checkpoint"] == UNTRAINED, "task"])
-        last = [part.iloc[-1] for task, part in trained.groupby("task", sort=True) if task in tasks]
+        untrained = rows[rows["checkpoint"] == UNTRAINED].set_index("task")["score"]
+        last = [of_task.iloc[-1] for task, of_task in trained.groupby("task", sort=True) if task in untrained.index]
         if last:
             overall = _overall(str(encoder), [_outcome(row) for row in last])
-            sentences.append((overall, [_describe(row, rows) for row in last]))
+            sentences.append((overall, [_describe(row, untrained[row["task"]]) for row in last]))
     nothing = "No encoder has both its untrained weights and a later checkpoint in these results: nothing to compare."
     return sentences or [(nothing, [])]
 
@@ -140,8 +134,7 @@ def verdict_text(summary: pd.DataFrame) -> str:
 
 
 def _outcome(row: pd.Series) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    return Difference(row["difference"], low, high, np.nan, row["paired_splits"]).outcome
+    return Difference(*triple(row, "difference"), np.nan, row["paired_splits"]).outcome
 
 
 def _overall(encoder: str, outcomes: list[str]) -> str:
@@ -156,23 +149,17 @@ def _overall(encoder: str, outcomes: list[str]) -> str:
     return "; ".join([beat, *rest]) + "."
 
 
-def _describe(row: pd.Series, rows: pd.DataFrame) -> str:
-    untrained = rows[(rows["task"] == row["task"]) & (rows["checkpoint"] == UNTRAINED)].iloc[0]
+def _describe(row: pd.Series, untrained: float) -> str:
+    task, outcome = row["task"], _outcome(row)
     if np.isnan(row["difference"]):
-        return (
-            f"{row['task']}: nothing to compare (no split has a score of both untrained weights and last checkpoint)."
-        )
+        return f"{task}: nothing to compare (no split has a score of both untrained weights and last checkpoint)."
     values = (
-        f"{row['task']}: {METRICS[row['metric']]} {row['score']:.3f} after step {int(row['checkpoint']):,} against "
-        f"{untrained['score']:.3f} untrained, difference {signed(row['difference'])}"
+        f"{task}: {METRICS[row['metric']]} {row['score']:.3f} after step {int(row['checkpoint']):,} against "
+        f"{untrained:.3f} untrained, difference {signed(row['difference'])}"
     )
-    ending = {
-        "better": "better than untrained",
-        "worse": "worse than untrained",
-        "unclear": "the interval includes zero",
-    }.get(_outcome(row))
-    if ending is None:
+    if outcome == "unknown":
         return f"{values}; one split gives no interval, so this decides nothing."
+    ending = "the interval includes zero" if outcome == "unclear" else f"{outcome} than untrained"
     return f"{values} (95 % interval {signed(row['difference_low'])} to {signed(row['difference_high'])}): {ending}."
 
 

@@ -101,14 +101,8 @@ def _paint_losses(figure: Figure, traces: Mapping[str, pd.DataFrame]) -> None:
     # set in inches: automatic layouts give the further x-axes no room
     figure.set_layout_engine("none")
     height = figure.get_figheight()
-    room = {
-        "left": 0.09,
-        "right": 0.98,
-        "top": 1 - _ABOVE / height,
-        "bottom": _BELOW / height,
-        "wspace": 0.22,
-        "hspace": (_ABOVE + _BELOW) / _PANEL,
-    }
+    room = {"left": 0.09, "right": 0.98, "top": 1 - _ABOVE / height, "bottom": _BELOW / height}
+    room |= {"wspace": 0.22, "hspace": (_ABOVE + _BELOW) / _PANEL}
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw=room).ravel()
     for axes in grid[len(traces) :]:
         axes.set_visible(False)

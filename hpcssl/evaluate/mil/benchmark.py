@@ -100,18 +100,10 @@ class Measurement:
 def plan_measurements(features: Sequence[Path], splits: Sequence[Path], benchmark: Benchmark) -> list[Measurement]:
     """Check all inputs without reading features, and return the measurements in order of task, feature set and head.
 
-    Raises
-    ------
-    ConfigError, FeatureError, SplitError
-        Naming the file that cannot be used, a fit `only` that does not exist, or two inputs of the same name.
+    A UserError names the file that cannot be used, a fit `only` that does not exist, or two inputs of the same name.
     """
-    pairs = label_features(
-        features,
-        splits,
-        kind=benchmark.kind,
-        allow_missing=benchmark.allow_missing,
-        allow_extra=benchmark.allow_extra,
-    )
+    allowed = {"allow_missing": benchmark.allow_missing, "allow_extra": benchmark.allow_extra}
+    pairs = label_features(features, splits, kind=benchmark.kind, **allowed)
     planned = [_measurement(data, preset, benchmark) for data in pairs for preset in benchmark.presets]
     refuse_twins((one.name, one.data) for one in planned)
     return planned
@@ -148,14 +140,9 @@ def _measurement(data: LabelledFeatures, preset: MccvPreset, benchmark: Benchmar
     )
 
 
-def check_training(results: ResultsFolder, benchmark: Record) -> None:
-    """Refuse (ConfigError) a folder whose heads were trained otherwise, or with another seed: it would mix them.
-
-    Parameters
-    ----------
-    benchmark : record of one of the measurements
-    """
-    requested = _training_of(benchmark)
+def check_training(results: ResultsFolder, record: Record) -> None:
+    """Refuse (ConfigError) a folder whose heads were trained otherwise, or with another seed, than a record says."""
+    requested = _training_of(record)
     for file, stored in results.records():
         if "preset" in stored:  # nearest neighbours have none
             check_made_with(file, _training_of(stored), requested)
@@ -183,10 +170,7 @@ def measure(
     attention : slide to the file of its attention: the mean over the heads that had the slide in validation
     on_progress : counts epochs of fits
 
-    Raises
-    ------
-    FeatureError
-        Naming the slide that cannot be used, or the fit whose loss is no longer finite.
+    FeatureError names the slide that cannot be used, or the fit whose loss is no longer finite.
     """
     data = measurement.data
     coords = {slide: _coords(data, slide) for slide in attention}
@@ -200,14 +184,10 @@ def measure(
             if index in fit.val:
                 of_slide.append(attention_to(index))
 
-    fits = []
-    for split, replica in measurement.fits:
-        train, val = data.sides(split)
-        fits.append(Fit(split=split, replica=replica, train=train, val=val))
     table = fit_heads(
         bags,
         data.targets,
-        fits,
+        [Fit(split, replica, *data.sides(split)) for split, replica in measurement.fits],
         measurement.preset,
         seed=measurement.seed,
         threads=compute.threads,

@@ -43,7 +43,7 @@ STACK_GIB = 16.0  # of activations of one stack on a GPU
 SMALL_STACK, SMALL_BAG = 20, 4_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Fit:
     """One training of a head: a split's slides, by index into the task's bags."""
 
@@ -82,7 +82,7 @@ def fit_heads(
     ----------
     targets_S : class numbers 0 … K-1 as integers, every class on both sides of every fit; or values to be predicted as
         floats
-    threads : fits at a time on a CPU, which changes no result
+    threads : fits at a time on a CPU; changes no result
     on_fitted : called with every fit after its last epoch, in no order, and a function that gives how much its head
         attends to each tile of a slide (its index), [N], summing to one
     on_progress : counts epochs of fits
@@ -93,10 +93,7 @@ def fit_heads(
     val_loss, and the metrics of `class_metrics` or `value_metrics`. The losses are cross-entropy, or the squared error
     in units of the training slides' deviation.
 
-    Raises
-    ------
-    FeatureError
-        If the loss of a fit is no longer finite.
+    FeatureError if the loss of a fit is no longer finite.
     """
     sizes = head_sizes(preset, bags.dim, targets_S)
     stacks, padded = _stacks(bags, fits, sizes)

@@ -39,10 +39,8 @@ def make_splits(
     missing target are left out. A missing group, or a table without `patient_id`, makes each slide its own group. A
     draw is a function of (seed, split, group), not of the table's order. The table passes `check_splits`.
 
-    Raises
-    ------
-    SplitError
-        If the target has one class, or a class cannot be on both sides, or a side has fewer than two different values.
+    SplitError if the target has one class, or a class cannot be on both sides, or a side has fewer than two different
+    values.
     """
     if group in ("slide", "target") and group != target:
         raise SplitError(f"the group column {group} has a name of the split file's own; give it another name")
@@ -74,10 +72,7 @@ def make_splits(
 def target_kind(targets: pd.Series, given: str | None = None, *, where: str) -> str:
     """Return CLASSES or VALUES: as given, else values where all are numbers and they are fractions or more than ten.
 
-    Raises
-    ------
-    SplitError
-        If values are asked for and one is no number.
+    SplitError if values are asked for and one is no number.
 
     >>> target_kind(pd.Series(["0", "1"]), where="x"), target_kind(pd.Series(["0.5", "1"]), where="x")
     ('classes', 'values')
@@ -110,11 +105,8 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
 
     Of values, each side needs two different ones.
 
-    Raises
-    ------
-    SplitError
-        For a missing column (only `patient_id` may be), a column such as mccv01, a slide twice, a missing target, a
-        cell that is neither train nor val, a class that a side of a split lacks, or a group on both sides of one.
+    SplitError for a missing column (only `patient_id` may be), a column such as mccv01, a slide twice, a missing
+    target, a cell that is neither train nor val, a class that a side of a split lacks, or a group on both sides of one.
     """
     columns = split_columns(frame)
     odd = [name for name in map(str, frame.columns) if re.fullmatch(r"mccv[\d.]+", name) and name not in columns]
@@ -163,11 +155,8 @@ def with_slides(
 ) -> pd.DataFrame:
     """Return a split table with the groups of the slide table `frame`, where that has the column.
 
-    Raises
-    ------
-    SplitError
-        For slides that `frame` lacks; for a slide of another group there; with `target`, its column there, for a slide
-        of another target and for slides with a target that the splits lack.
+    SplitError for slides that `frame` lacks; for a slide of another group there; with `target`, its column there, for a
+    slide of another target and for slides with a target that the splits lack.
     """
     unknown = table["slide"][~table["slide"].isin(frame["slide_id"])].tolist()
     if unknown:
@@ -228,11 +217,8 @@ def without_missing(
 ) -> pd.DataFrame:
     """Return the rows whose slides have features.
 
-    Raises
-    ------
-    SplitError
-        Listing slides without features, unless `allow_missing`, or features without a row, unless `allow_extra`; and if
-        a side of a split then lacks a class.
+    SplitError listing slides without features, unless `allow_missing`, or features without a row, unless `allow_extra`;
+    and if a side of a split then lacks a class.
     """
     kind = target_kind(frame["target"], kind, where=where)
     present = frame["slide"].isin(set(known))

@@ -33,12 +33,8 @@ def fit_missing(
     measurements : at least one, of one benchmark
     on_progress : counts epochs of fits: `num_epochs` for every measurement, also for one that was there
 
-    Raises
-    ------
-    ConfigError
-        If a part in `out` was made with something else, or a part of the same task from another split file; if a slide
-        of `attention` is in validation nowhere.
-    FeatureError
+    ConfigError if a part in `out` was made with something else, or a part of the same task from another split file, or
+    a slide of `attention` is in validation nowhere; FeatureError names the features that cannot be used.
     """
     results, compute = ResultsFolder(out), compute or Compute()
     check_training(results, measurements[0].record)

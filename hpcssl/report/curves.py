@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from hpcssl.report.arms import SCORES, Arm, split_matrices
-from hpcssl.report.bootstrap import RESAMPLES, mean_interval
+from hpcssl.report.intervals import RESAMPLES, mean_interval
 from hpcssl.report.style import SOLID, Chart, Look, draw, elided, looks, say_empty
 from hpcssl.report.summary import METRICS as SUMMARY_NAMES
 

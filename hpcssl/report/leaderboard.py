@@ -1,7 +1,7 @@
 """Encoders against each other: a table of encoders and tasks, paired differences with a verdict, and early saturation.
 
 An encoder is represented by its last checkpoint. All encoders share the splits of a task, so differences are taken
-split by split (see `hpcssl.report.paired`); p-values are those of single comparisons.
+split by split (see `hpcssl.report.intervals`); p-values are those of single comparisons.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hpcssl.report.arms import UNTRAINED, Arm, arm_order, score_matrices, short_step, val_per_train
-from hpcssl.report.paired import corrected
+from hpcssl.report.intervals import corrected
 from hpcssl.report.summary import interval_text, triple
 
 _METRIC_NAMES = {"auc": "", "r2": " (R²)"}

@@ -17,8 +17,7 @@ from hpcssl.report.attention_maps import attention_charts
 from hpcssl.report.checkpoints import checkpoints_chart
 from hpcssl.report.curves import curve_charts
 from hpcssl.report.formats import csv_text, table_files
-from hpcssl.report.inputs import Inputs
-from hpcssl.report.shares import organ_shares_chart
+from hpcssl.report.schedules import organ_shares_chart
 from hpcssl.report.style import Chart
 from hpcssl.report.summary import summarise, summary_rows, verdict, verdict_text
 from hpcssl.report.table_files import ComparisonTable, comparison_tables
@@ -26,6 +25,18 @@ from hpcssl.report.training import training_charts
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The folders of one report."""
+
+    results: Path | None = None
+    """Holds results.csv."""
+    runs: tuple[Path, ...] = ()
+    """Hold metrics.jsonl."""
+    schedule: Path | None = None
+    """Holds schedule.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +56,7 @@ def write_report(out: Path, inputs: Inputs, *, title: str, notes: Mapping[str, s
     inputs : what is missing of them is left out
     notes : rows of the table "What was run"
 
-    Raises
-    ------
-    UserError
-        If an input cannot be used; nothing is written then.
+    UserError if an input cannot be used; nothing is written then.
     """
     if out.exists() and not out.is_dir():
         raise ReportError(f"{out}: is a file; expected a folder, new or old, for the report")

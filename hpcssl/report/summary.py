@@ -4,7 +4,7 @@ A new column of the report is added here: its number in `summarise`, its text in
 
 The score of a fit is the AUC of its last epoch (R² where values are predicted), never the best one; replicas of a
 split are averaged first. A difference to the untrained weights is taken split by split, because all encoders share the
-splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.paired`).
+splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.intervals`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import pandas as pd
 from hpcssl.evaluate.results import check_rows
 from hpcssl.report import arms
 from hpcssl.report.arms import UNTRAINED, ReportError, short_step, val_per_train
-from hpcssl.report.bootstrap import mean_interval
-from hpcssl.report.paired import Difference, corrected
+from hpcssl.report.intervals import Difference, corrected, mean_interval
 
 METRICS = {"auc": "AUC", "r2": "R²"}
 
@@ -58,10 +57,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     of the same encoder and task, mean over the splits that both have) with its corrected interval difference_low,
     difference_high, and paired_splits. What cannot be computed is NaN.
 
-    Raises
-    ------
-    ResultsError, ReportError
-        If the table is not a results table, or holds no score.
+    ResultsError, ReportError if the table is not a results table, or holds no score.
     """
     table = check_rows(results)
     matrices, metrics = arms.score_matrices(table), arms.score_metrics(table)

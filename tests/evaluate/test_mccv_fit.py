@@ -68,22 +68,14 @@ def test_stacked_runs_equal_the_plain_loop_also_with_unequal_lengths(plain, clas
         assert_alike(values(table, fit), plain.fit_plain(Bags(slides), labels, fit, preset))
 
 
-@pytest.mark.parametrize("head", ["abmil", "mean", "max"])
+@pytest.mark.parametrize("head", ["abmil", "mean", "max", "the paper's"])
 def test_other_heads_equal_the_plain_loop(plain, head, way):
     slides, labels = planted(20)
-    preset = replace(SMALL, head=head, **HEADS[head])
+    paper = replace(PRESETS["gma-50"], epochs=2, warmup_epochs=1)
+    preset = replace(SMALL, head=head, **HEADS[head]) if head in HEADS else paper
     (fit,) = drawn(20, [14])
     found = values(fit_heads(Bags(slides), labels, [fit], preset), fit)
     assert_alike(found, plain.fit_plain(Bags(slides), labels, fit, preset))
-
-
-def test_the_papers_head_equals_the_plain_loop(plain):
-    slides, labels = planted(10)
-    preset = replace(PRESETS["gma-50"], epochs=2, warmup_epochs=1)
-    (fit,) = drawn(10, [6])
-    assert_alike(
-        values(fit_heads(Bags(slides), labels, [fit], preset), fit), plain.fit_plain(Bags(slides), labels, fit, preset)
-    )
 
 
 def test_half_precision_changes_no_answer_but_the_digits():
@@ -113,14 +105,8 @@ def test_same_inputs_same_bits_whatever_the_threads(way):
     first = fit_heads(Bags(slides), labels, fits, SMALL)
     assert first.equals(fit_heads(Bags(slides), labels, fits[::-1], SMALL, threads=3))
     assert not first.equals(fit_heads(Bags(slides), labels, fits, SMALL, seed=1))
-
-
-def test_replicas_of_a_split_differ():
-    slides, labels = planted(20)
-    (fit,) = drawn(20, [14])
-    table = fit_heads(Bags(slides), labels, [fit, replace(fit, replica=2)], SMALL)
-    losses = table[table["metric"] == "val_loss"].pivot(index="epoch", columns="replica", values="value")
-    assert (losses[1] != losses[2]).all()
+    again = values(fit_heads(Bags(slides), labels, [replace(fits[0], replica=2)], SMALL), replace(fits[0], replica=2))
+    assert all(again[key] != value for key, value in values(first, fits[0]).items() if key[1] == "val_loss")
 
 
 def test_a_planted_tile_is_found():

@@ -60,12 +60,6 @@ def test_results_hold_every_run_epoch_and_metric(inputs):
     assert read_rows(inputs / "out" / "results.csv").equals(table)
 
 
-def test_same_inputs_give_the_same_bytes(inputs):
-    bench(inputs)
-    bench(inputs, out="again")
-    assert (inputs / "out" / "results.csv").read_bytes() == (inputs / "again" / "results.csv").read_bytes()
-
-
 def test_rows_of_the_split_file_may_stand_in_any_order(inputs):
     bench(inputs)
     pd.read_csv(inputs / "breast.csv").sample(frac=1, random_state=0).to_csv(inputs / "breast.csv", index=False)
@@ -84,12 +78,9 @@ def test_done_parts_are_not_computed_again(inputs, monkeypatch):
     bench(inputs)
     assert len(fitted) == 1
     assert (inputs / "out" / "results.csv").read_bytes() == before
-
-
-def test_a_part_killed_before_its_table_is_computed(inputs):
-    bench(inputs, ["untrained"])
-    (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()
-    assert len(bench(inputs, ["untrained"])) == 48
+    (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()  # killed before its table was written
+    assert len(bench(inputs)) == 96
+    assert len(fitted) == 2
 
 
 def test_parts_made_with_something_else_are_refused(inputs):
@@ -117,22 +108,29 @@ def test_parts_made_with_something_else_are_refused(inputs):
         bench(inputs, ["untrained"])
 
 
-def test_one_run_alone_equals_that_run_among_all(inputs):
-    full = bench(inputs, ["trained"])
-    alone = bench(inputs, ["trained"], out="alone", only=(2, 1))
-    keys = ["split", "replica", "epoch", "metric"]
-    both = full.merge(alone, on=keys, suffixes=("_full", "_alone"))
-    assert len(alone) == len(both) == 8
+def test_a_fit_alone_equals_that_fit_among_all_and_gathers_with_others_into_one_table(inputs):
+    for fit in ((1, 1), (1, 2), (3, 2)):
+        table = bench(inputs, ["trained"], only=fit)
+    full = bench(inputs, ["trained"], out="full")
+    both = full.merge(table, on=["split", "replica", "epoch", "metric"], suffixes=("_full", "_alone"))
+    assert len(table) == len(both) == 3 * 8
     assert (both["value_full"] == both["value_alone"]).all()
-
-
-def test_runs_computed_one_by_one_gather_into_one_table(inputs):
-    for run in ((1, 1), (1, 2), (3, 2)):
-        table = bench(inputs, ["trained"], only=run)
-    assert len(table) == 3 * 8
     assert len(bench(inputs, ["trained"])) == 48
     with pytest.raises(ConfigError, match="no split 4, replica 1"):
         bench(inputs, ["trained"], only=(4, 1))
+
+
+def test_features_that_cannot_be_used_are_named(inputs):
+    path = inputs / "trained" / "s03.h5"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(FeatureError, match=r"s03\.h5: truncated"):
+        bench(inputs, ["trained"])
+    for content, message in ((np.zeros((0, 6), np.float32), "no tiles"), (np.full((2, 6), np.nan), "not finite")):
+        with h5py.File(path, "w") as file:
+            file["features"] = content
+        with pytest.raises(FeatureError, match=rf"s03\.h5: {message}"):
+            bench(inputs, ["trained"])
+    assert not (inputs / "out" / "results.csv").exists()
 
 
 def test_slides_without_features(inputs):
@@ -142,14 +140,6 @@ def test_slides_without_features(inputs):
     assert len(bench(inputs, allow_missing=True)) == 96
     record = json.loads((inputs / "out" / "parts" / "breast__timm-vit-small__500.json").read_text())
     assert record["slides"] == 15
-
-
-def test_broken_features_are_named(inputs):
-    path = inputs / "trained" / "s03.h5"
-    path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(FeatureError, match=r"s03\.h5: truncated"):
-        bench(inputs, ["trained"])
-    assert not (inputs / "out" / "results.csv").exists()
 
 
 def test_two_inputs_of_one_name_are_refused(inputs):
@@ -194,14 +184,6 @@ def test_the_authors_layout_is_both_features_and_splits(inputs):
     table = fit_missing(measurements, inputs / "out")
     assert set(table["task"]) == {"breast_ihc_er"}
     assert set(table["encoder"]) == {"uni"}
-
-
-def test_a_slide_with_no_tiles_or_with_nan_is_named(inputs):
-    for content, message in ((np.zeros((0, 6), np.float32), "no tiles"), (np.full((2, 6), np.nan), "not finite")):
-        with h5py.File(inputs / "trained" / "s03.h5", "w") as file:
-            file["features"] = content
-        with pytest.raises(FeatureError, match=rf"s03\.h5: {message}"):
-            bench(inputs, ["trained"])
 
 
 def test_the_memory_bound_changes_no_number(inputs):

@@ -76,7 +76,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A schedule folder of which only the organ shares are asked."""
-    from hpcssl.report import shares as module
+    from hpcssl.report import schedules as module
 
     shares = pd.DataFrame(
         {

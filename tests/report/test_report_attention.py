@@ -4,8 +4,7 @@ import pytest
 
 from hpcssl.report.arms import ReportError
 from hpcssl.report.attention_maps import attention_charts
-from hpcssl.report.inputs import Inputs
-from hpcssl.report.page import write_report
+from hpcssl.report.page import Inputs, write_report
 
 
 def test_a_map_for_every_slide_that_was_asked_for(make_results, write_results, tmp_path) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcssl.report.inputs import Inputs
-from hpcssl.report.page import write_report
+from hpcssl.report.page import Inputs, write_report
 
 # put at the end of a copy of the page: what a reader would stumble over, as JSON in the document
 MEASURE = """<script>addEventListener("load", () => {

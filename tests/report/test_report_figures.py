@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hpcssl.evaluate.results import check_rows
-from hpcssl.report import checkpoints, curves, shares, style, training
+from hpcssl.report import checkpoints, curves, schedules, style, training
 from hpcssl.report.arms import Arm, ReportError
 from hpcssl.report.summary import summarise
 
@@ -29,7 +29,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
         return original(height, painted)
 
-    for module in (checkpoints, curves, shares, training):
+    for module in (checkpoints, curves, schedules, training):
         monkeypatch.setattr(module, "draw", keeping)
     return seen
 
@@ -83,7 +83,7 @@ def test_a_trace_without_a_loss_is_refused(make_run) -> None:
 
 
 def test_organ_shares(figures, schedule: Path) -> None:
-    part = shares.organ_shares_chart(schedule)
+    part = schedules.organ_shares_chart(schedule)
     widths = [[bar.get_width() for bar in bars] for bars in figures[0].axes[0].containers]
     np.testing.assert_allclose(widths, [[90, 10], [60, 40]])
     assert "90.0%" in part.alt

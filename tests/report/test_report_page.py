@@ -11,8 +11,7 @@ from PIL import Image
 from hpcssl.core.errors import RunError
 from hpcssl.evaluate.results import ResultsError
 from hpcssl.report.arms import ReportError
-from hpcssl.report.inputs import Inputs
-from hpcssl.report.page import write_report
+from hpcssl.report.page import Inputs, write_report
 
 PARTS = ["auc_by_checkpoint", "curves_breast", "curves_lung", "organ_shares", "schedules", "training"]
 
@@ -59,6 +58,10 @@ def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
     assert not re.search(r"https?://|url\(|@import", path.read_text(encoding="utf-8"))
     assert "A <title>" in page.words
     assert "<b>&" in page.words
+    summary = pd.read_csv(out / "summary.csv").set_index(["task", "checkpoint"])
+    curves = pd.read_csv(out / "curves_lung.csv").query("metric == 'auc' and epoch == 5").set_index("checkpoint")
+    assert curves.loc[200, "low"] == pytest.approx(summary.loc[("lung", 200), "score_low"])
+    assert pd.read_csv(out / "training.csv")["step"].tolist() == list(range(1, 61))
     for line in (out / "verdict.txt").read_text(encoding="utf-8").splitlines():
         assert line.strip() in page.words
 
@@ -80,18 +83,6 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, inputs: dict) -> No
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
-def test_numbers_beside_the_report(tmp_path: Path, inputs: dict) -> None:
-    out = write_report(tmp_path / "out", Inputs(**inputs), title="t").page.parent
-    summary = pd.read_csv(out / "summary.csv").set_index(["task", "checkpoint"])
-    assert summary.loc[("lung", 200), "difference_low"] > 0
-    by_checkpoint = pd.read_csv(out / "auc_by_checkpoint.csv").groupby(["task", "checkpoint"])["score"].mean()
-    pd.testing.assert_series_equal(by_checkpoint, summary["score"], rtol=1e-5, check_names=False)
-    curves = pd.read_csv(out / "curves_lung.csv")
-    last = curves.query("metric == 'auc' and epoch == 5").set_index("checkpoint")
-    assert last.loc[200, "low"] == pytest.approx(summary.loc[("lung", 200), "score_low"])
-    assert pd.read_csv(out / "training.csv")["step"].tolist() == list(range(1, 61))
-
-
 @pytest.mark.parametrize(
     ("kept", "present"),
     [("results", PARTS[:3]), ("runs", ["schedules", "training"]), ("schedule", ["organ_shares"])],
@@ -111,16 +102,13 @@ def test_nothing_is_written_when_an_input_is_bad(tmp_path: Path, inputs: dict) -
     with pytest.raises(ResultsError):
         write_report(tmp_path / "out", Inputs(**{**inputs, "results": tmp_path / "empty"}), title="t")
     assert not (tmp_path / "out").exists()
-
-
-def test_out_must_not_be_a_file(tmp_path: Path, inputs: dict) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(ReportError, match="is a file"):
         write_report(tmp_path / "out", Inputs(**inputs), title="t")
 
 
 def test_no_torch() -> None:
-    modules = "page, inputs, checkpoints, curves, shares, training"
+    modules = "page, checkpoints, curves, schedules, training"
     lines = [
         f"from hpcssl.report import {modules}",
         "import hpcssl.runs.trace, hpcssl.schedule.inspect, sys",

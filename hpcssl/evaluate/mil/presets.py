@@ -61,10 +61,7 @@ HEADS: dict[str, dict[str, Any]] = {
 def preset_named(name: str, epochs: int | None = None) -> MccvPreset:
     """Return a preset, with another length if `epochs` is given; the warm-up is then at most a quarter of it.
 
-    Raises
-    ------
-    ConfigError
-        For an unknown name or a length below one epoch.
+    ConfigError for an unknown name or a length below one epoch.
     """
     if name not in PRESETS:
         raise ConfigError(f"preset {name}: no such preset; {nearest(name, list(PRESETS))}")

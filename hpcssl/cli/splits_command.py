@@ -36,10 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw or check."""
-    return _check(args) if args.action == "check" else _draw(args)
+    if args.action == "check":
+        _check(args)
+    else:
+        _draw(args)
+    return 0
 
 
-def _draw(args: argparse.Namespace) -> int:
+def _draw(args: argparse.Namespace) -> None:
     from hpcssl.core.atomic import write_atomic
     from hpcssl.core.errors import ConfigError
     from hpcssl.evaluate.splits import PATIENT, make_splits
@@ -57,10 +61,9 @@ def _draw(args: argparse.Namespace) -> int:
     if len(table) < len(frame):
         print(f"{len(frame) - len(table)} slides have no {args.target} and were left out")
     _warn_ungrouped(table, group, args.out)
-    return 0
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> None:
     from hpcssl.core.errors import ConfigError
     from hpcssl.evaluate.splits import PATIENT, check_splits, read_splits, with_slides, without_missing
     from hpcssl.features.feature_folder import FeatureSet
@@ -83,7 +86,6 @@ def _check(args: argparse.Namespace) -> int:
     groups = f"no {group} on both sides" if group in table.columns else f"no column {group} to check"
     print(f"{args.file}: {_describe(table, args.kind)}; {groups}")
     _warn_ungrouped(table, group, args.file)
-    return 0
 
 
 def _warn_ungrouped(table: pd.DataFrame, group: str, path: Path) -> None:

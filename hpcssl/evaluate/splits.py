@@ -129,6 +129,9 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
         raise SplitError(f"{where}: slide {blank.iloc[0]} has no target ({len(blank)} such rows); leave such rows out")
     frame = frame.assign(target=frame["target"].str.strip())
     kind = target_kind(frame["target"], kind, where=where)
+    classes = frame["target"].unique().tolist()
+    if kind == CLASSES and len(classes) < 2:
+        raise SplitError(f"{where}: every slide has the target {classes[0]}; expected at least two classes")
     groups = group_keys(frame, group, "slide") if group in frame.columns else None
     for column in columns:
         unknown = ~frame[column].isin([TRAIN, VAL])
@@ -138,7 +141,7 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
                 f"{where}: {column} of slide {row['slide']} is {row[column]!r}; expected train or val"
                 f" ({unknown.sum()} such cells)"
             )
-        _check_sides(frame, column, where, kind)
+        _check_sides(frame, column, where, kind, classes)
         if groups is not None:
             sides = frame.groupby(groups)[column].nunique()
             leaking = sides[sides > 1]
@@ -235,7 +238,7 @@ def without_missing(
         )
     kept = frame[present].reset_index(drop=True)
     for column in split_columns(kept):
-        _check_sides(kept, column, where, kind, all_classes=sorted(frame["target"].unique()))
+        _check_sides(kept, column, where, kind, frame["target"].unique().tolist())
     return kept
 
 
@@ -249,19 +252,13 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _check_sides(
-    frame: pd.DataFrame, column: str, where: str, kind: str, all_classes: Sequence[str] | None = None
-) -> None:
-    if kind == VALUES:
-        for side in (TRAIN, VAL):
-            if frame["target"][frame[column] == side].astype(float).nunique() < 2:
-                raise SplitError(f"{where}: {column} has fewer than two different targets in {side}")
-        return
-    classes = sorted(frame["target"].unique() if all_classes is None else all_classes)
-    if len(classes) < 2:
-        raise SplitError(f"{where}: every slide has the target {classes[0]}; expected at least two classes")
+def _check_sides(frame: pd.DataFrame, column: str, where: str, kind: str, classes: Sequence[str]) -> None:
+    """Refuse a split of which a side lacks a class, or has fewer than two values."""
     for side in (TRAIN, VAL):
-        lacking = sorted(set(classes) - set(frame["target"][frame[column] == side]))
+        targets = frame["target"][frame[column] == side]
+        if kind == VALUES and targets.astype(float).nunique() < 2:
+            raise SplitError(f"{where}: {column} has fewer than two different targets in {side}")
+        lacking = sorted(set(classes) - set(targets)) if kind == CLASSES else []
         if lacking:
             raise SplitError(
                 f"{where}: {column} has no slide of class {lacking[0]} in {side}; every class must be on both sides"

@@ -116,15 +116,9 @@ def test_padding_and_tile_order_change_nothing(sizes):
     order = torch.tensor([4, 2, 0, 1, 3])
     shuffled, moved = stack.forward(x_RND[:, order], valid_RN[:, order])
     torch.testing.assert_close(shuffled, expected)
+    torch.testing.assert_close(heads([1], sizes).forward(*bags([1], 4))[1], torch.tensor([[1.0, 0, 0, 0]]))
     if sizes.pooling != "max":  # where a unit is zero on all tiles, the first tile counts as its maximum
         torch.testing.assert_close(moved, parts[:, order])
-
-
-@pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
-def test_a_bag_of_one_tile_gets_all_attention(sizes):
-    x_RND, valid_RN = bags([1], 4)
-    part_RN = heads([1], sizes).forward(x_RND, valid_RN)[1]
-    torch.testing.assert_close(part_RN, torch.tensor([[1.0, 0, 0, 0]]))
 
 
 def test_a_bag_of_200_000_tiles_keeps_its_float_sums_apart(plain):
@@ -151,13 +145,7 @@ def test_dropout_is_a_function_of_fit_and_step_alone():
     assert SIZES.dropped == (64, 112)
     drawn = np.random.Philox(key=[7, 0], counter=[0, 3, 0, 0]).random_raw(18).view(np.uint8)[: 5 * 28].reshape(5, 28)
     kept = drawn >= np.repeat([64, 112], [24, 4])
-    assert np.array_equal(alone.numpy(), kept.astype(np.uint8))
-
-
-def test_dropout_keeps_three_quarters_of_the_units_and_of_either_branch():
-    mask = dropout_mask(SIZES, 1, 0, 4000).float()
-    assert mask[:, :24].mean().item() == pytest.approx(0.75, abs=0.01)
-    assert mask[:, 24:].mean().item() == pytest.approx(0.75**2, abs=0.015)
+    assert np.array_equal(alone.numpy(), kept.astype(np.uint8)), "3/4 of the units stay, of either branch 9/16"
 
 
 def test_dropout_acts_on_every_layer_and_keeps_the_scale():

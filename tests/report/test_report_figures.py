@@ -67,17 +67,11 @@ def test_a_long_run_is_thinned_and_keeps_its_last_step(monkeypatch, tmp_path) ->
     assert table["step"].iloc[-1] == 100_000
 
 
-def test_runs_of_one_name_are_told_apart(make_run) -> None:
-    loss = training.training_charts([make_run("a/run"), make_run("b/run")])[0]
+def test_runs_of_one_name_of_one_step_and_without_momentum_or_loss(make_run) -> None:
+    runs = [make_run("a/run", steps=1, drop=["momentum"]), make_run("b/run", drop=["momentum"])]
+    loss, settings = training.training_charts(runs)
     assert list(loss.table["run"].unique()) == ["a/run", "b/run"]
-
-
-def test_a_run_without_momentum_and_with_one_step(make_run) -> None:
-    parts = training.training_charts([make_run(steps=1, drop=["momentum"])])
-    assert "momentum" not in parts[1].table
-
-
-def test_a_trace_without_a_loss_is_refused(make_run) -> None:
+    assert "momentum" not in settings.table
     with pytest.raises(ReportError, match="lack loss"):
         training.training_charts([make_run(drop=["loss"])])
 

@@ -75,12 +75,9 @@ class Measurement:
     """One head on one feature set of one task: a part of the results."""
 
     data: LabelledFeatures
-    encoder: str
-    """Its name in the results."""
     preset: MccvPreset
     fits: tuple[tuple[int, int], ...]
     """(split, replica), both from 1."""
-    seed: int
     name: str
     """Of the part."""
     record: Record
@@ -131,10 +128,8 @@ def _measurement(data: LabelledFeatures, preset: MccvPreset, benchmark: Benchmar
     }
     return Measurement(
         data=data,
-        encoder=encoder,
         preset=preset,
         fits=fits,
-        seed=benchmark.seed,
         name=part_name(data.task, encoder, data.features.checkpoint, only),
         record=own | data.record([split for split, _ in fits]),
     )
@@ -189,7 +184,7 @@ def measure(
         data.targets,
         [Fit(split, replica, *data.sides(split)) for split, replica in measurement.fits],
         measurement.preset,
-        seed=measurement.seed,
+        seed=measurement.record["seed"],
         threads=compute.threads,
         on_fitted=keep_attention,
         on_progress=on_progress,
@@ -198,7 +193,7 @@ def measure(
         x, y = coords[slide].T
         file.parent.mkdir(parents=True, exist_ok=True)
         write_table(file, pd.DataFrame({"x": x, "y": y, "attention": np.mean(shares[slide], axis=0)}))
-    about = {"task": data.task, "encoder": measurement.encoder, "checkpoint": data.features.checkpoint}
+    about = {key: measurement.record[key] for key in ("task", "encoder", "checkpoint")}
     return table.assign(**about)[list(COLUMNS)]
 
 

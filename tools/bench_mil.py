@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from measuring import options
 
 from hpcssl.evaluate.mil.bags import Bags
-from hpcssl.evaluate.mil.fits import Run, fit
+from hpcssl.evaluate.mil.fits import Fit, fit_heads
 from hpcssl.evaluate.mil.presets import MccvPreset
 
 NAMES = ("musk1", "musk2", "fox", "tiger", "elephant")
@@ -56,17 +57,17 @@ def measure(file: Path, preset: MccvPreset, threads: int) -> dict[str, float]:
     x, bag, y = held["X"].astype(np.float64), held["bag"], held["y"].astype(np.int64)
     bags, of = np.unique(bag, return_inverse=True)
     fold = folds(y, held["test_fold"] if "test_fold" in held.files else None)
-    slides, runs = [], []
+    slides, fits = [], []
     for repeat in range(len(fold)):
         for number in np.unique(fold[repeat]):
             first, test = len(slides), fold[repeat] == number
             scaled = standardised(x, ~test[of])
             slides += [scaled[of == b] for b in range(len(bags))]
             rows = first + np.arange(len(bags))
-            runs.append(Run(split=int(number) + 1, replica=repeat + 1, train=rows[~test], val=rows[test]))
-    table = fit(Bags(slides), np.tile(y, len(runs)), runs, preset, threads=threads)
+            fits.append(Fit(split=int(number) + 1, replica=repeat + 1, train=rows[~test], val=rows[test]))
+    table = fit_heads(Bags(slides), np.tile(y, len(fits)), fits, preset, threads=threads)
     last = table[(table["metric"] == "accuracy") & (table["epoch"] == preset.epochs)]
-    sizes = {(run.split, run.replica): len(run.val) for run in runs}
+    sizes = {(fit.split, fit.replica): len(fit.val) for fit in fits}
     right = last["value"] * [sizes[key] for key in zip(last["split"], last["replica"], strict=True)]
     repeats = right.groupby(last["replica"]).sum() / len(bags)
     return {"accuracy": round(float(repeats.mean()), 4), "deviation": round(float(repeats.std()), 4)}
@@ -78,7 +79,7 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", default=NAMES)
     args = parser.parse_args()
-    preset = MccvPreset(**{**vars(PRESET), "epochs": args.epochs, "warmup_epochs": args.epochs // 20})
+    preset = replace(PRESET, epochs=args.epochs, warmup_epochs=args.epochs // 20)
     found = {}
     for name in args.names:
         found[name] = measure(args.data / f"{name}.npz", preset, args.threads)

@@ -29,13 +29,13 @@ from hpcssl.cli.demo_command import SPEC
 from hpcssl.cli.demo_inputs import demo_spec
 from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source
-from hpcssl.evaluate.knn import knn_parts
-from hpcssl.evaluate.mil.benchmark import plan_parts
-from hpcssl.evaluate.mil.presets import PRESETS
+from hpcssl.evaluate.knn import Neighbours
+from hpcssl.evaluate.labelled import label_features
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import write_slide
 from hpcssl.features.feature_folder import write_index
 from hpcssl.loader.pillow import decode
+from hpcssl.pipelines.evaluate import find_neighbours
 from hpcssl.schedule.build import build_schedule
 from hpcssl.stores.scan import build_store
 from hpcssl.stores.store import Store
@@ -86,8 +86,8 @@ def measure(store: Store, features: dict[str, Path], splits: Path, k: int) -> di
         table.to_csv(splits / f"{organ}.csv", index=False)
     tables = []
     for name, folder in features.items():
-        parts = plan_parts([folder], sorted(splits.glob("*.csv")), PRESETS["gma-50"], replicas=1)
-        tables.append(knn_parts(parts, k=k).assign(features=name))
+        pairs = label_features([folder], sorted(splits.glob("*.csv")))
+        tables.append(find_neighbours(pairs, Neighbours(k=k)).assign(features=name))
     told: dict[str, dict[str, object]] = {}
     for organ, rows in pd.concat(tables).groupby("task"):
         by_split = rows.pivot_table(index="split", columns=["features", "metric"], values="value")

@@ -231,42 +231,35 @@ class Demo:
     def benchmark(self) -> None:
         """Fit gated-attention heads over Monte-Carlo splits, one task an organ."""
         from hpcssl.cli.progress import progress
-        from hpcssl.evaluate.mil.benchmark import plan_parts, run_parts
+        from hpcssl.evaluate.mil.benchmark import Benchmark, Compute, plan_measurements
         from hpcssl.evaluate.mil.presets import preset_named
+        from hpcssl.pipelines.evaluate import fit_missing
 
         splits = sorted((self.out / "splits").glob("*.csv"))
         _stage(6, f"benchmark: {len(splits)} tasks, 20 splits × 2 replicas of each" if splits else "benchmark: no task")
         if not splits:
             return
-        preset = preset_named(PRESET)
-        parts = plan_parts([self._features(s) for s in self._steps], splits, preset, seed=self.seed)
-        total = preset.epochs * sum(len(part.runs) for part in parts)
+        benchmark = Benchmark(preset=preset_named(PRESET), seed=self.seed)
+        measurements = plan_measurements([self._features(s) for s in self._steps], splits, benchmark)
+        total = sum(one.num_epochs for one in measurements)
         with progress("fitting heads", total=total, unit="epochs") as advance:
-            run_parts(parts, preset, self._results, seed=self.seed, threads=_cores(), on_progress=advance)
+            fit_missing(measurements, self._results, Compute(threads=_cores()), on_progress=advance)
 
     def report(self) -> None:
         """Write the report and print the closing table."""
         from rich.console import Console
 
         from hpcssl.cli.report_command import format_table
-        from hpcssl.report.page import write_report
-        from hpcssl.report.results import read_results
-        from hpcssl.report.summary import summarise, verdict_text
+        from hpcssl.pipelines.report import report
+        from hpcssl.report.summary import verdict_text
 
         _stage(7, "report")
         results = self._results if (self._results / "results.csv").exists() else None
-        write_report(
-            self.out,
-            results=results,
-            runs=[self._run],
-            schedule=self._schedule_path,
-            title="hpcssl demo",
-            notes=self._notes(results),
-        )
-        if results:
-            summary = summarise(read_results(results))
-            Console().print(format_table(summary))
-            print(verdict_text(summary))
+        folders = [folder for folder in (results, self._run, self._schedule_path) if folder]
+        made = report(folders, self.out, title="hpcssl demo", notes=self._notes(results))
+        if made.summary is not None:
+            Console().print(format_table(made.summary))
+            print(verdict_text(made.summary))
 
     def _notes(self, results: Path | None) -> dict[str, str]:
         from hpcssl.core.provenance import provenance

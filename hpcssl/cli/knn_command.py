@@ -5,31 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hpcssl.cli.mccv_command import add_inputs, add_leniency, report_left_out
+
 SUMMARY = "tell slides by the nearest tiles, over the same splits as mccv; nothing is trained"
 EXAMPLE = "hpcssl knn --features features/step0 features/step500 --splits breast.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--features", type=Path, nargs="+", required=True, metavar="FEATURES", help="feature folders")
-    parser.add_argument(
-        "--splits", type=Path, nargs="+", required=True, metavar="SPLITS.csv", help="split files; the name is the task"
-    )
-    parser.add_argument("--out", type=Path, metavar="RESULTS", help="folder of results that these are added to")
-    parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
-    parser.add_argument(
-        "--votes",
-        choices=["weighted", "equal"],
-        default="weighted",
-        help="by similarity, or each neighbour alike (%(default)s)",
-    )
-    parser.add_argument("--tiles-per-slide", type=int, default=100, help="at most, at even distances (%(default)s)")
-    parser.add_argument("--kind", choices=["classes", "values"], help="of the target (read from the column)")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="leave out slides that one of FEATURES lacks, and features without slides",
-    )
+    add_inputs(parser, "feature folders")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="RESULTS", help="folder of results that these are added to")
+    add("--k", type=int, default=20, help="neighbours (%(default)s)")
+    votes = "by similarity, or each neighbour alike (%(default)s)"
+    add("--votes", choices=["weighted", "equal"], default="weighted", help=votes)
+    add("--tiles-per-slide", type=int, default=100, help="at most, at even distances (%(default)s)")
+    add_leniency(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,25 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from hpcssl.cli.mccv_command import tell_left_out
     from hpcssl.cli.progress import progress
-    from hpcssl.evaluate.knn import knn_parts
-    from hpcssl.evaluate.mil.benchmark import plan_parts
-    from hpcssl.evaluate.mil.presets import PRESETS
+    from hpcssl.evaluate.knn import Neighbours
+    from hpcssl.evaluate.labelled import label_features
+    from hpcssl.pipelines.evaluate import find_neighbours
 
     allowed = {"allow_missing": args.allow_missing, "allow_extra": args.allow_missing}
-    parts = plan_parts(args.features, args.splits, PRESETS["gma-50"], replicas=1, kind=args.kind, **allowed)
-    tell_left_out(parts)
-    weighted = args.votes == "weighted"
-    with progress("nearest neighbours", total=len(parts), unit="tables") as advance:
-        table = knn_parts(
-            parts,
-            k=args.k,
-            weighted=weighted,
-            tiles_per_slide=args.tiles_per_slide,
-            out=args.out,
-            on_progress=advance,
-        )
+    pairs = label_features(args.features, args.splits, kind=args.kind, **allowed)
+    report_left_out((data.name, data) for data in pairs)
+    neighbours = Neighbours(k=args.k, weighted=args.votes == "weighted", tiles_per_slide=args.tiles_per_slide)
+    with progress("nearest neighbours", total=len(pairs), unit="tables") as advance:
+        table = find_neighbours(pairs, neighbours, out=args.out, on_progress=advance)
     table = table[table["encoder"].str.endswith(", k-NN")]
     metrics = ["auc", "accuracy", "tile_auc", "tile_accuracy"]
     means = table.pivot_table(index=["task", "encoder", "checkpoint"], columns="metric", values="value", sort=False)

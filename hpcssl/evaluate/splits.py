@@ -39,10 +39,8 @@ def make_splits(
     missing target are left out. A missing group, or a table without `patient_id`, makes each slide its own group. A
     draw is a function of (seed, split, group), not of the table's order. The table passes `check_splits`.
 
-    Raises
-    ------
-    SplitError
-        If the target has one class, or a class cannot be on both sides, or a side has fewer than two different values.
+    SplitError if the target has one class, or a class cannot be on both sides, or a side has fewer than two different
+    values.
     """
     if group in ("slide", "target") and group != target:
         raise SplitError(f"the group column {group} has a name of the split file's own; give it another name")
@@ -54,21 +52,19 @@ def make_splits(
         )
     labelled = frame[~missing(frame[target])].sort_values("slide_id", ignore_index=True)
     labelled[target] = labelled[target].str.strip()
-    if group == PATIENT and PATIENT not in labelled.columns:
-        groups = "slide " + labelled["slide_id"]
-    else:
-        groups = group_keys(labelled, group)
+    ungrouped = group == PATIENT and PATIENT not in labelled.columns
+    groups = "slide " + labelled["slide_id"] if ungrouped else group_keys(labelled, group)
     kind = target_kind(labelled[target], kind, where=f"column {target}")
     strata = labelled[target] if kind == CLASSES else _fifths(labelled[target].astype(float), groups, target)
     counts = pd.crosstab(groups, strata)
     if kind == CLASSES:
         _check_possible(counts, target)
-    wanted = [_wanted(int(total), train) for total in counts.sum()]
+    quotas_C = np.array([_quota(int(total), train) for total in counts.sum()])
     table = labelled[["slide_id", target]].set_axis(["slide", "target"], axis=1)
     if group in labelled.columns:
         table[group] = labelled[group]
     for split in range(1, num + 1):
-        in_train = _draw(counts, wanted, seed, split)
+        in_train = _draw(counts, quotas_C, seed, split)
         table[f"mccv{split}"] = np.where(groups.isin(in_train), TRAIN, VAL)
     return check_splits(table, where=f"column {target}", group=group, kind=kind)
 
@@ -76,10 +72,7 @@ def make_splits(
 def target_kind(targets: pd.Series, given: str | None = None, *, where: str) -> str:
     """Return CLASSES or VALUES: as given, else values where all are numbers and they are fractions or more than ten.
 
-    Raises
-    ------
-    SplitError
-        If values are asked for and one is no number.
+    SplitError if values are asked for and one is no number.
 
     >>> target_kind(pd.Series(["0", "1"]), where="x"), target_kind(pd.Series(["0.5", "1"]), where="x")
     ('classes', 'values')
@@ -112,11 +105,8 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
 
     Of values, each side needs two different ones.
 
-    Raises
-    ------
-    SplitError
-        For a missing column (only `patient_id` may be), a column such as mccv01, a slide twice, a missing target, a
-        cell that is neither train nor val, a class that a side of a split lacks, or a group on both sides of one.
+    SplitError for a missing column (only `patient_id` may be), a column such as mccv01, a slide twice, a missing
+    target, a cell that is neither train nor val, a class that a side of a split lacks, or a group on both sides of one.
     """
     columns = split_columns(frame)
     odd = [name for name in map(str, frame.columns) if re.fullmatch(r"mccv[\d.]+", name) and name not in columns]
@@ -139,6 +129,9 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
         raise SplitError(f"{where}: slide {blank.iloc[0]} has no target ({len(blank)} such rows); leave such rows out")
     frame = frame.assign(target=frame["target"].str.strip())
     kind = target_kind(frame["target"], kind, where=where)
+    classes = frame["target"].unique().tolist()
+    if kind == CLASSES and len(classes) < 2:
+        raise SplitError(f"{where}: every slide has the target {classes[0]}; expected at least two classes")
     groups = group_keys(frame, group, "slide") if group in frame.columns else None
     for column in columns:
         unknown = ~frame[column].isin([TRAIN, VAL])
@@ -148,7 +141,7 @@ def check_splits(frame: pd.DataFrame, *, where: str, group: str = PATIENT, kind:
                 f"{where}: {column} of slide {row['slide']} is {row[column]!r}; expected train or val"
                 f" ({unknown.sum()} such cells)"
             )
-        _check_sides(frame, column, where, kind)
+        _check_sides(frame, column, where, kind, classes)
         if groups is not None:
             sides = frame.groupby(groups)[column].nunique()
             leaking = sides[sides > 1]
@@ -165,11 +158,8 @@ def with_slides(
 ) -> pd.DataFrame:
     """Return a split table with the groups of the slide table `frame`, where that has the column.
 
-    Raises
-    ------
-    SplitError
-        For slides that `frame` lacks; for a slide of another group there; with `target`, its column there, for a slide
-        of another target and for slides with a target that the splits lack.
+    SplitError for slides that `frame` lacks; for a slide of another group there; with `target`, its column there, for a
+    slide of another target and for slides with a target that the splits lack.
     """
     unknown = table["slide"][~table["slide"].isin(frame["slide_id"])].tolist()
     if unknown:
@@ -210,13 +200,13 @@ def _refuse_other(here: pd.Series, there: pd.Series, table: pd.DataFrame, where:
 
 def split_columns(frame: pd.DataFrame) -> list[str]:
     """Return mccv1 … mccvK, in the order of their numbers."""
-    names = [str(name) for name in frame.columns if re.fullmatch(r"mccv[1-9][0-9]*", str(name))]
-    return sorted(names, key=split_number)
+    return [f"mccv{number}" for number in split_numbers(frame)]
 
 
-def split_number(column: str) -> int:
-    """Return the k of mccvk."""
-    return int(column[len("mccv") :])
+def split_numbers(frame: pd.DataFrame) -> list[int]:
+    """Return the k of every column mccvk, in order."""
+    matches = (re.fullmatch(r"mccv([1-9][0-9]*)", str(name)) for name in frame.columns)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def without_missing(
@@ -230,11 +220,8 @@ def without_missing(
 ) -> pd.DataFrame:
     """Return the rows whose slides have features.
 
-    Raises
-    ------
-    SplitError
-        Listing slides without features, unless `allow_missing`, or features without a row, unless `allow_extra`; and if
-        a side of a split then lacks a class.
+    SplitError listing slides without features, unless `allow_missing`, or features without a row, unless `allow_extra`;
+    and if a side of a split then lacks a class.
     """
     kind = target_kind(frame["target"], kind, where=where)
     present = frame["slide"].isin(set(known))
@@ -251,7 +238,7 @@ def without_missing(
         )
     kept = frame[present].reset_index(drop=True)
     for column in split_columns(kept):
-        _check_sides(kept, column, where, kind, all_classes=sorted(frame["target"].unique()))
+        _check_sides(kept, column, where, kind, frame["target"].unique().tolist())
     return kept
 
 
@@ -265,19 +252,13 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _check_sides(
-    frame: pd.DataFrame, column: str, where: str, kind: str, all_classes: Sequence[str] | None = None
-) -> None:
-    if kind == VALUES:
-        for side in (TRAIN, VAL):
-            if frame["target"][frame[column] == side].astype(float).nunique() < 2:
-                raise SplitError(f"{where}: {column} has fewer than two different targets in {side}")
-        return
-    classes = sorted(frame["target"].unique() if all_classes is None else all_classes)
-    if len(classes) < 2:
-        raise SplitError(f"{where}: every slide has the target {classes[0]}; expected at least two classes")
+def _check_sides(frame: pd.DataFrame, column: str, where: str, kind: str, classes: Sequence[str]) -> None:
+    """Refuse a split of which a side lacks a class, or has fewer than two values."""
     for side in (TRAIN, VAL):
-        lacking = sorted(set(classes) - set(frame["target"][frame[column] == side]))
+        targets = frame["target"][frame[column] == side]
+        if kind == VALUES and targets.astype(float).nunique() < 2:
+            raise SplitError(f"{where}: {column} has fewer than two different targets in {side}")
+        lacking = sorted(set(classes) - set(targets)) if kind == CLASSES else []
         if lacking:
             raise SplitError(
                 f"{where}: {column} has no slide of class {lacking[0]} in {side}; every class must be on both sides"
@@ -297,8 +278,8 @@ def _fifths(values: pd.Series, groups: pd.Series, target: str) -> pd.Series:
 def _check_possible(counts: pd.DataFrame, target: str) -> None:
     """Refuse a target with fewer than two classes or a class that one group holds alone."""
     if counts.shape[1] < 2:
-        found = f"the one value {counts.columns[0]}" if counts.shape[1] else "no values"
-        raise SplitError(f"column {target} has {found}; expected at least two classes to tell apart")
+        values = f"the one value {counts.columns[0]}" if counts.shape[1] else "no values"
+        raise SplitError(f"column {target} has {values}; expected at least two classes to tell apart")
     for name in counts.columns:
         if (counts[name] > 0).sum() < 2:
             only = counts.index[counts[name] > 0][0]
@@ -308,12 +289,12 @@ def _check_possible(counts: pd.DataFrame, target: str) -> None:
             )
 
 
-def _wanted(total: int, train: float) -> int:
+def _quota(total: int, train: float) -> int:
     """Return ⌊total · train + 1/2⌋ in exact arithmetic of the decimal as written, within 1 … total - 1."""
     return min(max(int(total * Fraction(str(train)) + Fraction(1, 2)), 1), total - 1)
 
 
-def _draw(counts: pd.DataFrame, wanted: Sequence[int], seed: int, split: int) -> list[str]:
+def _draw(counts: pd.DataFrame, quotas_C: NDArray[np.int64], seed: int, split: int) -> list[str]:
     """Return the groups of one split's train side.
 
     Groups of one class are chosen exactly. Those of several classes are drawn first; that draw is repeated and the
@@ -321,41 +302,35 @@ def _draw(counts: pd.DataFrame, wanted: Sequence[int], seed: int, split: int) ->
     """
     names, size_GC = counts.index.to_numpy(), counts.to_numpy()
     mixed = (size_GC > 0).sum(axis=1) > 1
-    best: tuple[tuple[int, int], NDArray[np.bool_]] | None = None
+    best_score: tuple[float, float] = (np.inf, np.inf)  # classes on one side only, slides off the quotas
     for attempt in range(_TRIES if mixed.any() else 1):
         keys = [key_of(seed, f"mccv/split={split}/try={attempt}/group={name}") for name in names]
-        chosen_G = _attempt(
-            size_GC, mixed, np.array(wanted), np.argsort(np.array(keys, dtype=np.uint64), kind="stable")
-        )
+        chosen_G = _attempt(size_GC, mixed, quotas_C, np.argsort(np.array(keys, dtype=np.uint64), kind="stable"))
         train_C = size_GC[chosen_G].sum(axis=0)
-        lacking = int(((train_C == 0) | (train_C == size_GC.sum(axis=0))).sum())
-        score = (lacking, int(np.abs(train_C - wanted).sum()))
-        if best is None or score < best[0]:
-            best = score, chosen_G
+        one_sided_C = (train_C == 0) | (train_C == size_GC.sum(axis=0))
+        score = (int(one_sided_C.sum()), int(np.abs(train_C - quotas_C).sum()))
+        if score < best_score:
+            best_score, best_G, best_one_sided_C = score, chosen_G, one_sided_C
         if score == (0, 0):
             break
-    assert best is not None
-    (lacking, _), chosen_G = best
-    if lacking:
-        train_C = size_GC[chosen_G].sum(axis=0)
-        worst = counts.columns[np.flatnonzero((train_C == 0) | (train_C == size_GC.sum(axis=0)))[0]]
+    if best_score[0]:
         raise SplitError(
-            f"split {split}: no draw of whole groups put class {worst} in both train and val;"
-            " its slides are in too few groups"
+            f"split {split}: no draw of whole groups put class {counts.columns[best_one_sided_C][0]} in both train and"
+            " val; its slides are in too few groups"
         )
-    return list(names[chosen_G])
+    return list(names[best_G])
 
 
 def _attempt(
-    size_GC: NDArray[np.int64], mixed: NDArray[np.bool_], wanted_C: NDArray[np.int64], order: NDArray[np.int64]
+    size_GC: NDArray[np.int64], mixed: NDArray[np.bool_], quotas_C: NDArray[np.int64], order: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Choose groups in a given order: mixed ones while they bring their own share nearer, then each class exactly."""
     chosen_G = np.zeros(len(size_GC), dtype=bool)
     total_C = size_GC.sum(axis=0)
-    share_C = size_GC[mixed].sum(axis=0) * wanted_C / total_C
+    share_C = size_GC[mixed].sum(axis=0) * quotas_C / total_C
     for g in order[mixed[order]]:
-        got_C = size_GC[chosen_G].sum(axis=0)
-        if np.abs(share_C - got_C - size_GC[g]).sum() < np.abs(share_C - got_C).sum():
+        lacking_C = share_C - size_GC[chosen_G].sum(axis=0)
+        if np.abs(lacking_C - size_GC[g]).sum() < np.abs(lacking_C).sum():
             chosen_G[g] = True
     from_mixed_C = size_GC[chosen_G].sum(axis=0)
     for c in range(size_GC.shape[1]):
@@ -363,12 +338,12 @@ def _attempt(
         in_val = int(size_GC[mixed & ~chosen_G, c].sum())
         sizes = [int(size_GC[g, c]) for g in pure]
         lowest, highest = int(from_mixed_C[c] == 0), sum(sizes) - int(in_val == 0)
-        chosen_G[[pure[i] for i in _subset(sizes, int(wanted_C[c] - from_mixed_C[c]), lowest, highest)]] = True
+        chosen_G[[pure[i] for i in _subset(sizes, int(quotas_C[c] - from_mixed_C[c]), lowest, highest)]] = True
     return chosen_G
 
 
-def _subset(sizes: Sequence[int], wanted: int, lowest: int, highest: int) -> list[int]:
-    """Return the first indices, in order, whose sizes sum as near to `wanted` as possible, within lowest … highest.
+def _subset(sizes: Sequence[int], quota: int, lowest: int, highest: int) -> list[int]:
+    """Return the first indices, in order, whose sizes sum as near to `quota` as possible, within lowest … highest.
 
     Nothing if there is no such sum.
 
@@ -382,10 +357,10 @@ def _subset(sizes: Sequence[int], wanted: int, lowest: int, highest: int) -> lis
     sums = [s for s in range(max(lowest, 0), highest + 1) if reachable[0] >> s & 1]
     if not sums:
         return []
-    rest = min(sums, key=lambda s: (abs(s - wanted), s))
-    taken = []
+    rest = min(sums, key=lambda s: (abs(s - quota), s))
+    chosen = []
     for i, size in enumerate(sizes):
         if rest >= size and reachable[i + 1] >> (rest - size) & 1:
-            taken.append(i)
+            chosen.append(i)
             rest -= size
-    return taken
+    return chosen

@@ -17,18 +17,15 @@ from numpy.typing import NDArray
 from hpcssl.core.atomic import atomic_file
 from hpcssl.core.errors import FeatureError
 
-SUFFIX = ".h5"
-TENSOR, ARRAY = ".pt", ".npy"
-SUFFIXES = (SUFFIX, TENSOR, ARRAY)
+SUFFIX, TENSOR, ARRAY = ".h5", ".pt", ".npy"
+_KINDS = {SUFFIX: "HDF5", TENSOR: "a tensor", ARRAY: "a numpy array"}
+SUFFIXES = tuple(_KINDS)
 
 
 def write_slide(path: Path, features_ND: NDArray[np.floating], coords_N2: NDArray[np.integer]) -> None:
     """Write one slide's file, whole or not at all; float16 stays float16, all else becomes float32.
 
-    Raises
-    ------
-    FeatureError
-        For no tiles, coordinates of another number, or a value that is not finite.
+    FeatureError for no tiles, coordinates of another number, or a value that is not finite.
     """
     features_ND, coords_N2 = np.asarray(features_ND), np.asarray(coords_N2)
     _check(path, features_ND)
@@ -45,17 +42,12 @@ def write_slide(path: Path, features_ND: NDArray[np.floating], coords_N2: NDArra
 def read_slide(path: Path, dim: int | None = None) -> NDArray[np.float32]:
     """Return one slide's features, float32 (N, D); a leading axis of one, which some published sets have, is dropped.
 
-    A tensor's file is read without unpickling code.
-
-    Raises
-    ------
-    FeatureError
-        For a missing, truncated or foreign file, no tiles, another feature size than `dim`, or a value that is not
-        finite.
+    A tensor's file is read without unpickling code. FeatureError for a missing, truncated or foreign file, no tiles,
+    another feature size than `dim`, or a value that is not finite.
     """
     if not path.is_file():
         raise FeatureError(f"{path}: no such feature file; embed this slide first")
-    features = {SUFFIX: _read_hdf5, TENSOR: _read_tensor, ARRAY: _read_array}[path.suffix](path)
+    features = _read(path)
     if features.ndim == 3 and features.shape[0] == 1:
         features = features[0]
     _check(path, features)
@@ -72,39 +64,28 @@ def read_coords(path: Path) -> NDArray[np.int64]:
         raise FeatureError(f"{path}: holds no coordinates; expected an HDF5 file ({SUFFIX}) with coords")
     if not path.is_file():
         raise FeatureError(f"{path}: no such feature file; embed this slide first")
-    return _read_hdf5(path, "coords").reshape(-1, 2).astype(np.int64)
+    return _read(path, "coords").reshape(-1, 2).astype(np.int64)
 
 
-def _read_hdf5(path: Path, name: str = "features") -> NDArray:
+def _read(path: Path, dataset: str = "features") -> NDArray:
+    """Return what a file holds, in the precision that it is in; of an HDF5 file, one dataset."""
     try:
-        with h5py.File(path, "r") as file:
-            if name not in file:
-                raise FeatureError(f"{path}: no dataset {name}; it has {', '.join(file) or 'none'}")
-            return np.asarray(file[name][()])
-    except (OSError, RuntimeError) as error:
-        raise _damaged(path, "HDF5", error) from None
-
-
-def _read_tensor(path: Path) -> NDArray:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ARRAY:
+            return np.asarray(np.load(path, allow_pickle=False))
+        if path.suffix == SUFFIX:
+            with h5py.File(path, "r") as file:
+                if dataset not in file:
+                    raise FeatureError(f"{path}: no dataset {dataset}; it has {', '.join(file) or 'none'}")
+                return np.asarray(file[dataset][()])
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise _damaged(path, "a tensor", error) from None
-    if not isinstance(found, torch.Tensor):
-        raise FeatureError(f"{path}: holds {type(found).__name__}; expected a tensor, tiles × size")
-    return (found.float() if found.dtype == torch.bfloat16 else found).detach().numpy()
-
-
-def _read_array(path: Path) -> NDArray:
-    try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, "a numpy array", error) from None
-
-
-def _damaged(path: Path, kind: str, error: Exception) -> FeatureError:
-    reason = " ".join(str(error).split())[:200]
-    return FeatureError(f"{path}: truncated or not {kind} ({reason}); delete it and embed this slide again")
+        reason = " ".join(str(error).split())[:200]
+        raise FeatureError(
+            f"{path}: truncated or not {_KINDS[path.suffix]} ({reason}); delete it and embed this slide again"
+        ) from None
+    if not isinstance(tensor, torch.Tensor):
+        raise FeatureError(f"{path}: holds {type(tensor).__name__}; expected a tensor, tiles × size")
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
 
 def _check(path: Path, features: NDArray) -> None:

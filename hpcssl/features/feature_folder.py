@@ -44,10 +44,7 @@ class FeatureSet:
         is the encoder. Or a table like the one that Campanella et al. publish, `slide_data.csv@ENCODER`, with columns
         slide, tensor_root and tensor_name: the tensor of a slide is tensor_root/ENCODER/tensor_name.
 
-        Raises
-        ------
-        FeatureError
-            If there is no such folder, no feature file in it, or its features.json cannot be used.
+        FeatureError if there is no such folder, no feature file in it, or its features.json cannot be used.
         """
         if ".csv" in folder.name and not folder.is_dir():
             return cls._of_table(folder)
@@ -82,11 +79,11 @@ class FeatureSet:
         foreign = next((path for path in paths.values() if path.suffix not in SUFFIXES), None)
         if foreign:
             raise FeatureError(f"{table}: tensor_name {foreign.name}: expected one ending in {', '.join(SUFFIXES)}")
-        there = {slide: path for slide, path in paths.items() if path.is_file()}
-        if not there:
+        present = {slide: path for slide, path in paths.items() if path.is_file()}
+        if not present:
             example = next(iter(paths.values()), "none")
             raise FeatureError(f"{where}: none of its {len(paths)} tensors is there (looked for {example})")
-        return cls(folder=where, encoder=encoder or table.stem, checkpoint="", dim=_dim(there), paths=there)
+        return cls(folder=where, encoder=encoder or table.stem, checkpoint="", dim=_dim(present), paths=present)
 
     @property
     def slides(self) -> tuple[str, ...]:
@@ -123,14 +120,14 @@ def write_index(folder: Path, *, encoder: str, checkpoint: str, dim: int, **more
 def _files(folder: Path) -> dict[str, Path]:
     """Return a folder's feature files by slide, all of one kind."""
     kinds = {suffix: sorted(folder.glob(f"[!.]*{suffix}")) for suffix in SUFFIXES}
-    held = [suffix for suffix, files in kinds.items() if files]
-    if not held:
+    suffixes = [suffix for suffix, files in kinds.items() if files]
+    if not suffixes:
         below = next((path for suffix in SUFFIXES for path in folder.glob(f"*/*{suffix}")), None)
         hint = f"; name the folder that has them, perhaps {below.parent}" if below else ""
         raise FeatureError(f"{folder}: no feature files ({', '.join(SUFFIXES)}) in it{hint}")
-    if len(held) > 1:
-        raise FeatureError(f"{folder}: holds {' and '.join(held)} files; expected one kind, one file a slide")
-    return dict(sorted((path.name[: -len(held[0])], path) for path in kinds[held[0]]))
+    if len(suffixes) > 1:
+        raise FeatureError(f"{folder}: holds {' and '.join(suffixes)} files; expected one kind, one file a slide")
+    return dict(sorted((path.stem, path) for path in kinds[suffixes[0]]))
 
 
 def _dim(paths: Mapping[str, Path]) -> int:
@@ -143,8 +140,8 @@ def _read_index(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FeatureError(f"{path}: not JSON ({error}); delete it and embed again") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else type(about).__name__
-        raise FeatureError(f"{path}: format {found!r}; this version reads format {FORMAT}")
+        stored = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise FeatureError(f"{path}: format {stored!r}; this version reads format {FORMAT}")
     for key, kind in (("encoder", str), ("checkpoint", str), ("dim", int)):
         if not isinstance(about.get(key), kind):
             raise FeatureError(f"{path}: {key} is {about.get(key)!r}; expected {kind.__name__}")

@@ -209,8 +209,10 @@ def measure(
     """Fit the heads of one task on one checkpoint's features: one task of a job array."""
     mccv: Any = importlib.import_module("hpcssl.evaluate.mil.benchmark")
     chosen = importlib.import_module("hpcssl.evaluate.mil.presets").preset_named(preset)
-    parts = mccv.plan_parts([features], [splits], chosen, heads=heads, replicas=replicas, seed=seed)
-    mccv.run_parts(parts, chosen, results, seed=seed, threads=threads, device=device)
+    benchmark = mccv.Benchmark(preset=chosen, heads=heads, replicas=replicas, seed=seed)
+    measurements = mccv.plan_measurements([features], [splits], benchmark)
+    fit_missing = importlib.import_module("hpcssl.pipelines.evaluate").fit_missing
+    fit_missing(measurements, results, mccv.Compute(threads=threads, device=device))
 
 
 @contextmanager
@@ -259,7 +261,7 @@ def _fits(
     bench: Bench, features: Path, results: Path, step: int, done: set[tuple[str, str, str]], *, threads: int
 ) -> list[Call]:
     """Return a call for every task of which a head is missing."""
-    task_name = importlib.import_module("hpcssl.evaluate.mil.benchmark").task_name
+    task_name = importlib.import_module("hpcssl.evaluate.results").task_name
     shared: dict[str, Any] = {
         "features": features.resolve(),
         "results": results.resolve(),

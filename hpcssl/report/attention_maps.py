@@ -9,32 +9,32 @@ import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from hpcssl.report.results import ReportError
-from hpcssl.report.style import GREY, WIDTH_INCH, Part, draw, elided
+from hpcssl.evaluate.results import ATTENTION, ATTENTION_COLUMNS
+from hpcssl.report.arms import ReportError
+from hpcssl.report.style import GREY, WIDTH_INCH, Chart, draw, elided
 
-FOLDER = "attention"
-COLUMNS = ("x", "y", "attention")
 _MOST_CELLS = 4_000_000  # of the picture's grid; beyond it tiles are drawn as points
 
 
-def attention_parts(results: Path) -> list[Part]:
+def attention_charts(results: Path) -> list[Chart]:
     """Return a figure for every RESULTS/attention/<part>/<slide>.csv, in the order of their names.
 
     Such a file has a row a tile: x, y (level-0 pixels) and attention, which sums to one.
     """
-    return [_part(path, number) for number, path in enumerate(sorted((results / FOLDER).glob("*/*.csv")), start=1)]
+    return [_chart(path, number) for number, path in enumerate(sorted((results / ATTENTION).glob("*/*.csv")), start=1)]
 
 
-def _part(path: Path, number: int) -> Part:
+def _chart(path: Path, number: int) -> Chart:
     try:
         table = pd.read_csv(path)
-        table = table[[*COLUMNS]].astype(float)
+        table = table[[*ATTENTION_COLUMNS]].astype(float)
     except (KeyError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ReportError(f"{path}: no table of {', '.join(COLUMNS)} ({error}); run `hpcssl mccv` again") from None
+        raise ReportError(
+            f"{path}: no table of {', '.join(ATTENTION_COLUMNS)} ({error}); run `hpcssl mccv` again"
+        ) from None
     slide, what = path.stem, path.parent.name.replace("__", ", ").rstrip(", ")
-    share = table["attention"].sort_values(ascending=False).cumsum()
-    half = int((share < 0.5).sum()) + 1
-    return Part(
+    half = int((table["attention"].sort_values(ascending=False).cumsum() < 0.5).sum()) + 1
+    return Chart(
         name=f"attention_{number:03d}",
         title=f"{slide}: attention ({what})",
         caption=(
@@ -43,7 +43,7 @@ def _part(path: Path, number: int) -> Part:
             f"slide in validation. The {half:,} most attended tiles hold half of the attention."
         ),
         alt=f"Map of the attention to the tiles of {slide}; {half:,} of {len(table):,} tiles hold half of it.",
-        png=draw(WIDTH_INCH, _height(table), lambda figure: _paint(figure, table, f"{slide}: {what}")),
+        png=draw(_height(table), lambda figure: _paint(figure, table, f"{slide}: {what}")),
         table=table,
     )
 

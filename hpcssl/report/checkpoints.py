@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hpcssl.report.arms import UNTRAINED, Arm, replicas_with_value, score_matrices, short_step
 from hpcssl.report.curves import WHAT_THE_INTERVAL_IS
-from hpcssl.report.results import UNTRAINED, Arm, replicas_with_value, score_matrices, short_step
-from hpcssl.report.style import GREY, INK, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+from hpcssl.report.style import GREY, INK, Chart, Look, draw, elided, looks, say_empty
 from hpcssl.report.summary import METRICS
 
 _GAP = 0.6
@@ -21,7 +22,7 @@ _LOWEST_SPAN = 0.06
 _FEWEST_FOR_BOX = 5
 
 
-def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
+def checkpoints_chart(results: pd.DataFrame, summary: pd.DataFrame) -> Chart:
     """Return the figure of a checked results table and its summary."""
     last = {arm: matrix.iloc[:, -1] for arm, matrix in score_matrices(results).items()}
     counts = replicas_with_value(results)
@@ -30,12 +31,12 @@ def checkpoints_part(results: pd.DataFrame, summary: pd.DataFrame) -> Part:
     styles = looks(list(last))
     columns = 2 if len(tasks) > 1 and len(styles) <= _MAX_PER_HALF_WIDTH else 1
     height = 0.5 + 2.75 * -(-len(tasks) // columns)
-    return Part(
+    return Chart(
         name="auc_by_checkpoint",
         title="AUC by checkpoint",
         caption=_caption(several=bool(summary["score_low"].notna().any())),
-        alt="Mean last-epoch AUC. " + " ".join(_told(task, summary) for task in tasks),
-        png=draw(WIDTH_INCH, height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
+        alt="Mean last-epoch AUC. " + " ".join(_describe(task, summary) for task in tasks),
+        png=draw(height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
         table=table,
     )
 
@@ -51,12 +52,11 @@ def _caption(*, several: bool) -> str:
     return (
         "AUC after the last epoch (R² where values are predicted; never the best one), replicas of a split averaged. "
         f"Dots: one per split; box: quartiles and median (whiskers: up to 1.5 times its height); black: {mean}. "
-        "Dashed: mean of the "
-        "untrained weights."
+        "Dashed: mean of the untrained weights."
     )
 
 
-def _told(task: str, summary: pd.DataFrame) -> str:
+def _describe(task: str, summary: pd.DataFrame) -> str:
     rows = summary[summary["task"] == task]
     alone = rows["encoder"].nunique() == 1
     values = [
@@ -91,9 +91,8 @@ def _paint(
     if len(trained) > 1:
         # the last checkpoint of an encoder has its full colour
         colours = {encoder: look.colour for (encoder, checkpoint), look in styles.items() if checkpoint}
-        handles = [Patch(facecolor=colour) for colour in colours.values()]
-        names = [elided(encoder, 30) for encoder in colours]
-        figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
+        handles = [Patch(facecolor=colour, label=elided(encoder, 30)) for encoder, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
 
 
 def _places(keys: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
@@ -131,26 +130,13 @@ def _column(axes: Axes, place: float, values: pd.Series, row: pd.Series, look: L
 
 def _box(axes: Axes, place: float, values: pd.Series, look: Look) -> None:
     thin = {"color": look.colour, "linewidth": 1}
-    axes.boxplot(
-        [values.to_numpy()],
-        positions=[place],
-        widths=0.42,
-        showfliers=False,
-        manage_ticks=False,
-        patch_artist=True,
-        boxprops={"facecolor": "white", "edgecolor": look.colour, "linewidth": 1},
-        medianprops={"color": look.colour, "linewidth": 1.4},
-        whiskerprops=thin,
-        capprops=thin,
-    )
+    lines: dict[str, Any] = {"whiskerprops": thin, "capprops": thin, "medianprops": thin | {"linewidth": 1.4}}
+    lines |= {"patch_artist": True, "boxprops": {"facecolor": "white", "edgecolor": look.colour, "linewidth": 1}}
+    axes.boxplot([values.to_numpy()], positions=[place], widths=0.42, showfliers=False, manage_ticks=False, **lines)
 
 
 def _dress(
-    axes: Axes,
-    task: str,
-    rows: pd.DataFrame,
-    places: Mapping[tuple[str, str], float],
-    trained: Sequence[str],
+    axes: Axes, task: str, rows: pd.DataFrame, places: Mapping[tuple[str, str], float], trained: Sequence[str]
 ) -> None:
     if not rows["score"].notna().any():
         say_empty(axes)

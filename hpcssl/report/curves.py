@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,17 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hpcssl.report.bootstrap import RESAMPLES, mean_interval
-from hpcssl.report.results import SCORES, Arm, split_matrices
-from hpcssl.report.style import SOLID, WIDTH_INCH, Look, Part, draw, elided, looks, say_empty
+from hpcssl.report.arms import SCORES, Arm, split_matrices
+from hpcssl.report.intervals import RESAMPLES, mean_interval
+from hpcssl.report.style import SOLID, Chart, Look, draw, elided, looks, say_empty
 from hpcssl.report.summary import METRICS as SUMMARY_NAMES
 
-METRICS = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "auc": "validation AUC",
-    "r2": "validation R²",
-}
+METRICS = {"train_loss": "training loss", "val_loss": "validation loss", "auc": "validation AUC", "r2": "validation R²"}
 _MAX_BANDS = 6
 _MAX_MARKED_EPOCHS = 12
 WHAT_THE_INTERVAL_IS = (
@@ -31,7 +27,7 @@ WHAT_THE_INTERVAL_IS = (
 )
 
 
-def curve_parts(results: pd.DataFrame) -> list[Part]:
+def curve_charts(results: pd.DataFrame) -> list[Chart]:
     """Return one figure for each task of a checked results table; what was not trained (epoch 0) has no curve."""
     results = results[results["epoch"] > 0]
     if results.empty:
@@ -70,7 +66,7 @@ def _points(metric: str, arm: Arm, matrix: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**arm._asdict(), **columns})
 
 
-def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[str, str], Look]) -> Part:
+def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[str, str], Look]) -> Chart:
     present = set(zip(points["encoder"], points["checkpoint"]))
     used = {key: look for key, look in everything.items() if key in present}
     banded = _banded(list(used))
@@ -90,13 +86,13 @@ def _part(task: str, name: str, points: pd.DataFrame, everything: Mapping[tuple[
         for key, look in used.items()
         if len(rows := scores[(scores["encoder"] == key[0]) & (scores["checkpoint"] == key[1])])
     ]
-    return Part(
+    return Chart(
         name=name,
         title=f"{task}: loss and {score} over the epochs",
         caption=" ".join(caption),
         alt=f"Training loss, validation loss and {score} by epoch on {task}. "
         f"{score} at the last epoch: {', '.join(last)}.",
-        png=draw(WIDTH_INCH, 5.6, lambda figure: _paint(figure, points, used, banded)),
+        png=draw(5.6, lambda figure: _paint(figure, points, used, banded)),
         table=points,
     )
 
@@ -105,10 +101,8 @@ def _banded(keys: list[tuple[str, str]]) -> set[tuple[str, str]]:
     """Choose the lines that get a band: all, or, where bands would hide each other, each encoder's first and last."""
     if len(keys) <= _MAX_BANDS:
         return set(keys)
-    trained: dict[str, list[tuple[str, str]]] = {}
-    for key in keys:
-        trained.setdefault(key[0], []).append(key)
-    ends = {end for group in trained.values() for end in (group[0], group[-1])}
+    first, last = ({key[0]: key for key in order} for order in (reversed(keys), keys))
+    ends = {*first.values(), *last.values()}
     return ends if len(ends) <= _MAX_BANDS else set()
 
 
@@ -116,8 +110,8 @@ def _paint(
     figure: Figure, points: pd.DataFrame, used: Mapping[tuple[str, str], Look], banded: set[tuple[str, str]]
 ) -> None:
     grid = figure.subplots(2, 2, sharex=False).ravel()
-    held = [name for name in METRICS if name not in SCORES or (points["metric"] == name).any()]
-    for axes, metric in zip(grid, held if len(held) > 2 else METRICS):
+    measured = [name for name in METRICS if name not in SCORES or (points["metric"] == name).any()]
+    for axes, metric in zip(grid, measured if len(measured) > 2 else METRICS):
         label, rows = METRICS[metric], points[points["metric"] == metric]
         for key, look in used.items():
             line = rows[(rows["encoder"] == key[0]) & (rows["checkpoint"] == key[1])]
@@ -137,9 +131,7 @@ def _line(axes: Axes, line: pd.DataFrame, look: Look, *, band: bool) -> None:
         return
     marker = look.marker if len(line) <= _MAX_MARKED_EPOCHS else ""
     z = 2.5 if look.dash == SOLID else 2.4
-    axes.plot(
-        line["epoch"], line["mean"], color=look.colour, linestyle=look.dash, marker=marker, markersize=3, zorder=z
-    )
+    axes.plot(line["epoch"], line["mean"], **_style(look, marker), zorder=z)
     if band:
         axes.fill_between(line["epoch"], line["low"], line["high"], color=look.colour, alpha=0.16, linewidth=0)
 
@@ -149,17 +141,13 @@ def _legend(axes: Axes, used: Mapping[tuple[str, str], Look], *, marked: bool) -
     encoders = {encoder for encoder, _ in used}
     title = elided(next(iter(encoders)), 40) if len(encoders) == 1 else "encoder, checkpoint"
     handles = [
-        Line2D([], [], color=look.colour, linestyle=look.dash, marker=look.marker if marked else "", markersize=3)
-        for look in used.values()
+        Line2D([], [], **_style(look, look.marker if marked else ""), label=look.label) for look in used.values()
     ]
     size = 8.5 if len(used) <= 14 else 6.5 if len(used) <= 26 else 5.0
-    axes.legend(
-        handles,
-        [look.label for look in used.values()],
-        title=title,
-        loc="center left",
-        fontsize=size,
-        ncols=1 if len(used) <= 18 or len(encoders) > 1 else 2,
-        handlelength=3,
-        alignment="left",
-    )
+    columns = 1 if len(used) <= 18 or len(encoders) > 1 else 2
+    place: dict[str, Any] = {"loc": "center left", "handlelength": 3, "alignment": "left"}
+    axes.legend(handles=handles, title=title, fontsize=size, ncols=columns, **place)
+
+
+def _style(look: Look, marker: str) -> dict[str, Any]:
+    return {"color": look.colour, "linestyle": look.dash, "marker": marker, "markersize": 3}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -12,6 +12,12 @@ def table_files(name: str, table: pd.DataFrame, header: Sequence[str], rows: Seq
     """Return file name to content of a table: its numbers, and the cells that are shown."""
     shown = [list(header), *map(list, rows)]
     return {f"{name}.csv": csv_text(table), f"{name}.md": markdown(shown), f"{name}.tex": latex(shown)}
+
+
+def by_run(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """Join some columns of the tables of runs, NaN where a run lacks one, with the run's name in the first column."""
+    joined = pd.concat([table.reindex(columns=list(columns)).assign(run=run) for run, table in tables.items()])
+    return joined[["run", *columns]]
 
 
 def csv_text(table: pd.DataFrame) -> str:

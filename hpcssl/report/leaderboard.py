@@ -1,20 +1,21 @@
 """Encoders against each other: a table of encoders and tasks, paired differences with a verdict, and early saturation.
 
 An encoder is represented by its last checkpoint. All encoders share the splits of a task, so differences are taken
-split by split (see `hpcssl.report.paired`); p-values are those of single comparisons.
+split by split (see `hpcssl.report.intervals`); p-values are those of single comparisons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hpcssl.report.paired import VAL_PER_TRAIN, corrected
-from hpcssl.report.results import UNTRAINED, Arm, arm_order, score_matrices, short_step
-from hpcssl.report.summary import interval_text
+from hpcssl.report.arms import UNTRAINED, Arm, arm_order, score_matrices, short_step, val_per_train
+from hpcssl.report.intervals import corrected
+from hpcssl.report.summary import interval_text, triple
 
 _METRIC_NAMES = {"auc": "", "r2": " (R²)"}
 _MOST_TOLD = 8  # encoders whose pairs are told in words
@@ -37,18 +38,13 @@ def leaderboard(summary: pd.DataFrame) -> pd.DataFrame:
     A score is text, mean and interval; the mean is NaN unless the encoder has a score on every task, and where some
     tasks are judged by AUC and others by R².
     """
-    tasks = summary.drop_duplicates("task").set_index("task")["metric"]
-    by_arm = summary.set_index(["encoder", "checkpoint", "task"])
+    records = summary.to_dict("records")
+    names = {row["task"]: f"{row['task']}{_METRIC_NAMES[row['metric']]}" for row in records}
+    scores = {(r["encoder"], r["checkpoint"], r["task"]): interval_text(*triple(r, "score")) for r in records}
     rows = []
-    for encoder, checkpoint in representatives(summary):
-        row: dict[str, object] = {"encoder": encoder, "checkpoint": checkpoint}
-        for task, metric in tasks.items():
-            key = (encoder, checkpoint, task)
-            found = by_arm.loc[key] if key in by_arm.index else None
-            told = "–" if found is None else interval_text(found["score"], found["score_low"], found["score_high"])
-            row[f"{task}{_METRIC_NAMES[metric]}"] = told
-        row["mean"] = _mean(summary, encoder, checkpoint)
-        rows.append(row)
+    for arm in representatives(summary):
+        of_tasks = {name: scores.get((*arm, task), "–") for task, name in names.items()}
+        rows.append({"encoder": arm[0], "checkpoint": arm[1], **of_tasks, "mean": _mean(summary, *arm)})
     return pd.DataFrame(rows)
 
 
@@ -66,14 +62,13 @@ def pairs(results: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     Columns: task, encoder, checkpoint, than_encoder, than_checkpoint, difference, low, high, p, splits, outcome.
     """
     matrices = score_matrices(results)
-    ratios = results.attrs.get("val_per_train", {})
     rows = []
     for one, other in combinations(representatives(summary), 2):
         for task in sorted({arm.task for arm in matrices}):
             a, b = matrices.get(Arm(task, *one)), matrices.get(Arm(task, *other))
             if a is not None and b is not None:
-                found = corrected(a.iloc[:, -1] - b.iloc[:, -1], ratios.get(task, VAL_PER_TRAIN))
-                rows.append((task, *one, *other, *found, found.outcome))
+                gain = corrected(a.iloc[:, -1] - b.iloc[:, -1], val_per_train(results, task))
+                rows.append((task, *one, *other, *gain, gain.outcome))
     columns = ["task", "encoder", "checkpoint", "than_encoder", "than_checkpoint"]
     return pd.DataFrame(rows, columns=[*columns, "difference", "low", "high", "p", "splits", "outcome"])
 
@@ -84,7 +79,7 @@ def pair_verdicts(table: pd.DataFrame) -> list[str]:
     "Beats" means that the corrected interval of the difference is above zero.
     """
     encoders = list(dict.fromkeys([*table["encoder"], *table["than_encoder"]]))
-    told = []
+    sentences = []
     for (one, other), rows in table.groupby(["encoder", "than_encoder"], sort=False):
         if len(encoders) > _MOST_TOLD and one != encoders[0]:
             continue
@@ -96,78 +91,53 @@ def pair_verdicts(table: pd.DataFrame) -> list[str]:
         rest = [f"{worse} the other way round"] if worse else []
         undecided = len(rows) - better - worse
         rest += [f"undecided on {undecided}"] if undecided else []
-        told.append(f"{one} beats {other} on {better} of {of}{' (' + ', '.join(rest) + ')' if rest else ''}.")
-    return told
+        sentences.append(f"{one} beats {other} on {better} of {of}{' (' + ', '.join(rest) + ')' if rest else ''}.")
+    return sentences
 
 
 def saturation(results: pd.DataFrame, hours: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
     """Return, for every encoder with several trained checkpoints, the first one that is not worse than the best.
 
     Not worse: the corrected interval of the paired difference to the checkpoint with the highest mean includes zero.
+    `hours` has the columns step and process_hours of the runs of encoders.
 
-    Parameters
-    ----------
-    hours : of an encoder's run, columns step and process_hours
-
-    Returns
-    -------
     Columns: task, encoder, best, first, last (checkpoints), difference (first - best) with low and high, share_after
     (of the training, in steps) and gpu_hours_after (NaN where unknown).
     """
-    ratios = results.attrs.get("val_per_train", {})
     trained: dict[tuple[str, str], dict[str, pd.Series]] = {}
     for arm, matrix in score_matrices(results).items():
         if arm.checkpoint.isdigit() and arm.checkpoint != UNTRAINED:
             trained.setdefault((arm.task, arm.encoder), {})[arm.checkpoint] = matrix.iloc[:, -1]
     rows = []
-    for (task, encoder), found in trained.items():
-        if len(found) < 2 or not any(values.notna().any() for values in found.values()):
+    for (task, encoder), scores in trained.items():
+        if len(scores) < 2 or not any(values.notna().any() for values in scores.values()):
             continue
-        best = max(found, key=lambda c: (np.nan_to_num(found[c].mean(), nan=-np.inf), -int(c)))
-        ratio = ratios.get(task, VAL_PER_TRAIN)
-        against = {c: corrected(values - found[best], ratio) for c, values in found.items()}
-        first = next(c for c in found if c == best or against[c].outcome == "unclear")
-        last = list(found)[-1]
-        rows.append(
-            {
-                "task": task,
-                "encoder": encoder,
-                "best": best,
-                "first": first,
-                "last": last,
-                **dict(zip(("difference", "low", "high"), against[first][:3])),
-                "share_after": 1 - int(first) / int(last),
-                "gpu_hours_after": _hours_between((hours or {}).get(encoder), int(first), int(last)),
-            }
-        )
+        means = {c: np.nan_to_num(values.mean(), nan=-np.inf) for c, values in scores.items()}
+        best = max(scores, key=lambda c: (means[c], -int(c)))
+        against = {c: corrected(values - scores[best], val_per_train(results, task)) for c, values in scores.items()}
+        first = next(c for c in scores if c == best or against[c].outcome == "unclear")
+        last = list(scores)[-1]
+        spent = _hours_between((hours or {}).get(encoder), int(first), int(last))
+        rows.append((task, encoder, best, first, last, *against[first][:3], 1 - int(first) / int(last), spent))
     columns = ["task", "encoder", "best", "first", "last", "difference", "low", "high", "share_after"]
     return pd.DataFrame(rows, columns=[*columns, "gpu_hours_after"])
 
 
-def saturation_text(row: Mapping[str, object]) -> str:
+def saturation_text(row: Mapping[Any, Any]) -> str:
     """Return a saturation in words."""
-    first, last = (f"{int(str(row[name])):,}" for name in ("first", "last"))
-    told = f"{row['task']}, {row['encoder']}: step {first} is the first that is not worse than the best"
-    told += f" ({int(str(row['best'])):,})"
-    share, spent = float(str(row["share_after"])), float(str(row["gpu_hours_after"]))
-    if share <= 0:
-        return f"{told}: no early saturation."
-    cost = "" if np.isnan(spent) else f", {spent:,.3g} GPU-hours"
-    return f"{told}; {share:.0%} of the training came after it, up to step {last}{cost}."
+    first, best, last = (f"{int(row[name]):,}" for name in ("first", "best", "last"))
+    sentence = f"{row['task']}, {row['encoder']}: step {first} is the first that is not worse than the best ({best})"
+    if row["share_after"] <= 0:
+        return f"{sentence}: no early saturation."
+    cost = "" if np.isnan(row["gpu_hours_after"]) else f", {row['gpu_hours_after']:,.3g} GPU-hours"
+    return f"{sentence}; {row['share_after']:.0%} of the training came after it, up to step {last}{cost}."
 
 
 def cells(table: pd.DataFrame) -> list[list[str]]:
     """Return header and rows of a leaderboard as text."""
-    rows = [[_cell(name, row[name]) for name in table.columns] for row in table.to_dict("records")]
-    return [list(table.columns), *rows]
-
-
-def _cell(column: str, value: object) -> str:
-    if column == "checkpoint":
-        return short_step(str(value)) or "–"
-    if isinstance(value, float):
-        return "–" if np.isnan(value) else f"{value:.3f}"
-    return str(value)
+    steps = [short_step(checkpoint) or "–" for checkpoint in table["checkpoint"]]
+    means = ["–" if np.isnan(mean) else f"{mean:.3f}" for mean in table["mean"]]
+    return [list(table.columns), *table.assign(checkpoint=steps, mean=means).to_numpy().tolist()]
 
 
 def _hours_between(hours: pd.DataFrame | None, first: int, last: int) -> float:

@@ -13,27 +13,27 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hpcssl.report.style import DASHES, GREY, PALETTE, WIDTH_INCH, Part, draw, elided
+from hpcssl.report.style import GREY, PALETTE, Chart, draw, elided, run_lines
 
 _COLUMNS = ["run", "start", "time", "step", "why", "processes", "nodes"]
 _FIRST = "first start"
 _MOST_TOLD = 12  # causes in the words beside the figure; all of them stand in the table
 
 
-def restarts_part(runs: Mapping[str, Path], last_steps: Mapping[str, int]) -> Part | None:
+def restarts_chart(runs: Mapping[str, Path], last_steps: Mapping[str, int]) -> Chart | None:
     """Return the restart history of runs by their names; None where none of them was started more than once."""
     table = pd.concat([_history(name, run) for name, run in runs.items()], ignore_index=True)
     again = table[table["start"] > 1]
     if again.empty:
         return None
-    told = " ".join(_told(str(name), starts) for name, starts in again.groupby("run", sort=False))
-    return Part(
+    sentences = " ".join(_describe(str(name), starts) for name, starts in again.groupby("run", sort=False))
+    what = "The processes of a run by its steps; a dot is a restart, at the checkpoint that it went on from."
+    return Chart(
         name="restarts",
         title="Restarts",
-        caption="The processes of a run by its steps; a dot is a restart, at the checkpoint that it went on from. "
-        + told,
-        alt=told,
-        png=draw(WIDTH_INCH, 2.6, lambda figure: _paint(figure, table, last_steps)),
+        caption=f"{what} {sentences}",
+        alt=sentences,
+        png=draw(2.6, lambda figure: _paint(figure, table, last_steps)),
         table=table,
     )
 
@@ -70,7 +70,7 @@ def _history(name: str, run: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def _told(name: str, again: pd.DataFrame) -> str:
+def _describe(name: str, again: pd.DataFrame) -> str:
     causes = [
         f"step {row['step']:,} ({row['why']}; {row['processes']} processes)"
         for row in again.head(_MOST_TOLD).to_dict("records")
@@ -85,8 +85,9 @@ def _paint(figure: Figure, table: pd.DataFrame, last_steps: Mapping[str, int]) -
     kinds = list(dict.fromkeys(kind_of(why) for why in table.loc[table["start"] > 1, "why"]))
     colours = {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(kinds)}
     handles = [Line2D([], [], color=c, marker="o", linestyle="", label=elided(k, 40)) for k, c in colours.items()]
-    for index, (name, starts) in enumerate(table.groupby("run", sort=False)):
-        look: dict[str, Any] = {"color": GREY, "linestyle": DASHES[index % len(DASHES)]}
+    lines = run_lines(map(str, table["run"].unique()))
+    for name, starts in table.groupby("run", sort=False):
+        look = lines[str(name)] | {"color": GREY}
         steps = [*starts["step"], max(last_steps[str(name)], starts["step"].iloc[-1])]
         axes.step(steps, [*starts["processes"], starts["processes"].iloc[-1]], where="post", **look)
         again = starts[starts["start"] > 1]

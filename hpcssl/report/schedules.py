@@ -4,32 +4,83 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from hpcssl.core.atomic import write_atomic
-from hpcssl.report.shares import organ_shares_part
-from hpcssl.report.style import PALETTE, WIDTH_INCH, Part, draw
-from hpcssl.schedule.inspect import Inspection
+from hpcssl.report.style import PALETTE, Chart, draw, elided
+from hpcssl.schedule.inspect import Inspection, organ_shares
 
 _HEIGHT_INCH = 3.0
+_BAR = 0.38  # of organs: its height
+_FEW = 16
 
 
-def write_inspection(schedule: Path, found: Inspection, out: Path) -> list[Path]:
+def write_inspection(schedule: Path, inspection: Inspection, out: Path) -> list[Path]:
     """Write each figure as PNG with its numbers as CSV beside it into the folder `out`; returns the pictures."""
-    parts = [organ_shares_part(schedule), _repeats(found), _passes(found), _coverage(found)]
+    of_table = _repeats(inspection.repeats), _passes(inspection.passes), _coverage(inspection.coverage)
+    charts = [organ_shares_chart(schedule), *of_table]
     out.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        write_atomic(out / f"{part.name}.png", part.png)
-        write_atomic(out / f"{part.name}.csv", part.table.to_csv(index=False, lineterminator="\n"))
-    return [out / f"{part.name}.png" for part in parts]
+    for chart in charts:
+        write_atomic(out / f"{chart.name}.png", chart.png)
+        write_atomic(out / f"{chart.name}.csv", chart.table.to_csv(index=False, lineterminator="\n"))
+    return [out / f"{chart.name}.png" for chart in charts]
 
 
-def _repeats(found: Inspection) -> Part:
-    table = found.repeats
+def organ_shares_chart(schedule: Path) -> Chart:
+    """Return the figure of a schedule's organ shares: natural (by tiles) beside scheduled (by positions)."""
+    table = organ_shares(schedule).sort_values(["natural_share", "organ"], ascending=[False, True], ignore_index=True)
+    height = max(1.9, 1.2 + (0.32 if len(table) <= _FEW else 0.25) * len(table))
+    largest, after = table.iloc[0], table["scheduled_share"]
+    return Chart(
+        name="organ_shares",
+        title="Organ shares before and after balancing",
+        caption=(
+            f"Share of each organ among the {int(table['num_tiles'].sum()):,} tiles (natural) and among the "
+            f"{int(table['positions'].sum()):,} positions of the schedule (scheduled)."
+        ),
+        alt=(
+            f"Bars for {len(table)} organs. {largest['organ']} has {largest['natural_share']:.1%} of the tiles and "
+            f"{largest['scheduled_share']:.1%} of the positions; after balancing the shares lie between "
+            f"{after.min():.1%} and {after.max():.1%}."
+        ),
+        png=draw(height, lambda figure: _paint_shares(figure, table)),
+        table=table,
+    )
 
+
+def _paint_shares(figure: Figure, table: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    places = np.arange(len(table))
+    for offset, column, colour, label in (
+        (-_BAR / 2, "natural_share", "#9A9A9A", "natural, by tiles"),
+        (_BAR / 2, "scheduled_share", PALETTE[0], "scheduled, by positions"),
+    ):
+        percent = 100 * table[column].to_numpy(dtype=float)
+        bars = axes.barh(places + offset, percent, height=_BAR, color=colour, label=label)
+        size = 7 if len(table) <= _FEW else 6
+        axes.bar_label(bars, labels=[_percent(p) for p in percent], padding=3, fontsize=size)
+    axes.set_yticks(places, [elided(str(organ), 30) for organ in table["organ"]])
+    axes.set_ylim(len(table) - 0.4, -0.6)
+    axes.set_xlabel("share in %")
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=2)
+
+
+def _percent(value: float) -> str:
+    """Return a share with as many digits as it needs.
+
+    >>> _percent(33.333), _percent(0.042), _percent(0.0)
+    ('33.3', '0.042', '0')
+    """
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}" if value >= 0.01 else "<0.01" if value > 0 else "0"
+
+
+def _repeats(table: pd.DataFrame) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.bar(table["draws"], table["tiles"], width=0.8, color=PALETTE[0])
@@ -40,19 +91,17 @@ def _repeats(found: Inspection) -> Part:
         _label_counts(axes, "draws of a tile over the whole schedule", "tiles")
 
     most = table.iloc[-1]
-    return Part(
+    return Chart(
         name="repeats",
         title="Repeats per tile",
         caption="How many tiles the schedule draws how often; 0: never.",
         alt=f"Bars over the number of draws; the most often drawn {most['tiles']:,} tiles come {most['draws']} times.",
-        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        png=draw(_HEIGHT_INCH, paint),
         table=table,
     )
 
 
-def _passes(found: Inspection) -> Part:
-    table = found.passes
-
+def _passes(table: pd.DataFrame) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         bottom = pd.Series(0, index=sorted(set(table["pass"])))
@@ -65,29 +114,24 @@ def _passes(found: Inspection) -> Part:
         _label_counts(axes, "pass (a colour is a pseudo-epoch of it)", "slides")
 
     whole = table.groupby("pass")["slides"].sum()
-    return Part(
+    return Chart(
         name="slides_per_pass",
         title="Slides per pass",
         caption="Slides that each pass uses, stacked by its pseudo-epochs; a whole pass uses every slide once.",
         alt=f"{len(whole)} bars of {whole.min():,} to {whole.max():,} slides.",
-        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        png=draw(_HEIGHT_INCH, paint),
         table=table,
     )
 
 
-def _coverage(found: Inspection) -> Part:
-    table = found.coverage
+def _coverage(table: pd.DataFrame) -> Chart:
     start = pd.DataFrame({"samples_seen": [0], "slides_share": [0.0], "tiles_share": [0.0]})
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         lines = pd.concat([start, table])
-        for column, colour, label in (
-            ("slides_share", PALETTE[1], "slides seen"),
-            ("tiles_share", PALETTE[0], "tiles seen"),
-        ):
-            dash = "-" if column == "slides_share" else "--"  # where both are the same, both show
-            share = 100 * lines[column]
+        for name, colour, dash in (("slides", PALETTE[1], "-"), ("tiles", PALETTE[0], "--")):  # both show if alike
+            share, label = 100 * lines[f"{name}_share"], f"{name} seen"
             axes.plot(lines["samples_seen"], share, dash, color=colour, label=label, marker="o", markersize=2.5)
         axes.set_xlabel("samples seen")
         axes.set_ylabel("share in %")
@@ -97,7 +141,7 @@ def _coverage(found: Inspection) -> Part:
         figure.legend(loc="outside upper center", ncols=2)
 
     last = table.iloc[-1]
-    return Part(
+    return Chart(
         name="coverage",
         title="Coverage against samples seen",
         caption="Share of the slides and of the tiles that have been seen at least once.",
@@ -105,7 +149,7 @@ def _coverage(found: Inspection) -> Part:
             f"Two rising lines; at the end {last['slides_share']:.1%} of the slides"
             f" and {last['tiles_share']:.1%} of the tiles."
         ),
-        png=draw(WIDTH_INCH, _HEIGHT_INCH, paint),
+        png=draw(_HEIGHT_INCH, paint),
         table=table,
     )
 

@@ -1,9 +1,9 @@
-"""How every figure looks: size, fonts, colours that colour-blind readers can tell apart, and the parts of a report."""
+"""How every figure looks: size, fonts, colours that colour-blind readers can tell apart, and the charts of a report."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from hpcssl.report.results import UNTRAINED, Arm
+from hpcssl.report.arms import UNTRAINED, Arm
 
 DPI = 150
 WIDTH_INCH = 7.2
@@ -55,7 +56,7 @@ _SETTINGS: dict[Any, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Chart:
     """One figure of the report: its picture, its numbers and its words."""
 
     name: str
@@ -77,10 +78,10 @@ class Look:
     label: str
 
 
-def draw(width_inch: float, height_inch: float, paint: Callable[[Figure], None]) -> bytes:
+def draw(height_inch: float, paint: Callable[[Figure], None]) -> bytes:
     """Return the PNG of what `paint` puts on an empty figure; nothing global is changed."""
     with mpl.rc_context(_SETTINGS), io.BytesIO() as stream:
-        figure = Figure(figsize=(width_inch, height_inch), dpi=DPI, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(WIDTH_INCH, height_inch), dpi=DPI, layout="constrained", facecolor="white")
         paint(figure)
         figure.savefig(stream, format="png", dpi=DPI)
         return stream.getvalue()
@@ -92,12 +93,10 @@ def looks(arms: Sequence[Arm]) -> dict[tuple[str, str], Look]:
     Checkpoints of one encoder run along a ramp of colours in the order of their steps; untrained weights are dashed.
     """
     checkpoints: dict[str, list[str]] = {}
-    for arm in arms:
-        known = checkpoints.setdefault(arm.encoder, [])
-        if arm.checkpoint not in known:
-            known.append(arm.checkpoint)
+    for _, encoder, checkpoint in dict.fromkeys(arm._replace(task="") for arm in arms):
+        checkpoints.setdefault(encoder, []).append(checkpoint)
     trained = [encoder for encoder, names in checkpoints.items() if names != [""]]
-    found = {}
+    chosen = {}
     for index, (encoder, names) in enumerate(checkpoints.items()):
         base, marker = PALETTE[index % len(PALETTE)], _MARKERS[index % len(_MARKERS)]
         later = [name for name in names if name not in ("", UNTRAINED)]
@@ -112,8 +111,8 @@ def looks(arms: Sequence[Arm]) -> dict[tuple[str, str], Look]:
             else:
                 colour = _mixed(base, 1.0 if len(later) == 1 else 0.65 + 0.35 * later.index(name) / (len(later) - 1))
             label = arm_label(encoder, name, alone=len(checkpoints) == 1)
-            found[encoder, name] = Look(colour=colour, dash=dash, marker=marker, label=label)
-    return found
+            chosen[encoder, name] = Look(colour=colour, dash=dash, marker=marker, label=label)
+    return chosen
 
 
 def arm_label(encoder: str, checkpoint: str, *, alone: bool) -> str:
@@ -139,6 +138,20 @@ def elided(text: str, length: int) -> str:
     if len(text) > length:
         text = f"{text[: length // 2]}…{text[-(length - length // 2 - 1) :]}"
     return f" {text}" if text.startswith("_") else text
+
+
+def run_lines(runs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return how the line of each run is drawn."""
+    return {
+        run: {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)]} for i, run in enumerate(runs)
+    }
+
+
+def add_run_legend(figure: Figure, lines: Mapping[str, dict[str, Any]]) -> None:
+    """Name the lines of several runs below the panels."""
+    if len(lines) > 1:
+        handles = [Line2D([], [], **line) for line in lines.values()]
+        figure.legend(handles, [elided(run, 30) for run in lines], loc="outside lower center", ncols=3)
 
 
 def say_empty(axes: Axes, words: str = "no values") -> None:

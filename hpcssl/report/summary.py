@@ -1,85 +1,110 @@
 """What came out: one row per task, encoder and checkpoint, and a verdict in words.
 
-The score of a run is the AUC of its last epoch (R² where values are predicted), never the best one; replicas of a
+A new column of the report is added here: its number in `summarise`, its text in `SHOWN`.
+
+The score of a fit is the AUC of its last epoch (R² where values are predicted), never the best one; replicas of a
 split are averaged first. A difference to the untrained weights is taken split by split, because all encoders share the
-splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.paired`).
+splits, and its interval is corrected for the overlap of the splits (see `hpcssl.report.intervals`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
-from hpcssl.report.bootstrap import mean_interval
-from hpcssl.report.paired import VAL_PER_TRAIN, Difference, corrected
-from hpcssl.report.results import (
-    UNTRAINED,
-    Arm,
-    ReportError,
-    checked,
-    replicas_with_value,
-    score_matrices,
-    score_metrics,
-)
+from hpcssl.evaluate.results import check_rows
+from hpcssl.report import arms
+from hpcssl.report.arms import UNTRAINED, ReportError, short_step, val_per_train
+from hpcssl.report.intervals import Difference, corrected, mean_interval
 
 METRICS = {"auc": "AUC", "r2": "R²"}
-COLUMNS = (
-    "task",
-    "encoder",
-    "checkpoint",
-    "metric",
-    "last_epoch",
-    "splits",
-    "replicas",
-    "score",
-    "score_low",
-    "score_high",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "paired_splits",
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of the closing table."""
+
+    header: str
+    """`{score}` stands for the metrics of the table."""
+    cell: Callable[[Mapping[Any, Any]], str]
+    """Text of a row of the summary."""
+    min_width: int
+    """Characters on a terminal."""
+
+
+SHOWN = (
+    Column(header="task", cell=lambda row: row["task"], min_width=6),
+    Column(header="encoder", cell=lambda row: row["encoder"], min_width=10),
+    Column(header="checkpoint", cell=lambda row: _checkpoint(row["checkpoint"]), min_width=10),
+    Column(header="{score} (95 % interval)", cell=lambda row: interval_text(*triple(row, "score")), min_width=13),
+    Column(
+        header="difference to untrained", cell=lambda row: difference_text(*triple(row, "difference")), min_width=10
+    ),
+    Column(header="runs", cell=lambda row: f"{row['splits']} × {row['replicas']}", min_width=6),
 )
+"""The closing table of page, terminal, Markdown and LaTeX."""
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per task, encoder and checkpoint.
+    """Return one row per task, encoder and checkpoint of a results table.
 
-    Parameters
-    ----------
-    results : long table with the columns of `hpcssl.report.results.COLUMNS`
-
-    Returns
-    -------
     Columns: task, encoder, checkpoint; metric (auc or r2); last_epoch; splits (with a score) and replicas (most that a
-    split has); score and its 95 % bootstrap interval score_low, score_high over the splits; difference (to
-    checkpoint 0 of the same encoder and task, mean over the splits that both have) with its corrected interval
-    difference_low, difference_high, and paired_splits. What cannot be computed is NaN.
+    split has); score and its 95 % bootstrap interval score_low, score_high over the splits; difference (to checkpoint 0
+    of the same encoder and task, mean over the splits that both have) with its corrected interval difference_low,
+    difference_high, and paired_splits. What cannot be computed is NaN.
 
-    Raises
-    ------
-    ReportError
-        If the table is not a results table, or holds no score.
+    ResultsError, ReportError if the table is not a results table, or holds no score.
     """
-    table = checked(results)
-    matrices, metrics = score_matrices(table), score_metrics(table)
+    table = check_rows(results)
+    matrices, metrics = arms.score_matrices(table), arms.score_metrics(table)
     if not matrices:
         raise ReportError("results: no rows of the metric auc or r2; expected one for every epoch of every run")
-    ratios = table.attrs.get("val_per_train", {})
-    counts = replicas_with_value(table)
+    counts = arms.replicas_with_value(table)
     rows = []
     for arm, matrix in matrices.items():
-        base = matrices.get(arm._replace(checkpoint=UNTRAINED))
-        base = base if arm.checkpoint != UNTRAINED else None
-        replicas, ratio = int(counts.loc[arm].max()), ratios.get(arm.task, VAL_PER_TRAIN)
-        rows.append([*arm, metrics[arm.task], *_row(arm, matrix, base, replicas, ratio)])
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+        last = matrix.iloc[:, -1]
+        base = matrices.get(arm._replace(checkpoint=UNTRAINED)) if arm.checkpoint != UNTRAINED else None
+        score, low, high = (float(v[0]) for v in mean_interval(last.to_numpy()[:, None], arm.task))
+        gain = corrected([] if base is None else last - base.iloc[:, -1], val_per_train(table, arm.task))
+        rows.append(
+            {
+                **arm._asdict(),
+                "metric": metrics[arm.task],
+                "last_epoch": int(matrix.columns[-1]),
+                "splits": int(last.notna().sum()),
+                "replicas": int(counts.loc[arm].max()),
+                "score": score,
+                "score_low": low,
+                "score_high": high,
+                "difference": gain.mean,
+                "difference_low": gain.low,
+                "difference_high": gain.high,
+                "paired_splits": gain.splits,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def _row(arm: Arm, matrix: pd.DataFrame, base: pd.DataFrame | None, replicas: int, ratio: float) -> list[object]:
-    last = matrix.iloc[:, -1]
-    score = [float(v[0]) for v in mean_interval(last.to_numpy()[:, None], arm.task)]
-    difference = corrected([] if base is None else last - base.iloc[:, -1], ratio)
-    return [int(matrix.columns[-1]), int(last.notna().sum()), replicas, *score, *difference[:3], difference.splits]
+def summary_rows(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the closing table as text."""
+    score = " or ".join(METRICS[metric] for metric in summary["metric"].unique())
+    rows = [[column.cell(row) for column in SHOWN] for row in summary.to_dict("records")]
+    return [column.header.format(score=score) for column in SHOWN], rows
+
+
+def triple(row: Any, name: str) -> tuple[float, float, float]:
+    """Return a value of a row and the ends of its interval."""
+    return row[name], row[f"{name}_low"], row[f"{name}_high"]
+
+
+def _checkpoint(name: str) -> str:
+    if name.isdigit() and name != UNTRAINED:
+        return f"{int(name):,}"
+    return short_step(name) or "–"
 
 
 def verdict(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:
@@ -87,16 +112,16 @@ def verdict(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:
 
     "Beat" and "fell behind" mean that the interval of the paired difference excludes zero.
     """
-    told = []
+    sentences = []
     for encoder, rows in summary.groupby("encoder", sort=True):
         trained = rows[rows["checkpoint"].str.isdigit() & (rows["checkpoint"] != UNTRAINED)]
-        tasks = set(rows.loc[rows["checkpoint"] == UNTRAINED, "task"])
-        last = [part.iloc[-1] for task, part in trained.groupby("task", sort=True) if task in tasks]
+        untrained = rows[rows["checkpoint"] == UNTRAINED].set_index("task")["score"]
+        last = [of_task.iloc[-1] for task, of_task in trained.groupby("task", sort=True) if task in untrained.index]
         if last:
             overall = _overall(str(encoder), [_outcome(row) for row in last])
-            told.append((overall, [_told(row, rows) for row in last]))
+            sentences.append((overall, [_describe(row, untrained[row["task"]]) for row in last]))
     nothing = "No encoder has both its untrained weights and a later checkpoint in these results: nothing to compare."
-    return told or [(nothing, [])]
+    return sentences or [(nothing, [])]
 
 
 def verdict_text(summary: pd.DataFrame) -> str:
@@ -105,8 +130,7 @@ def verdict_text(summary: pd.DataFrame) -> str:
 
 
 def _outcome(row: pd.Series) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    return Difference(row["difference"], low, high, np.nan, row["paired_splits"]).outcome
+    return Difference(*triple(row, "difference"), np.nan, row["paired_splits"]).outcome
 
 
 def _overall(encoder: str, outcomes: list[str]) -> str:
@@ -121,23 +145,17 @@ def _overall(encoder: str, outcomes: list[str]) -> str:
     return "; ".join([beat, *rest]) + "."
 
 
-def _told(row: pd.Series, rows: pd.DataFrame) -> str:
-    untrained = rows[(rows["task"] == row["task"]) & (rows["checkpoint"] == UNTRAINED)].iloc[0]
+def _describe(row: pd.Series, untrained: float) -> str:
+    task, outcome = row["task"], _outcome(row)
     if np.isnan(row["difference"]):
-        return (
-            f"{row['task']}: nothing to compare (no split has a score of both untrained weights and last checkpoint)."
-        )
+        return f"{task}: nothing to compare (no split has a score of both untrained weights and last checkpoint)."
     values = (
-        f"{row['task']}: {METRICS[row['metric']]} {row['score']:.3f} after step {int(row['checkpoint']):,} against "
-        f"{untrained['score']:.3f} untrained, difference {signed(row['difference'])}"
+        f"{task}: {METRICS[row['metric']]} {row['score']:.3f} after step {int(row['checkpoint']):,} against "
+        f"{untrained:.3f} untrained, difference {signed(row['difference'])}"
     )
-    ending = {
-        "better": "better than untrained",
-        "worse": "worse than untrained",
-        "unclear": "the interval includes zero",
-    }.get(_outcome(row))
-    if ending is None:
+    if outcome == "unknown":
         return f"{values}; one split gives no interval, so this decides nothing."
+    ending = "the interval includes zero" if outcome == "unclear" else f"{outcome} than untrained"
     return f"{values} (95 % interval {signed(row['difference_low'])} to {signed(row['difference_high'])}): {ending}."
 
 

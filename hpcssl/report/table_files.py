@@ -9,35 +9,35 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hpcssl.report import leaderboard as compare
+from hpcssl.report.arms import short_step
 from hpcssl.report.formats import table_files
-from hpcssl.report.leaderboard import (
-    cells,
-    leaderboard,
-    pair_verdicts,
-    pairs,
-    saturation,
-    saturation_text,
-)
-from hpcssl.report.results import short_step
 from hpcssl.report.summary import difference_text
+from hpcssl.report.times import step_times
+from hpcssl.runs.trace import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class TablePart:
+class ComparisonTable:
     """A table of the page."""
 
     name: str
     title: str
-    sentences: list[str]
+    sentences: Sequence[str] = ()
     """What it says in words, before it."""
     header: list[str]
     rows: list[list[str]]
     note: str
-    files: Mapping[str, str]
-    """Name to content of the files beside the page."""
+    table: pd.DataFrame
+    """Its numbers."""
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Name to content of the files beside the page."""
+        return table_files(self.name, self.table, self.header, self.rows)
 
 
-def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequence[Path] = ()) -> list[TablePart]:
+def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequence[Path] = ()) -> list[ComparisonTable]:
     """Return leaderboard and pairs, where there are several encoders, and early saturation, where several checkpoints.
 
     `runs` tell what the training after saturation cost: a run's folder has the encoder's name.
@@ -45,88 +45,74 @@ def comparison_tables(results: pd.DataFrame, summary: pd.DataFrame, runs: Sequen
     tables = []
     if summary["encoder"].nunique() > 1:
         tables += [_leaderboard(summary), _pairs(results, summary)]
-    found = saturation(results, _hours(runs))
-    if len(found):
-        tables.append(_saturation(found))
-    return tables
+    times = {run.resolve().name: step_times(read_metrics(run)) for run in runs}
+    saturated = compare.saturation(results, {name: t for name, t in times.items() if t is not None})
+    return [*tables, _saturation(saturated)] if len(saturated) else tables
 
 
-def _leaderboard(summary: pd.DataFrame) -> TablePart:
-    table = leaderboard(summary)
-    header, *rows = cells(table)
-    return TablePart(
+def _leaderboard(summary: pd.DataFrame) -> ComparisonTable:
+    table = compare.leaderboard(summary)
+    header, *rows = compare.cells(table)
+    return ComparisonTable(
         name="leaderboard",
         title="Leaderboard",
-        sentences=[],
         header=header,
         rows=rows,
         note="The last checkpoint of every encoder, the best mean first; 95 % bootstrap intervals over the splits.",
-        files=table_files("leaderboard", table, header, rows),
+        table=table,
     )
 
 
-def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> TablePart:
-    table = pairs(results, summary)
+def _pairs(results: pd.DataFrame, summary: pd.DataFrame) -> ComparisonTable:
+    table = compare.pairs(results, summary)
     words = {"better": "first is better", "worse": "second is better", "unclear": "undecided", "unknown": "too few"}
     rows = [
         [
-            str(row["task"]),
-            _named(row["encoder"], row["checkpoint"]),
-            _named(row["than_encoder"], row["than_checkpoint"]),
+            row["task"],
+            _arm_name(row["encoder"], row["checkpoint"]),
+            _arm_name(row["than_encoder"], row["than_checkpoint"]),
             difference_text(row["difference"], row["low"], row["high"]),
             "–" if np.isnan(row["p"]) else f"{row['p']:.3f}" if row["p"] >= 0.001 else "< 0.001",
             words[row["outcome"]],
         ]
         for row in table.to_dict("records")
     ]
-    header = ["task", "first", "second", "difference (95 % interval)", "p", "verdict"]
-    return TablePart(
+    return ComparisonTable(
         name="pairs",
         title="Encoder against encoder",
-        sentences=pair_verdicts(table),
-        header=header,
+        sentences=compare.pair_verdicts(table),
+        header=["task", "first", "second", "difference (95 % interval)", "p", "verdict"],
         rows=rows,
         note="Differences first − second, split by split; intervals and p-values of the t-test that is corrected for "
         "the overlap of the splits (Nadeau and Bengio 2003), each for this comparison alone.",
-        files=table_files("pairs", table, header, rows),
+        table=table,
     )
 
 
-def _saturation(found: pd.DataFrame) -> TablePart:
-    records = found.to_dict("records")
+def _saturation(table: pd.DataFrame) -> ComparisonTable:
+    records = table.to_dict("records")
     rows = [
         [
-            str(row["task"]),
-            str(row["encoder"]),
-            *(short_step(str(row[name])) for name in ("first", "best", "last")),
+            row["task"],
+            row["encoder"],
+            *(short_step(row[name]) for name in ("first", "best", "last")),
             difference_text(row["difference"], row["low"], row["high"]),
             f"{row['share_after']:.0%}",
             "–" if np.isnan(row["gpu_hours_after"]) else f"{row['gpu_hours_after']:,.3g}",
         ]
         for row in records
     ]
-    header = ["task", "encoder", "first", "best", "last", "first − best", "training after", "GPU-hours after"]
-    return TablePart(
+    return ComparisonTable(
         name="saturation",
         title="Early saturation",
-        sentences=[saturation_text({str(k): v for k, v in row.items()}) for row in records],
-        header=header,
+        sentences=[compare.saturation_text(row) for row in records],
+        header=["task", "encoder", "first", "best", "last", "first − best", "training after", "GPU-hours after"],
         rows=rows,
         note="First: the earliest trained checkpoint whose corrected interval of the difference to the best one "
         "includes zero, of those that were measured.",
-        files=table_files("saturation", found, header, rows),
+        table=table,
     )
 
 
-def _named(encoder: object, checkpoint: object) -> str:
-    step = short_step(str(checkpoint))
-    return f"{encoder}, {step}" if step else str(encoder)
-
-
-def _hours(runs: Sequence[Path]) -> dict[str, pd.DataFrame]:
-    """Return the times of every run that recorded them, by the name of its folder."""
-    from hpcssl.report.times import step_times
-    from hpcssl.runs.trace import read_metrics
-
-    found = {run.resolve().name: step_times(read_metrics(run)) for run in runs}
-    return {name: times for name, times in found.items() if times is not None}
+def _arm_name(encoder: str, checkpoint: str) -> str:
+    return f"{encoder}, {short_step(checkpoint)}" if checkpoint else encoder

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from hpcssl.report.style import DASHES, GREY, PALETTE, WIDTH_INCH, Part, draw, elided
+from hpcssl.report.formats import by_run
+from hpcssl.report.style import GREY, Chart, add_run_legend, draw, run_lines
 
 WAIT_LIMIT = 0.05
 """Share of the time that a run may wait for tiles before it is called slowed down by them."""
 _REQUIRED = ("step", "samples_seen", "pseudo_epoch", "loss", "tiles_per_s", "read_wait_s")
+_COLUMNS = ("step", "pseudo_epoch", "hours", "process_hours", "loss_smoothed", "tiles_per_s", "wait_share")
+_SMOOTHED_SHARE, _MOST_ROWS = 1 / 30, 4000
 _BEGINNING = 1 / 50  # of the steps
 _PACK = "hpcssl store build --pack"
 _FASTER = "raise loader.threads where cores are free, or set loader.backend=dali where there are GPUs"
@@ -24,6 +25,18 @@ _CAUSES = {
     "decode_s": f"decoding: {_FASTER}",
     "augment_s": f"augmenting: {_FASTER}",
 }
+
+
+def running_mean(values: pd.Series) -> pd.Series:
+    """Return the running mean over a thirtieth of a run; a value that is not finite is left out."""
+    window = max(1, round(len(values) * _SMOOTHED_SHARE))
+    return values.rolling(window, center=True, min_periods=1).mean()
+
+
+def thin(steps: pd.DataFrame) -> pd.DataFrame:
+    """Thin a long run evenly, keeping its last step."""
+    every = -(-len(steps) // _MOST_ROWS)
+    return steps.iloc[(len(steps) - 1) % every :: every]
 
 
 def step_times(trace: pd.DataFrame) -> pd.DataFrame | None:
@@ -54,32 +67,30 @@ def wait_share(times: pd.DataFrame) -> float:
 def wait_text(times: pd.DataFrame) -> str:
     """Say how much of the time a run waited for tiles, and where it is too much, why that probably was."""
     share = wait_share(times)
-    told = f"waited for tiles {share:.1%} of the time"
+    waited = f"waited for tiles {share:.1%} of the time"
     if share <= WAIT_LIMIT:
-        return told
-    return f"{told}, more than {WAIT_LIMIT:.0%}; likely cause: {_cause(times)}"
+        return waited
+    return f"{waited}, more than {WAIT_LIMIT:.0%}; likely cause: {_cause(times)}"
 
 
-def times_part(traces: Mapping[str, pd.DataFrame], window_share: float, most_rows: int) -> Part | None:
+def times_chart(traces: Mapping[str, pd.DataFrame]) -> Chart | None:
     """Return the figure of the runs (name to trace) that recorded their times; None where none did."""
     recorded = {name: times for name, trace in traces.items() if (times := step_times(trace)) is not None}
     if not recorded:
         return None
-    told = [f"{name}: {_told(times)}." for name, times in recorded.items()]
-    drawn = {name: _smoothed(times, window_share, most_rows) for name, times in recorded.items()}
-    columns = ["step", "pseudo_epoch", "hours", "process_hours", "loss_smoothed", "tiles_per_s", "wait_share"]
-    table = pd.concat([t.reindex(columns=columns).assign(run=name) for name, t in drawn.items()])[["run", *columns]]
-    return Part(
+    summaries = " ".join(f"{name}: {_describe(times)}." for name, times in recorded.items())
+    drawn = {name: _smoothed(times) for name, times in recorded.items()}
+    return Chart(
         name="times",
         title="Time, speed and waiting for tiles",
         caption=(
             "Running means over a thirtieth of the run. Hours are those of training steps, without the stops between "
             "starts; process-hours are hours times processes, of one GPU each where there are GPUs. Dotted: "
-            f"{WAIT_LIMIT:.0%}, above which waiting for tiles slows a run down. " + " ".join(told)
+            f"{WAIT_LIMIT:.0%}, above which waiting for tiles slows a run down. " + summaries
         ),
-        alt=" ".join(told),
-        png=draw(WIDTH_INCH, 2.4 + 0.25 * (len(drawn) > 1), lambda figure: _paint(figure, drawn)),
-        table=table,
+        alt=summaries,
+        png=draw(2.4 + 0.25 * (len(drawn) > 1), lambda figure: _paint(figure, drawn)),
+        table=by_run(drawn, _COLUMNS),
     )
 
 
@@ -94,38 +105,29 @@ def _cause(times: pd.DataFrame) -> str:
     return f"{_CAUSES[name]} ({spent[name] / sum(spent.values()):.0%} of the loader's time)"
 
 
-def _told(times: pd.DataFrame) -> str:
+def _describe(times: pd.DataFrame) -> str:
     hours = f"{times['hours'].iloc[-1]:.3g} hours"
     if "process_hours" in times:
         hours += f" ({times['process_hours'].iloc[-1]:.3g} process-hours)"
     return f"{hours}, {times['tiles_per_s'].median():,.3g} tiles/s in the median, {wait_text(times)}"
 
 
-def _smoothed(times: pd.DataFrame, window_share: float, most_rows: int) -> pd.DataFrame:
-    window = max(1, round(len(times) * window_share))
-
-    def over_window(values: pd.Series) -> pd.Series:
-        return values.rolling(window, center=True, min_periods=1).mean()
-
-    finite = times["loss"].where(np.isfinite(times["loss"]))
-    seconds = over_window(times["seconds"])
-    batch = times["samples_seen"] / times["step"]
-    times = times.assign(
-        loss_smoothed=over_window(finite),
-        wait_share=over_window(times["read_wait_s"]) / seconds,
-        tiles_per_s=over_window(batch) / seconds,
+def _smoothed(times: pd.DataFrame) -> pd.DataFrame:
+    seconds = running_mean(times["seconds"])
+    smooth = times.assign(
+        loss_smoothed=running_mean(times["loss"].where(np.isfinite(times["loss"]))),
+        wait_share=running_mean(times["read_wait_s"]) / seconds,
+        tiles_per_s=running_mean(times["samples_seen"] / times["step"]) / seconds,
     )
-    every = -(-len(times) // most_rows)
-    return times.iloc[(len(times) - 1) % every :: every]
+    return thin(smooth)
 
 
 def _paint(figure: Figure, drawn: Mapping[str, pd.DataFrame]) -> None:
-    looks: list[dict[str, Any]] = [
-        {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)]} for i in range(len(drawn))
-    ]
+    lines = run_lines(drawn)
     cost = "process_hours" if all("process_hours" in times for times in drawn.values()) else "hours"
     panels = figure.subplots(1, 3)
-    for look, times in zip(looks, drawn.values()):
+    for run, times in drawn.items():
+        look = lines[run]
         dot = "o" if len(times) == 1 else ""
         panels[0].plot(times[cost], times["loss_smoothed"], marker=dot, **look)
         panels[1].plot(times["pseudo_epoch"], times["tiles_per_s"], marker=dot, **look)
@@ -140,6 +142,4 @@ def _paint(figure: Figure, drawn: Mapping[str, pd.DataFrame]) -> None:
     for axes in panels[1:]:
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     panels[1].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    if len(drawn) > 1:
-        handles = [Line2D([], [], **look) for look in looks]
-        figure.legend(handles, [elided(name, 30) for name in drawn], loc="outside lower center", ncols=3)
+    add_run_legend(figure, lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +10,34 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hpcssl.report.restarts import restarts_part
-from hpcssl.report.results import ReportError
-from hpcssl.report.style import DASHES, PALETTE, WIDTH_INCH, Part, draw, elided, say_empty
-from hpcssl.report.times import times_part
+from hpcssl.report.arms import ReportError
+from hpcssl.report.formats import by_run
+from hpcssl.report.restarts import restarts_chart
+from hpcssl.report.style import PALETTE, Chart, add_run_legend, draw, elided, run_lines, say_empty
+from hpcssl.report.times import running_mean, thin, times_chart
+from hpcssl.runs.trace import read_metrics
 
 IMAGENET_IMAGES = 1_281_167
 _REQUIRED = ("step", "samples_seen", "pseudo_epoch", "loss")
 _SETTINGS = {"lr": "learning rate", "weight_decay": "weight decay", "momentum": "teacher momentum"}
-_SMOOTHED_SHARE = 1 / 30
-_MAX_ROWS = 4000
 # of a panel, in inches: its axes' height, and the room above (title) and below (three x-axes)
 _PANEL, _ABOVE, _BELOW, _AXIS = 2.2, 0.35, 1.45, 0.5
 
 
-def training_parts(runs: Sequence[Path]) -> list[Part]:
+def training_charts(runs: Sequence[Path]) -> list[Chart]:
     """Return the figures of the loss and, where runs recorded them, of times, restarts and the optimiser's values."""
-    from hpcssl.runs.trace import read_metrics
-
     recorded = {name: (run, read_metrics(run)) for name, run in zip(_names(runs), runs)}
     traces = {name: _trace(run, frame) for name, (run, frame) in recorded.items()}
-    parts = [_loss_part(traces)]
-    times = times_part({name: frame for name, (_, frame) in recorded.items()}, _SMOOTHED_SHARE, _MAX_ROWS)
-    if times:
-        parts.append(times)
-    restarts = restarts_part(
-        {name: run for name, (run, _) in recorded.items()}, {n: int(t["step"].max()) for n, t in traces.items()}
-    )
-    if restarts:
-        parts.append(restarts)
-    recorded_settings = [s for s in _SETTINGS if any(s in t and t[s].notna().any() for t in traces.values())]
-    if recorded_settings:
-        parts.append(_settings_part(traces, recorded_settings))
-    return parts
+    last_steps = {name: int(trace["step"].max()) for name, trace in traces.items()}
+    charts = [
+        _loss_chart(traces),
+        times_chart({name: frame for name, (_, frame) in recorded.items()}),
+        restarts_chart({name: run for name, (run, _) in recorded.items()}, last_steps),
+        _settings_chart(traces),
+    ]
+    return [chart for chart in charts if chart]
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -70,22 +61,15 @@ def _trace(run: Path, frame: pd.DataFrame) -> pd.DataFrame:
         raise ReportError(f"{run}: its metrics hold no step with samples_seen and pseudo_epoch")
     frame = frame.astype({"step": "int64", "samples_seen": "int64"})
     frame["loss"] = frame["loss"].where(np.isfinite(frame["loss"]))
-    window = _window(len(frame))
-    frame["loss_smoothed"] = frame["loss"].rolling(window, center=True, min_periods=1).mean()
+    frame["loss_smoothed"] = running_mean(frame["loss"])
     frame["imagenet_epoch"] = frame["samples_seen"] / IMAGENET_IMAGES
-    every = -(-len(frame) // _MAX_ROWS)
-    return frame.iloc[(len(frame) - 1) % every :: every].reset_index(drop=True)
+    return thin(frame).reset_index(drop=True)
 
 
-def _window(steps: int) -> int:
-    return max(1, round(steps * _SMOOTHED_SHARE))
-
-
-def _loss_part(traces: Mapping[str, pd.DataFrame]) -> Part:
-    columns = ["step", "samples_seen", "pseudo_epoch", "imagenet_epoch", "loss", "loss_smoothed"]
-    table = pd.concat([t[columns].assign(run=name) for name, t in traces.items()])[["run", *columns]]
+def _loss_chart(traces: Mapping[str, pd.DataFrame]) -> Chart:
+    table = by_run(traces, ("step", "samples_seen", "pseudo_epoch", "imagenet_epoch", "loss", "loss_smoothed"))
     gaps = int(table["loss"].isna().sum())
-    return Part(
+    return Chart(
         name="training",
         title="Training loss",
         caption=(
@@ -94,17 +78,13 @@ def _loss_part(traces: Mapping[str, pd.DataFrame]) -> Part:
             f"The same x-axis in pseudo-epochs, in ImageNet epochs (tiles seen / {IMAGENET_IMAGES:,}) and in steps."
             + (f" {gaps} of the steps drawn have no finite loss; they are gaps." if gaps else "")
         ),
-        alt="Training loss against pseudo-epochs. " + " ".join(_told(name, t) for name, t in traces.items()),
-        png=draw(
-            WIDTH_INCH,
-            -(-len(traces) // 2) * (_PANEL + _ABOVE + _BELOW),
-            lambda figure: _paint_losses(figure, traces),
-        ),
+        alt="Training loss against pseudo-epochs. " + " ".join(_describe(name, t) for name, t in traces.items()),
+        png=draw(-(-len(traces) // 2) * (_PANEL + _ABOVE + _BELOW), lambda figure: _paint_losses(figure, traces)),
         table=table,
     )
 
 
-def _told(name: str, trace: pd.DataFrame) -> str:
+def _describe(name: str, trace: pd.DataFrame) -> str:
     smooth = trace["loss_smoothed"].dropna()
     if smooth.empty:
         return f"{name}: no finite loss."
@@ -121,14 +101,8 @@ def _paint_losses(figure: Figure, traces: Mapping[str, pd.DataFrame]) -> None:
     # set in inches: automatic layouts give the further x-axes no room
     figure.set_layout_engine("none")
     height = figure.get_figheight()
-    room = {
-        "left": 0.09,
-        "right": 0.98,
-        "top": 1 - _ABOVE / height,
-        "bottom": _BELOW / height,
-        "wspace": 0.22,
-        "hspace": (_ABOVE + _BELOW) / _PANEL,
-    }
+    room = {"left": 0.09, "right": 0.98, "top": 1 - _ABOVE / height, "bottom": _BELOW / height}
+    room |= {"wspace": 0.22, "hspace": (_ABOVE + _BELOW) / _PANEL}
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw=room).ravel()
     for axes in grid[len(traces) :]:
         axes.set_visible(False)
@@ -167,11 +141,7 @@ def _more_axes(axes: Axes, trace: pd.DataFrame) -> None:
             continue
         second = axes.secondary_xaxis(place / _PANEL, functions=_line(y[0] - slope * x[0], slope))
         second.set_xlabel(label)
-        second.xaxis.set_major_formatter(FuncFormatter(partial(_with_unit, y[-1])))
-
-
-def _with_unit(largest: float, value: float, position: int | None) -> str:
-    return tick_text(value, largest)
+        second.xaxis.set_major_formatter(FuncFormatter(lambda value, _, largest=y[-1]: tick_text(value, largest)))
 
 
 def _line(start: float, slope: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -190,34 +160,33 @@ def tick_text(value: float, largest: float) -> str:
     return (f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}") + (unit if value else "")
 
 
-def _settings_part(traces: Mapping[str, pd.DataFrame], recorded: list[str]) -> Part:
-    columns = ["step", "pseudo_epoch", *recorded]
-    table = pd.concat([t.reindex(columns=columns).assign(run=name) for name, t in traces.items()])[["run", *columns]]
+def _settings_chart(traces: Mapping[str, pd.DataFrame]) -> Chart | None:
+    """Return the figure of the optimiser's values; None where no run recorded one."""
+    recorded = [s for s in _SETTINGS if any(s in t and t[s].notna().any() for t in traces.values())]
+    if not recorded:
+        return None
+    table = by_run(traces, ("step", "pseudo_epoch", *recorded))
     spans = [f"{_SETTINGS[s]} from {table[s].min():.3g} to {table[s].max():.3g}" for s in recorded]
-    return Part(
+    return Chart(
         name="schedules",
         title="Learning rate, weight decay and momentum",
         caption="The values that the optimiser used at each step, as recorded by the run.",
         alt=f"Against pseudo-epochs: {'; '.join(spans)}.",
-        png=draw(WIDTH_INCH, 2.3 + 0.25 * (len(traces) > 1), lambda figure: _paint_settings(figure, traces, recorded)),
+        png=draw(2.3 + 0.25 * (len(traces) > 1), lambda figure: _paint_settings(figure, traces, recorded)),
         table=table,
     )
 
 
 def _paint_settings(figure: Figure, traces: Mapping[str, pd.DataFrame], recorded: list[str]) -> None:
-    looks: list[dict[str, Any]] = [
-        {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)]} for i in range(len(traces))
-    ]
+    lines = run_lines(traces)
     panels = figure.subplots(1, len(recorded), squeeze=False, sharex=True).ravel()
     for axes, setting in zip(panels, recorded):
-        for look, trace in zip(looks, traces.values()):
+        for run, trace in traces.items():
             if setting in trace:
-                axes.plot(trace["pseudo_epoch"], trace[setting], marker="o" if len(trace) == 1 else "", **look)
+                axes.plot(trace["pseudo_epoch"], trace[setting], marker="o" if len(trace) == 1 else "", **lines[run])
         axes.set_title(_SETTINGS[setting])
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.set_xlabel("pseudo-epochs")
         if setting == "lr":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    if len(traces) > 1:
-        handles = [Line2D([], [], **look) for look in looks]
-        figure.legend(handles, [elided(name, 30) for name in traces], loc="outside lower center", ncols=3)
+    add_run_legend(figure, lines)

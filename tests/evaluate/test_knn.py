@@ -8,10 +8,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError, SplitError
 from hpcssl.evaluate import knn
-from hpcssl.evaluate.mil.benchmark import plan_parts, read_results
-from hpcssl.evaluate.mil.presets import PRESETS
+from hpcssl.evaluate.knn import Neighbours
+from hpcssl.evaluate.labelled import label_features
+from hpcssl.evaluate.results import read_rows
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import write_slide
+from hpcssl.pipelines.evaluate import find_neighbours
 
 SLIDES = [f"s{i:02d}" for i in range(24)]
 
@@ -32,28 +34,28 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def parts(folder):
-    return plan_parts([folder / "uni"], [folder / "organ.csv"], PRESETS["gma-50"])
+def pairs(folder):
+    return label_features([folder / "uni"], [folder / "organ.csv"])
 
 
 @pytest.mark.parametrize("rows", [7, 512])
 def test_tiles_are_told_as_by_scikit_learn(inputs, monkeypatch, rows):
     monkeypatch.setattr(knn, "_ROWS", rows)  # chunks that end within a slide
-    (part,) = parts(inputs)
-    found = knn.knn_parts([part], k=5, weighted=False).set_index(["split", "metric"])["value"]
-    bags = [part.features.load(slide) for slide in part.table["slide"]]
+    (data,) = pairs(inputs)
+    values = Neighbours(k=5, weighted=False).measure(data).set_index(["split", "metric"])["value"]
+    bags = [data.features.load(slide) for slide in data.table["slide"]]
     of = np.repeat(np.arange(24), [len(bag) for bag in bags])
-    tiles, labels = np.concatenate(bags), part.table["target"].to_numpy()
+    tiles, labels = np.concatenate(bags), data.table["target"].to_numpy()
     for split in (1, 2, 3):
-        train = (part.table[f"mccv{split}"] == "train").to_numpy()[of]
+        train = (data.table[f"mccv{split}"] == "train").to_numpy()[of]
         model = KNeighborsClassifier(5, metric="cosine").fit(tiles[train], labels[of[train]])
         votes = model.predict_proba(tiles[~train])
         expected = roc_auc_score(labels[of[~train]], votes, multi_class="ovr")
-        assert found[split, "tile_auc"] == pytest.approx(expected, abs=1e-6)
+        assert values[split, "tile_auc"] == pytest.approx(expected, abs=1e-6)
         by_slide = pd.DataFrame(votes).groupby(of[~train]).mean()
         expected = roc_auc_score(labels[by_slide.index], by_slide.to_numpy(), multi_class="ovr")
-        assert found[split, "auc"] == pytest.approx(expected, abs=1e-6)
-        assert found[split, "accuracy"] == pytest.approx(
+        assert values[split, "auc"] == pytest.approx(expected, abs=1e-6)
+        assert values[split, "accuracy"] == pytest.approx(
             (by_slide.to_numpy().argmax(axis=1) == [int(name[1]) for name in labels[by_slide.index]]).mean()
         )
 
@@ -67,8 +69,7 @@ def test_near_neighbours_weigh_more():
 
 
 def test_slides_with_many_tiles_give_some_of_them(inputs):
-    (part,) = parts(inputs)
-    features, of = knn._tiles(part.features, SLIDES, 3)
+    features, of = knn.sample_tiles(pairs(inputs)[0].features, SLIDES, 3)
     assert np.bincount(of).max() == 3
     torch.testing.assert_close(features.norm(dim=1), torch.ones(len(of)))
 
@@ -78,7 +79,7 @@ def test_results_join_those_of_the_heads(inputs, capsys):
     for command in (("mccv", *where, "--preset", "mccv-demo", "--epochs", "1"), ("knn", *where, "--k", "5")):
         assert main([str(argument) for argument in command]) == 0
     assert "uni, k-NN" in capsys.readouterr().out
-    table = read_results(inputs / "out" / "results.csv")
+    table = read_rows(inputs / "out" / "results.csv")
     assert set(table["encoder"]) == {"uni", "uni, k-NN"}
     before = (inputs / "out" / "results.csv").read_bytes()
     assert main(["knn", *map(str, where), "--k", "5"]) == 0
@@ -90,11 +91,11 @@ def test_results_join_those_of_the_heads(inputs, capsys):
 
 def test_settings_and_targets_that_cannot_be_used(inputs):
     with pytest.raises(ConfigError, match="k = 0"):
-        knn.knn_parts(parts(inputs), k=0)
+        Neighbours(k=0)
     table = pd.read_csv(inputs / "organ.csv").assign(target=np.arange(24) / 2)
     table.to_csv(inputs / "organ.csv", index=False)
     with pytest.raises(SplitError, match="k-NN tells classes only"):
-        knn.knn_parts(parts(inputs))
+        find_neighbours(pairs(inputs), Neighbours())
 
 
 def test_numbers_that_are_classes_can_be_told_to_be(inputs, capsys):

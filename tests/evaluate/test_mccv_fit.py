@@ -1,22 +1,16 @@
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from hpcssl.core.errors import FeatureError
-from hpcssl.evaluate.mil import fits as fit_module
+from hpcssl.evaluate.mil import fits as fits_module
 from hpcssl.evaluate.mil.bags import Bags
-from hpcssl.evaluate.mil.fits import Run, fit
+from hpcssl.evaluate.mil.fits import Fit, fit_heads
 from hpcssl.evaluate.mil.presets import HEADS, PRESETS
-
-_spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
-plain = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(plain)
 
 DEMO = PRESETS["mccv-demo"]
 SMALL = replace(DEMO, epochs=3, warmup_epochs=1, hidden=(16, 12), attention=8)
@@ -33,17 +27,17 @@ def planted(num=60, dim=16, classes=2, shift=3.0, seed=0):
 
 
 def drawn(num_slides, lengths, seed=0):
-    """One run per length of its train side; the first slides, of all classes, stand on either side."""
+    """One fit per length of its train side; the first slides, of all classes, stand on either side."""
     rng = np.random.default_rng(seed)
-    runs = []
+    fits = []
     for number, length in enumerate(lengths, start=1):
         order = np.concatenate([[0, 1, 2], 6 + rng.permutation(num_slides - 6), [3, 4, 5]])
-        runs.append(Run(split=number, replica=1, train=np.sort(order[:length]), val=np.sort(order[length:])))
-    return runs
+        fits.append(Fit(split=number, replica=1, train=np.sort(order[:length]), val=np.sort(order[length:])))
+    return fits
 
 
-def values(table, run):
-    part = table[(table["split"] == run.split) & (table["replica"] == run.replica)]
+def values(table, fit):
+    part = table[(table["split"] == fit.split) & (table["replica"] == fit.replica)]
     return {(row.epoch, row.metric): row.value for row in part.itertuples()}
 
 
@@ -58,44 +52,38 @@ def assert_alike(found, expected, loss=1e-4, auc=1e-3):
 
 @pytest.fixture(params=["stacked", "single"])
 def way(request, monkeypatch):
-    """Both ways of a CPU: small heads in stacks, large ones run by run."""
+    """Both ways of a CPU: small heads in stacks, large ones fit by fit."""
     if request.param == "single":
-        monkeypatch.setattr(fit_module, "SMALL_BAG", 0)
+        monkeypatch.setattr(fits_module, "SMALL_BAG", 0)
     return request.param
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_stacked_runs_equal_the_plain_loop_also_with_unequal_lengths(classes, way):
+def test_stacked_runs_equal_the_plain_loop_also_with_unequal_lengths(plain, classes, way):
     slides, labels = planted(30, classes=classes)
-    runs = drawn(30, [20, 24, 17])
+    fits = drawn(30, [20, 24, 17])
     preset = replace(SMALL, lr=3e-3, weight_decay=1.0, final_weight_decay=8.0)  # so strong that it shows where it acts
-    table = fit(Bags(slides), labels, runs, preset)
-    for run in runs:
-        assert_alike(values(table, run), plain.fit_plain(slides, labels, run, preset))
+    table = fit_heads(Bags(slides), labels, fits, preset)
+    for fit in fits:
+        assert_alike(values(table, fit), plain.fit_plain(Bags(slides), labels, fit, preset))
 
 
-@pytest.mark.parametrize("head", ["abmil", "mean", "max"])
-def test_other_heads_equal_the_plain_loop(head, way):
+@pytest.mark.parametrize("head", ["abmil", "mean", "max", "the paper's"])
+def test_other_heads_equal_the_plain_loop(plain, head, way):
     slides, labels = planted(20)
-    preset = replace(SMALL, head=head, **HEADS[head])
-    (run,) = drawn(20, [14])
-    found = values(fit(Bags(slides), labels, [run], preset), run)
-    assert_alike(found, plain.fit_plain(slides, labels, run, preset))
-
-
-def test_the_papers_head_equals_the_plain_loop():
-    slides, labels = planted(10)
-    preset = replace(PRESETS["gma-50"], epochs=2, warmup_epochs=1)
-    (run,) = drawn(10, [6])
-    assert_alike(values(fit(Bags(slides), labels, [run], preset), run), plain.fit_plain(slides, labels, run, preset))
+    paper = replace(PRESETS["gma-50"], epochs=2, warmup_epochs=1)
+    preset = replace(SMALL, head=head, **HEADS[head]) if head in HEADS else paper
+    (fit,) = drawn(20, [14])
+    found = values(fit_heads(Bags(slides), labels, [fit], preset), fit)
+    assert_alike(found, plain.fit_plain(Bags(slides), labels, fit, preset))
 
 
 def test_half_precision_changes_no_answer_but_the_digits():
     """20 splits x 2 replicas of a task of middling difficulty."""
     slides, labels = planted(100, shift=2.0)
     preset = replace(DEMO, epochs=4, warmup_epochs=1)
-    runs = [replace(run, replica=r) for run in drawn(100, [50] * 20) for r in (1, 2)]
-    tables = {p: fit(Bags(slides), labels, runs, replace(preset, precision=p)) for p in ("fp32", "bf16")}
+    fits = [replace(fit, replica=r) for fit in drawn(100, [50] * 20) for r in (1, 2)]
+    tables = {p: fit_heads(Bags(slides), labels, fits, replace(preset, precision=p)) for p in ("fp32", "bf16")}
     losses = [table[table["metric"] == "train_loss"]["value"].to_numpy() for table in tables.values()]
     assert np.abs(losses[0] - losses[1]).max() > 0
     found = {precision: last_auc(table) for precision, table in tables.items()}
@@ -105,31 +93,25 @@ def test_half_precision_changes_no_answer_but_the_digits():
 
 def test_a_run_alone_equals_that_run_among_others(way):
     slides, labels = planted(40)
-    runs = drawn(40, [25, 30, 28, 30])
-    among = fit(Bags(slides), labels, runs, SMALL)
-    for run in runs:
-        assert values(fit(Bags(slides), labels, [run], SMALL), run) == values(among, run)  # the same bits
+    fits = drawn(40, [25, 30, 28, 30])
+    among = fit_heads(Bags(slides), labels, fits, SMALL)
+    for fit in fits:
+        assert values(fit_heads(Bags(slides), labels, [fit], SMALL), fit) == values(among, fit)  # the same bits
 
 
 def test_same_inputs_same_bits_whatever_the_threads(way):
     slides, labels = planted(30)
-    runs = drawn(30, [20, 24, 17, 20])
-    first = fit(Bags(slides), labels, runs, SMALL)
-    assert first.equals(fit(Bags(slides), labels, runs[::-1], SMALL, threads=3))
-    assert not first.equals(fit(Bags(slides), labels, runs, SMALL, seed=1))
-
-
-def test_replicas_of_a_split_differ():
-    slides, labels = planted(20)
-    (run,) = drawn(20, [14])
-    table = fit(Bags(slides), labels, [run, replace(run, replica=2)], SMALL)
-    losses = table[table["metric"] == "val_loss"].pivot(index="epoch", columns="replica", values="value")
-    assert (losses[1] != losses[2]).all()
+    fits = drawn(30, [20, 24, 17, 20])
+    first = fit_heads(Bags(slides), labels, fits, SMALL)
+    assert first.equals(fit_heads(Bags(slides), labels, fits[::-1], SMALL, threads=3))
+    assert not first.equals(fit_heads(Bags(slides), labels, fits, SMALL, seed=1))
+    again = values(fit_heads(Bags(slides), labels, [replace(fits[0], replica=2)], SMALL), replace(fits[0], replica=2))
+    assert all(again[key] != value for key, value in values(first, fits[0]).items() if key[1] == "val_loss")
 
 
 def test_a_planted_tile_is_found():
     slides, labels = planted(100, shift=6.0)
-    assert last_auc(fit(Bags(slides), labels, drawn(100, [80] * 6), DEMO)) > 0.95
+    assert last_auc(fit_heads(Bags(slides), labels, drawn(100, [80] * 6), DEMO)) > 0.95
 
 
 def test_shuffled_labels_are_told_no_better_than_by_chance():
@@ -137,12 +119,12 @@ def test_shuffled_labels_are_told_no_better_than_by_chance():
     slides, labels = planted(100, shift=6.0)
     permutations, rng = 40, np.random.default_rng(1)
     shuffled = np.concatenate([rng.permutation(labels) for _ in range(permutations)])
-    runs = []
+    fits = []
     for number in range(permutations):
         of_class = [100 * number + np.flatnonzero(shuffled[100 * number :][:100] == k) for k in (0, 1)]
         train, val = (np.sort(np.concatenate([c[part] for c in of_class])) for part in (slice(30), slice(30, None)))
-        runs.append(Run(split=number + 1, replica=1, train=train, val=val))
-    table = fit(Bags(slides * permutations), shuffled, runs, replace(DEMO, epochs=5, warmup_epochs=1))
+        fits.append(Fit(split=number + 1, replica=1, train=train, val=val))
+    table = fit_heads(Bags(slides * permutations), shuffled, fits, replace(DEMO, epochs=5, warmup_epochs=1))
     by_chance = np.sqrt((20 + 20 + 1) / (12 * 20 * 20) / permutations)  # deviation of the mean of Mann-Whitney's AUC
     assert by_chance < 0.015
     assert abs(last_auc(table) - 0.5) < 3 * by_chance
@@ -153,17 +135,17 @@ def last_auc(table):
 
 
 def test_each_epoch_visits_every_training_slide_in_an_order_of_its_own():
-    (run,) = drawn(40, [30])
-    orders = [run.order(0, epoch).tolist() for epoch in (1, 2)]
-    assert orders[0] != orders[1] != run.train.tolist()
-    assert sorted(orders[0]) == sorted(orders[1]) == run.train.tolist()
+    (fit,) = drawn(40, [30])
+    orders = [fit.order(0, epoch).tolist() for epoch in (1, 2)]
+    assert orders[0] != orders[1] != fit.train.tolist()
+    assert sorted(orders[0]) == sorted(orders[1]) == fit.train.tolist()
 
 
 def test_progress_counts_epochs_of_runs_and_torch_keeps_its_threads():
     slides, labels = planted(20)
     counted = []
     before = torch.get_num_threads()
-    fit(Bags(slides), labels, drawn(20, [14, 12]), SMALL, on_progress=counted.append)
+    fit_heads(Bags(slides), labels, drawn(20, [14, 12]), SMALL, on_progress=counted.append)
     assert sum(counted) == 2 * SMALL.epochs
     assert torch.get_num_threads() == before
 
@@ -171,7 +153,7 @@ def test_progress_counts_epochs_of_runs_and_torch_keeps_its_threads():
 def test_a_diverging_run_is_named():
     slides, labels = planted(20)
     with pytest.raises(FeatureError, match="split 1, replica 1: the loss is"):
-        fit(Bags([np.sign(slide) * np.float32(3e38) for slide in slides]), labels, drawn(20, [14]), SMALL)
+        fit_heads(Bags([np.sign(slide) * np.float32(3e38) for slide in slides]), labels, drawn(20, [14]), SMALL)
 
 
 def test_values_are_predicted_in_their_own_units():
@@ -179,12 +161,12 @@ def test_values_are_predicted_in_their_own_units():
     amount = np.random.default_rng(3).normal(size=60)
     for slide, value in zip(slides, amount, strict=True):
         slide[:, 0] += 2 * value
-    (run,) = drawn(60, [45])
+    (fit,) = drawn(60, [45])
     preset = replace(SMALL, epochs=12, lr=1e-2)
     found = {}
     for scale, shift in ((1.0, 0.0), (100.0, 5000.0)):
-        table = fit(Bags(slides), scale * amount + shift, [run], preset)
-        found[scale] = {metric: value for (epoch, metric), value in values(table, run).items() if epoch == 12}
+        table = fit_heads(Bags(slides), scale * amount + shift, [fit], preset)
+        found[scale] = {metric: value for (epoch, metric), value in values(table, fit).items() if epoch == 12}
     assert found[1.0]["r2"] > 0.6
     assert found[1.0]["spearman"] > 0.7
     assert found[1.0].keys() == {"train_loss", "val_loss", "r2", "mae", "spearman"}
@@ -194,20 +176,20 @@ def test_values_are_predicted_in_their_own_units():
 
 def test_random_targets_are_not_predicted():
     slides, _ = planted(60)
-    (run,) = drawn(60, [45])
-    table = fit(Bags(slides), np.random.default_rng(3).normal(size=60), [run], replace(SMALL, epochs=10))
+    (fit,) = drawn(60, [45])
+    table = fit_heads(Bags(slides), np.random.default_rng(3).normal(size=60), [fit], replace(SMALL, epochs=10))
     assert table[table["metric"] == "r2"]["value"].iloc[-1] < 0.3
 
 
 def test_streamed_bags_give_the_same_bits_and_leave_nothing_behind(tmp_path, way):
     slides, labels = planted(30)
-    runs = drawn(30, [20, 24])
+    fits = drawn(30, [20, 24])
     held = Bags(slides)
     streamed = Bags(slides, memory_gib=1e-6, scratch=tmp_path)
     assert streamed.streamed
     assert not held.streamed
     assert all(torch.equal(held.slide(i), streamed.slide(i)) for i in range(30))
-    assert fit(streamed, labels, runs, SMALL, threads=2).equals(fit(held, labels, runs, SMALL))
+    assert fit_heads(streamed, labels, fits, SMALL, threads=2).equals(fit_heads(held, labels, fits, SMALL))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,7 +198,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from hpcssl.evaluate.mil.bags import Bags
-from hpcssl.evaluate.mil.fits import Run, fit, head_sizes
+from hpcssl.evaluate.mil.fits import Fit, fit_heads, head_sizes
 from hpcssl.evaluate.mil.presets import preset_named
 
 rng, counts, labels = np.random.default_rng(0), [200_000, 200_000, 1, 7, 3, 4], np.array([0, 1] * 3)
@@ -224,7 +206,7 @@ slides = (rng.standard_normal((n, 384), np.float32) for n in counts)
 bags, preset = Bags(slides, memory_gib=0.01, scratch=Path(sys.argv[1])), preset_named("mccv-demo", 1)
 sizes = head_sizes(preset, 384, labels)
 before = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
-table = fit(bags, labels, [Run(split=1, replica=1, train=np.arange(4), val=np.arange(4, 6))], preset)
+table = fit_heads(bags, labels, [Fit(split=1, replica=1, train=np.arange(4), val=np.arange(4, 6))], preset)
 stated = 4 * (2 * 384 + sum(sizes.hidden) + 2 * sizes.attention) + 2 * sizes.dropout_units
 (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 taken = 1024 * int(peak.split()[1]) - before  # ru_maxrss would be that of the process that started this one, if larger
@@ -241,10 +223,10 @@ def test_a_bag_of_200_000_tiles_is_fitted_in_the_memory_that_is_stated(tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_agrees_with_the_plain_loop_without_dropout():
+def test_a_gpu_agrees_with_the_plain_loop_without_dropout(plain):
     slides, labels = planted(30)
-    runs = drawn(30, [20, 24, 17])
+    fits = drawn(30, [20, 24, 17])
     preset = replace(SMALL, dropout=0.0)
-    table = fit(Bags(slides, device="cuda"), labels, runs, preset)
-    for run in runs:
-        assert_alike(values(table, run), plain.fit_plain(slides, labels, run, preset))
+    table = fit_heads(Bags(slides, device="cuda"), labels, fits, preset)
+    for fit in fits:
+        assert_alike(values(table, fit), plain.fit_plain(Bags(slides), labels, fit, preset))

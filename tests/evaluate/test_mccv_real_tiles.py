@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hpcssl.evaluate.knn import knn_parts
-from hpcssl.evaluate.mil.benchmark import plan_parts
-from hpcssl.evaluate.mil.presets import PRESETS
+from hpcssl.evaluate.knn import Neighbours
+from hpcssl.evaluate.labelled import label_features
 from hpcssl.evaluate.splits import make_splits
+from hpcssl.pipelines.evaluate import find_neighbours
 from hpcssl.slides.slide_table import read_slides
 
 NUM = 10
@@ -36,8 +36,8 @@ def colours_of_tiles(tiles: Path, organ: str, out: Path) -> pd.DataFrame:
 def accuracy(features: Path, splits: pd.DataFrame, file: Path) -> float:
     """Return how often a tile's nearest neighbour in training has its class, mean over the splits."""
     splits.to_csv(file, index=False)
-    found = knn_parts(plan_parts([features], [file], PRESETS["gma-50"], replicas=1), k=1)
-    return float(found[found["metric"] == "accuracy"]["value"].mean())
+    table = find_neighbours(label_features([features], [file]), Neighbours(k=1))
+    return float(table[table["metric"] == "accuracy"]["value"].mean())
 
 
 @pytest.mark.long

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from hpcssl.core.errors import ConfigError, FeatureError, SplitError
-from hpcssl.evaluate.knn import knn_parts
-from hpcssl.evaluate.mil import benchmark as run_module
-from hpcssl.evaluate.mil.benchmark import COLUMNS, file_name, plan_parts, read_results, run_parts
-from hpcssl.evaluate.mil.presets import PRESETS
+from hpcssl.evaluate.knn import Neighbours
+from hpcssl.evaluate.labelled import label_features
+from hpcssl.evaluate.mil import benchmark as benchmark_module
+from hpcssl.evaluate.mil.benchmark import Benchmark, Compute, plan_measurements
+from hpcssl.evaluate.mil.presets import PRESETS, MccvPreset, preset_named
+from hpcssl.evaluate.results import COLUMNS, file_name, read_rows
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import write_slide
 from hpcssl.features.feature_folder import write_index
+from hpcssl.pipelines.evaluate import find_neighbours, fit_missing
 
 PRESET = replace(PRESETS["mccv-demo"], epochs=2, warmup_epochs=0, hidden=(8, 8), attention=4)
 SLIDES = [f"s{i:02d}" for i in range(16)]
@@ -37,9 +40,12 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def bench(inputs, names=("untrained", "trained"), preset=PRESET, out="out", seed=0, **options):
-    parts = plan_parts([inputs / n for n in names], [inputs / "breast.csv"], preset, seed=seed, **options)
-    return run_parts(parts, preset, inputs / out, seed=seed)
+def plan(inputs, names=("trained",), splits="breast.csv", preset=PRESET, **options):
+    return plan_measurements([inputs / name for name in names], [inputs / splits], Benchmark(preset=preset, **options))
+
+
+def bench(inputs, names=("untrained", "trained"), preset=PRESET, out="out", **options):
+    return fit_missing(plan(inputs, names, preset=preset, **options), inputs / out)
 
 
 def test_results_hold_every_run_epoch_and_metric(inputs):
@@ -51,13 +57,7 @@ def test_results_hold_every_run_epoch_and_metric(inputs):
     assert not table.duplicated(list(COLUMNS[:-1])).any()
     names = sorted(path.name for path in (inputs / "out" / "parts").glob("*.csv"))
     assert names == ["breast__timm-vit-small__0.csv", "breast__timm-vit-small__500.csv"]
-    assert read_results(inputs / "out" / "results.csv").equals(table)
-
-
-def test_same_inputs_give_the_same_bytes(inputs):
-    bench(inputs)
-    bench(inputs, out="again")
-    assert (inputs / "out" / "results.csv").read_bytes() == (inputs / "again" / "results.csv").read_bytes()
+    assert read_rows(inputs / "out" / "results.csv").equals(table)
 
 
 def test_rows_of_the_split_file_may_stand_in_any_order(inputs):
@@ -69,8 +69,8 @@ def test_rows_of_the_split_file_may_stand_in_any_order(inputs):
 
 def test_done_parts_are_not_computed_again(inputs, monkeypatch):
     bench(inputs, ["untrained"])
-    fitted, real = [], run_module.fit
-    monkeypatch.setattr(run_module, "fit", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    fitted, real = [], benchmark_module.fit_heads
+    monkeypatch.setattr(benchmark_module, "fit_heads", lambda *a, **k: fitted.append(1) or real(*a, **k))
     assert len(bench(inputs)) == 96
     assert len(fitted) == 1
     before = (inputs / "out" / "results.csv").read_bytes()
@@ -78,12 +78,9 @@ def test_done_parts_are_not_computed_again(inputs, monkeypatch):
     bench(inputs)
     assert len(fitted) == 1
     assert (inputs / "out" / "results.csv").read_bytes() == before
-
-
-def test_a_part_killed_before_its_table_is_computed(inputs):
-    bench(inputs, ["untrained"])
-    (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()
-    assert len(bench(inputs, ["untrained"])) == 48
+    (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()  # killed before its table was written
+    assert len(bench(inputs)) == 96
+    assert len(fitted) == 2
 
 
 def test_parts_made_with_something_else_are_refused(inputs):
@@ -111,22 +108,29 @@ def test_parts_made_with_something_else_are_refused(inputs):
         bench(inputs, ["untrained"])
 
 
-def test_one_run_alone_equals_that_run_among_all(inputs):
-    full = bench(inputs, ["trained"])
-    alone = bench(inputs, ["trained"], out="alone", only=(2, 1))
-    keys = ["split", "replica", "epoch", "metric"]
-    both = full.merge(alone, on=keys, suffixes=("_full", "_alone"))
-    assert len(alone) == len(both) == 8
+def test_a_fit_alone_equals_that_fit_among_all_and_gathers_with_others_into_one_table(inputs):
+    for fit in ((1, 1), (1, 2), (3, 2)):
+        table = bench(inputs, ["trained"], only=fit)
+    full = bench(inputs, ["trained"], out="full")
+    both = full.merge(table, on=["split", "replica", "epoch", "metric"], suffixes=("_full", "_alone"))
+    assert len(table) == len(both) == 3 * 8
     assert (both["value_full"] == both["value_alone"]).all()
-
-
-def test_runs_computed_one_by_one_gather_into_one_table(inputs):
-    for run in ((1, 1), (1, 2), (3, 2)):
-        table = bench(inputs, ["trained"], only=run)
-    assert len(table) == 3 * 8
     assert len(bench(inputs, ["trained"])) == 48
     with pytest.raises(ConfigError, match="no split 4, replica 1"):
         bench(inputs, ["trained"], only=(4, 1))
+
+
+def test_features_that_cannot_be_used_are_named(inputs):
+    path = inputs / "trained" / "s03.h5"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(FeatureError, match=r"s03\.h5: truncated"):
+        bench(inputs, ["trained"])
+    for content, message in ((np.zeros((0, 6), np.float32), "no tiles"), (np.full((2, 6), np.nan), "not finite")):
+        with h5py.File(path, "w") as file:
+            file["features"] = content
+        with pytest.raises(FeatureError, match=rf"s03\.h5: {message}"):
+            bench(inputs, ["trained"])
+    assert not (inputs / "out" / "results.csv").exists()
 
 
 def test_slides_without_features(inputs):
@@ -136,14 +140,6 @@ def test_slides_without_features(inputs):
     assert len(bench(inputs, allow_missing=True)) == 96
     record = json.loads((inputs / "out" / "parts" / "breast__timm-vit-small__500.json").read_text())
     assert record["slides"] == 15
-
-
-def test_broken_features_are_named(inputs):
-    path = inputs / "trained" / "s03.h5"
-    path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(FeatureError, match=r"s03\.h5: truncated"):
-        bench(inputs, ["trained"])
-    assert not (inputs / "out" / "results.csv").exists()
 
 
 def test_two_inputs_of_one_name_are_refused(inputs):
@@ -184,23 +180,15 @@ def test_the_authors_layout_is_both_features_and_splits(inputs):
         torch.save(
             torch.randn(3, 6, generator=torch.Generator().manual_seed(number)), folder / "tensors" / "uni" / name
         )
-    parts = plan_parts([folder / "slide_data.csv@uni"], [folder / "slide_data.csv"], PRESET, allow_extra=False)
-    found = run_parts(parts, PRESET, inputs / "out")
-    assert set(found["task"]) == {"breast_ihc_er"}
-    assert set(found["encoder"]) == {"uni"}
-
-
-def test_a_slide_with_no_tiles_or_with_nan_is_named(inputs):
-    for content, message in ((np.zeros((0, 6), np.float32), "no tiles"), (np.full((2, 6), np.nan), "not finite")):
-        with h5py.File(inputs / "trained" / "s03.h5", "w") as file:
-            file["features"] = content
-        with pytest.raises(FeatureError, match=rf"s03\.h5: {message}"):
-            bench(inputs, ["trained"])
+    measurements = plan(folder, ["slide_data.csv@uni"], "slide_data.csv", allow_extra=False)
+    table = fit_missing(measurements, inputs / "out")
+    assert set(table["task"]) == {"breast_ihc_er"}
+    assert set(table["encoder"]) == {"uni"}
 
 
 def test_the_memory_bound_changes_no_number(inputs):
-    parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
-    assert run_parts(parts, PRESET, inputs / "a").equals(run_parts(parts, PRESET, inputs / "b", memory_gib=0))
+    streamed = fit_missing(plan(inputs), inputs / "b", Compute(memory_gib=0))
+    assert fit_missing(plan(inputs), inputs / "a").equals(streamed)
     assert sorted(p.name for p in (inputs / "b").iterdir()) == ["parts", "results.csv", "tasks.csv"]
 
 
@@ -218,46 +206,43 @@ def placed(folder, slide, tiles=4):
 def test_attention_is_the_mean_over_the_heads_that_did_not_train_on_the_slide(inputs):
     slide = validated(inputs)
     placed(inputs / "trained", slide)
-    parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
-    full = run_parts(parts, PRESET, inputs / "plain")
-    table = run_parts(parts, PRESET, inputs / "out", attention=[slide])
-    assert table.equals(full)
-    row = parts[0].table.set_index("slide").loc[slide]
+    (one,) = plan(inputs)
+    full = fit_missing([one], inputs / "plain")
+    assert fit_missing([one], inputs / "out", attention=[slide]).equals(full)
+    row = one.data.table.set_index("slide").loc[slide]
     held_out = [k for k in (1, 2, 3) if row[f"mccv{k}"] == "val"]
     assert held_out
-    path = inputs / "out" / "attention" / parts[0].name / f"{slide}.csv"
+    path = inputs / "out" / "attention" / one.name / f"{slide}.csv"
     found = pd.read_csv(path)
     assert found["x"].tolist() == [0, 224, 448, 672]
     assert found["attention"].sum() == pytest.approx(1, abs=1e-5)
     alone = []
     for split in held_out:
         for replica in (1, 2):
-            only = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET, only=(split, replica))
-            run_parts(only, PRESET, inputs / f"only{split}{replica}", attention=[slide])
+            fit_missing(plan(inputs, only=(split, replica)), inputs / f"only{split}{replica}", attention=[slide])
             (file,) = (inputs / f"only{split}{replica}" / "attention").glob(f"*/{slide}.csv")
             alone.append(pd.read_csv(file)["attention"])
     np.testing.assert_allclose(found["attention"], np.mean(alone, axis=0), atol=1e-6)
     path.unlink()
-    run_parts(parts, PRESET, inputs / "out", attention=[slide])
+    fit_missing([one], inputs / "out", attention=[slide])
     assert path.exists()
 
 
 def test_no_map_without_places(inputs):
     slide = validated(inputs)
     write_slide(inputs / "trained" / f"{slide}.h5", np.ones((2, 6)), np.full((2, 2), -1))
-    parts = plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET)
     with pytest.raises(FeatureError, match="the places of its tiles are unknown"):
-        run_parts(parts, PRESET, inputs / "out", attention=[slide])
+        fit_missing(plan(inputs), inputs / "out", attention=[slide])
     table = pd.read_csv(inputs / "breast.csv")
     trained = table["slide"][(table[["mccv1", "mccv2", "mccv3"]] == "train").all(axis=1)].iloc[0]
     with pytest.raises(ConfigError, match=f"slide {trained}: in validation in no run"):
-        run_parts(parts, PRESET, inputs / "out", attention=[trained])
+        fit_missing(plan(inputs), inputs / "out", attention=[trained])
 
 
 def test_a_blank_value_is_nan(tmp_path):
     row = "breast,uni,,1,1,1,"
     (tmp_path / "r.csv").write_text(",".join(COLUMNS) + f"\n{row}auc,\n{row}accuracy,0.5\n")
-    table = read_results(tmp_path / "r.csv")
+    table = read_rows(tmp_path / "r.csv")
     assert table["value"].dtype == float
     assert table["value"].isna().tolist() == [True, False]
 
@@ -265,14 +250,13 @@ def test_a_blank_value_is_nan(tmp_path):
 def test_feature_sets_are_compared_on_the_slides_that_all_have(inputs):
     (inputs / "trained" / "s03.h5").unlink()
     (inputs / "untrained" / "s04.h5").unlink()
-    paths = [inputs / "trained", inputs / "untrained"], [inputs / "breast.csv"]
-    parts = plan_parts(*paths, PRESET, allow_missing=True)
-    for part in parts:
-        assert part.table["slide"].tolist() == [s for s in SLIDES if s not in ("s03", "s04")]
-        assert part.left_out == ("s03", "s04")
-    assert len({part.record["splits_digest"] for part in parts}) == 1
-    (alone,) = plan_parts(paths[0][:1], paths[1], PRESET, allow_missing=True)
-    assert alone.left_out == ("s03",)
+    measurements = plan(inputs, ("trained", "untrained"), allow_missing=True)
+    for one in measurements:
+        assert one.data.table["slide"].tolist() == [s for s in SLIDES if s not in ("s03", "s04")]
+        assert one.data.left_out == ("s03", "s04")
+    assert len({one.record["splits_digest"] for one in measurements}) == 1
+    (alone,) = plan(inputs, allow_missing=True)
+    assert alone.data.left_out == ("s03",)
 
 
 def test_the_kind_is_that_of_the_whole_table(inputs):
@@ -280,8 +264,8 @@ def test_the_kind_is_that_of_the_whole_table(inputs):
     table = pd.DataFrame({"slide_id": SLIDES, "age": values})
     make_splits(table, "age", num=3).to_csv(inputs / "breast.csv", index=False)
     (inputs / "trained" / "s15.h5").unlink()
-    parts = plan_parts([inputs / "untrained", inputs / "trained"], [inputs / "breast.csv"], PRESET, allow_missing=True)
-    assert [(part.kind, part.record["target"]) for part in parts] == [("values", "values")] * 2
+    measurements = plan(inputs, ("untrained", "trained"), allow_missing=True)
+    assert [(one.data.kind, one.record["target"]) for one in measurements] == [("values", "values")] * 2
 
 
 def test_two_tables_or_kinds_of_one_task_do_not_share_results(inputs):
@@ -292,19 +276,19 @@ def test_two_tables_or_kinds_of_one_task_do_not_share_results(inputs):
         table.to_csv(folder / "breast.csv", index=False)
     bench(inputs, ["untrained"])
     before = (inputs / "out" / "results.csv").read_bytes()
-    other = plan_parts([inputs / "trained"], [inputs / "other" / "breast.csv"], PRESET)
-    told = r"other/breast\.csv: .*vit-small__0\.csv has the same task breast from another split table .*rename"
-    with pytest.raises(ConfigError, match=told):
-        run_parts(other, PRESET, inputs / "out")
-    with pytest.raises(ConfigError, match=told):
-        knn_parts(other, out=inputs / "out")
+    other = plan(inputs, splits="other/breast.csv")
+    message = r"other/breast\.csv: .*vit-small__0\.csv has the same task breast from another split table .*rename"
+    with pytest.raises(ConfigError, match=message):
+        fit_missing(other, inputs / "out")
+    with pytest.raises(ConfigError, match=message):
+        find_neighbours([other[0].data], Neighbours(), out=inputs / "out")
     with pytest.raises(ConfigError, match=r"another kind of target \(classes, now values\)"):
         bench(inputs, ["trained"], kind="values")
     assert (inputs / "out" / "results.csv").read_bytes() == before
-    knn_parts(plan_parts([inputs / "trained"], [inputs / "breast.csv"], PRESET), out=inputs / "out")
+    find_neighbours(label_features([inputs / "trained"], [inputs / "breast.csv"]), Neighbours(), out=inputs / "out")
     (inputs / "out" / "parts" / "breast__timm-vit-small__0.csv").unlink()
     with pytest.raises(ConfigError, match=r"k-NN__500\.csv has the same task"):
-        run_parts(other, PRESET, inputs / "out")
+        fit_missing(other, inputs / "out")
 
 
 def test_features_that_were_extracted_again_are_not_taken_for_the_old_ones(inputs):
@@ -328,3 +312,24 @@ def test_a_part_of_before_there_were_digests_of_whole_tables_is_kept(inputs):
     del record["table_digest"], record["features_written"], record["preset"]["precision"]
     path.write_text(json.dumps(record))
     assert len(bench(inputs)) == 96
+
+
+def test_the_papers_preset():
+    paper = preset_named("gma-50")
+    assert (paper.epochs, paper.warmup_epochs, paper.lr, paper.final_lr) == (50, 10, 5e-4, 1e-6)
+    assert (paper.weight_decay, paper.final_weight_decay) == (0.04, 0.4)
+    assert (paper.hidden, paper.attention, paper.dropout) == ((512, 512), 384, 0.25)
+    assert (PRESETS["gma-40"].epochs, PRESETS["gma-40"].lr) == (40, 1e-4)
+
+
+def test_another_length_keeps_the_warm_up_within_a_quarter():
+    assert [preset_named("gma-50", n).warmup_epochs for n in (100, 40, 8, 1)] == [10, 10, 2, 0]
+
+
+def test_unknown_preset_and_no_epochs():
+    with pytest.raises(ConfigError, match=r"preset gma50: .* did you mean gma-50\?"):
+        preset_named("gma50")
+    with pytest.raises(ConfigError, match="0 epochs"):
+        preset_named("gma-50", 0)
+    with pytest.raises(ConfigError, match="dropout = 1; expected below 1"):
+        MccvPreset(name="x", dropout=1)

@@ -16,7 +16,7 @@ import yaml
 
 from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError, FeatureError, RunError, SplitError
-from hpcssl.evaluate.mil import benchmark as mccv
+from hpcssl.evaluate import results as mccv
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.jobs import array, follow
 from hpcssl.jobs.array import Call
@@ -101,7 +101,7 @@ def add_checkpoint(small: Any, run: Path, step: int) -> None:
 
 
 def _results(run: Path) -> pd.DataFrame:
-    return mccv.read_results(run / "benchmark" / "results" / "results.csv")
+    return mccv.read_rows(run / "benchmark" / "results" / "results.csv")
 
 
 def _rewritten(settings: Path, **changes: Any) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-COLUMNS = ["task", "encoder", "checkpoint", "split", "replica", "epoch", "metric", "value"]
+from hpcssl.evaluate.results import COLUMNS
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def make_results() -> Callable[..., pd.DataFrame]:
                             ("val_loss", 0.7 - 0.2 * done),
                         ):
                             rows.append((task, encoder, checkpoint, split + 1, replica + 1, epoch, metric, value))
-        return pd.DataFrame(rows, columns=COLUMNS)
+        return pd.DataFrame(rows, columns=list(COLUMNS))
 
     return make
 
@@ -76,7 +76,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A schedule folder of which only the organ shares are asked."""
-    import hpcssl.schedule.inspect as inspect
+    from hpcssl.report import schedules as module
 
     shares = pd.DataFrame(
         {
@@ -87,7 +87,7 @@ def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "scheduled_share": [0.6, 0.4],
         }
     )
-    monkeypatch.setattr(inspect, "organ_shares", lambda path: shares)
+    monkeypatch.setattr(module, "organ_shares", lambda path: shares)
     folder = tmp_path / "sched"
     folder.mkdir()
     (folder / "schedule.json").write_text("{}", encoding="utf-8")

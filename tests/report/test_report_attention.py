@@ -2,9 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.report.attention_maps import attention_parts
-from hpcssl.report.page import write_report
-from hpcssl.report.results import ReportError
+from hpcssl.report.arms import ReportError
+from hpcssl.report.attention_maps import attention_charts
+from hpcssl.report.page import Inputs, write_report
 
 
 def test_a_map_for_every_slide_that_was_asked_for(make_results, write_results, tmp_path) -> None:
@@ -16,11 +16,11 @@ def test_a_map_for_every_slide_that_was_asked_for(make_results, write_results, t
     folder.mkdir(parents=True)
     table = pd.DataFrame({"x": x[kept], "y": y[kept], "attention": attention / attention.sum()})
     table.to_csv(folder / "slide-1.csv", index=False)
-    (part,) = attention_parts(results)
+    (part,) = attention_charts(results)
     assert part.title == "slide-1: attention (lung, vit, 100)"
     order = np.sort(table["attention"])[::-1].cumsum()
     assert f"The {int((order < 0.5).sum()) + 1} most attended tiles hold half" in part.caption
-    out = write_report(tmp_path / "out", results=results, title="t").parent
+    out = write_report(tmp_path / "out", Inputs(results=results), title="t").page.parent
     assert (out / "attention_001.png").is_file()
     assert 'id="attention_001"' in (out / "report.html").read_text(encoding="utf-8")
 
@@ -33,7 +33,7 @@ def test_odd_slides_are_drawn_too(tmp_path, places) -> None:
     folder.mkdir(parents=True)
     table = pd.DataFrame(places, columns=["x", "y"]).assign(attention=1 / len(places))
     table.to_csv(folder / "s.csv", index=False)
-    (part,) = attention_parts(tmp_path)
+    (part,) = attention_charts(tmp_path)
     assert part.png.startswith(b"\x89PNG")
 
 
@@ -42,4 +42,4 @@ def test_a_damaged_table_is_told(tmp_path) -> None:
     for content in ("", "x,y\n1,2\n", "x,y,attention\n1,2,z\n"):
         (tmp_path / "attention" / "a" / "s.csv").write_text(content)
         with pytest.raises(ReportError, match=r"s\.csv: no table of x, y, attention"):
-            attention_parts(tmp_path)
+            attention_charts(tmp_path)

@@ -5,13 +5,13 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.cli.report_command import format_table
-from hpcssl.report.inputs import sorted_inputs
+from hpcssl.pipelines.report import sort_inputs
 from hpcssl.report.summary import summarise
 
 
 def test_folders_are_told_apart_in_any_order(make_results, write_results, make_run, schedule, demo_levels) -> None:
     results, a, b = write_results(make_results(demo_levels)), make_run("a"), make_run("b")
-    found = sorted_inputs([b, schedule, results, a, b])
+    found = sort_inputs([b, schedule, results, a, b])
     assert (found.results, found.runs, found.schedule) == (results, (b, a), schedule)
 
 
@@ -47,18 +47,12 @@ def test_bad_input_is_told_in_one_line(tmp_path: Path, capsys, make_results, wri
     assert "no column split" in refused(capsys, lacking, "--out", out)
     (good / "results.csv").write_text("")
     assert "is empty" in refused(capsys, good, "--out", out)
+    (good / "results.csv").unlink()
+    (good / "parts").mkdir()
+    assert "not finished" in refused(capsys, good, "--out", out)
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    assert "no steps" in refused(capsys, tmp_path / "empty", "--out", out)
     assert not out.exists()
-
-
-def test_an_unfinished_benchmark_is_called_that(tmp_path: Path, capsys) -> None:
-    (tmp_path / "results" / "parts").mkdir(parents=True)
-    assert "not finished" in refused(capsys, tmp_path / "results", "--out", tmp_path / "out")
-
-
-def test_an_empty_trace(tmp_path: Path, capsys) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert "no steps" in refused(capsys, tmp_path / "run", "--out", tmp_path / "out")
 
 
 def printed_table(frame, width: int) -> str:

@@ -8,8 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hpcssl.report import checkpoints, curves, shares, style, training
-from hpcssl.report.results import Arm, ReportError, checked
+from hpcssl.evaluate.results import check_rows
+from hpcssl.report import checkpoints, curves, schedules, style, training
+from hpcssl.report.arms import Arm, ReportError
 from hpcssl.report.summary import summarise
 
 SIX = ["BCa detection", "IBD detection", "BCa ER prediction", "lung EGFR", "lung EGFR MSKCC", "immunotherapy outcome"]
@@ -21,14 +22,14 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     seen: list[Figure] = []
     original = style.draw
 
-    def keeping(width, height, paint):
+    def keeping(height, paint):
         def painted(figure):
             paint(figure)
             seen.append(figure)
 
-        return original(width, height, painted)
+        return original(height, painted)
 
-    for module in (checkpoints, curves, shares, training):
+    for module in (checkpoints, curves, schedules, training):
         monkeypatch.setattr(module, "draw", keeping)
     return seen
 
@@ -41,7 +42,7 @@ def overlapping(axes) -> int:
 
 
 def test_the_three_axes_of_the_training_curve_agree(figures, make_run) -> None:
-    loss, settings = training.training_parts([make_run(steps=60, batch=64, per_pseudo_epoch=1920)])
+    loss, settings = training.training_charts([make_run(steps=60, batch=64, per_pseudo_epoch=1920)])
     second = {child.get_xlabel(): child for child in figures[0].axes[0].child_axes}
     figures[0].canvas.draw()
     left, right = figures[0].axes[0].get_xlim()
@@ -56,35 +57,27 @@ def test_the_three_axes_of_the_training_curve_agree(figures, make_run) -> None:
 
 
 def test_a_long_run_is_thinned_and_keeps_its_last_step(monkeypatch, tmp_path) -> None:
-    import hpcssl.runs.trace as metrics
-
     steps = np.arange(1, 100_001)
     frame = pd.DataFrame(
         {"step": steps, "samples_seen": steps * 1080, "pseudo_epoch": steps / 60_185, "loss": 1.0 / steps}
     )
-    monkeypatch.setattr(metrics, "read_metrics", lambda run: frame)
-    table = training.training_parts([tmp_path])[0].table
+    monkeypatch.setattr(training, "read_metrics", lambda run: frame)
+    table = training.training_charts([tmp_path])[0].table
     assert len(table) <= 4000
     assert table["step"].iloc[-1] == 100_000
 
 
-def test_runs_of_one_name_are_told_apart(make_run) -> None:
-    loss = training.training_parts([make_run("a/run"), make_run("b/run")])[0]
+def test_runs_of_one_name_of_one_step_and_without_momentum_or_loss(make_run) -> None:
+    runs = [make_run("a/run", steps=1, drop=["momentum"]), make_run("b/run", drop=["momentum"])]
+    loss, settings = training.training_charts(runs)
     assert list(loss.table["run"].unique()) == ["a/run", "b/run"]
-
-
-def test_a_run_without_momentum_and_with_one_step(make_run) -> None:
-    parts = training.training_parts([make_run(steps=1, drop=["momentum"])])
-    assert "momentum" not in parts[1].table
-
-
-def test_a_trace_without_a_loss_is_refused(make_run) -> None:
+    assert "momentum" not in settings.table
     with pytest.raises(ReportError, match="lack loss"):
-        training.training_parts([make_run(drop=["loss"])])
+        training.training_charts([make_run(drop=["loss"])])
 
 
 def test_organ_shares(figures, schedule: Path) -> None:
-    part = shares.organ_shares_part(schedule)
+    part = schedules.organ_shares_chart(schedule)
     widths = [[bar.get_width() for bar in bars] for bars in figures[0].axes[0].containers]
     np.testing.assert_allclose(widths, [[90, 10], [60, 40]])
     assert "90.0%" in part.alt
@@ -92,8 +85,8 @@ def test_organ_shares(figures, schedule: Path) -> None:
 
 
 def test_the_curves_show_mean_and_interval(figures, make_results, demo_levels) -> None:
-    results = checked(make_results(demo_levels))
-    breast, lung = curves.curve_parts(results)
+    results = check_rows(make_results(demo_levels))
+    breast, lung = curves.curve_charts(results)
     assert (breast.name, lung.name) == ("curves_breast", "curves_lung")
     rows = lung.table.query("metric == 'auc' and checkpoint == '200'")
     expected = (
@@ -110,21 +103,21 @@ def test_the_curves_show_mean_and_interval(figures, make_results, demo_levels) -
 def test_missing_aucs_are_said_in_the_caption(make_results, demo_levels) -> None:
     results = make_results(demo_levels)
     results.loc[(results["metric"] == "auc") & (results["split"] == 4), "value"] = np.nan
-    part = curves.curve_parts(checked(results))[0]
+    part = curves.curve_charts(check_rows(results))[0]
     assert "19 of 20" in part.caption
 
 
 def test_twelve_checkpoints_on_six_tasks_stay_readable(figures, make_results) -> None:
     steps = [str(60_185 * k) for k in range(12)]
     levels = {(task, "vits16-dino", step): 0.7 + 0.01 * k for task in SIX for k, step in enumerate(steps)}
-    results = checked(make_results(levels, replicas=1, epochs=2))
-    part = checkpoints.checkpoints_part(results, summarise(results))
+    results = check_rows(make_results(levels, replicas=1, epochs=2))
+    part = checkpoints.checkpoints_chart(results, summarise(results))
     assert [axes.get_title() for axes in figures[0].axes] == sorted(SIX)
     for axes in figures[0].axes:
         assert len({label.get_text() for label in axes.get_xticklabels()}) == 12
         assert all(label.get_rotation() == 45 for label in axes.get_xticklabels())
     assert len(part.table) == 6 * 12 * 20
-    curves.curve_parts(results)
+    curves.curve_charts(results)
     legend = figures[1].axes[-1].get_legend()
     assert len({text.get_text() for text in legend.get_texts()}) == 12
     figures[1].canvas.draw()
@@ -134,15 +127,15 @@ def test_twelve_checkpoints_on_six_tasks_stay_readable(figures, make_results) ->
 
 
 def test_few_checkpoints_have_upright_labels_that_do_not_touch(figures, make_results, demo_levels) -> None:
-    results = checked(make_results(demo_levels | {("lung", "resnet50", ""): 0.6}))
-    checkpoints.checkpoints_part(results, summarise(results))
+    results = check_rows(make_results(demo_levels | {("lung", "resnet50", ""): 0.6}))
+    checkpoints.checkpoints_chart(results, summarise(results))
     assert [overlapping(axes) for axes in figures[0].axes] == [0, 0]
 
 
 def test_the_last_epoch_is_what_is_drawn(figures, make_results, demo_levels) -> None:
-    results = checked(make_results(demo_levels))
+    results = check_rows(make_results(demo_levels))
     results.loc[(results["metric"] == "auc") & (results["epoch"] == 3), "value"] = 0.99
-    part = checkpoints.checkpoints_part(results, summarise(results))
+    part = checkpoints.checkpoints_chart(results, summarise(results))
     expected = results.query("metric == 'auc' and epoch == 5 and task == 'lung' and checkpoint == '200'")[
         "value"
     ].mean()
@@ -155,16 +148,18 @@ def test_the_last_epoch_is_what_is_drawn(figures, make_results, demo_levels) -> 
 def test_few_splits_and_no_values_at_all_are_drawn(make_results, demo_levels, splits: int) -> None:
     results = make_results(demo_levels, splits=splits, epochs=1)
     results.loc[(results["task"] == "lung") & (results["metric"] == "auc"), "value"] = np.nan
-    table = checked(results)
-    assert len(curves.curve_parts(table)) == 2
-    part = checkpoints.checkpoints_part(table, summarise(table))
+    table = check_rows(results)
+    assert len(curves.curve_charts(table)) == 2
+    part = checkpoints.checkpoints_chart(table, summarise(table))
     assert Image.open(io.BytesIO(part.png)).format == "PNG"
     assert ("no interval" in part.caption) == (splits == 1)
 
 
 def test_names_that_matplotlib_would_interpret(figures, make_results) -> None:
-    results = checked(make_results({("$t_1$", "_vit", "0"): 0.7, ("$t_1$", "$\\frac$", ""): 0.6}, splits=3, epochs=2))
-    curves.curve_parts(results)
+    results = check_rows(
+        make_results({("$t_1$", "_vit", "0"): 0.7, ("$t_1$", "$\\frac$", ""): 0.6}, splits=3, epochs=2)
+    )
+    curves.curve_charts(results)
     texts = [text.get_text() for text in figures[0].axes[-1].get_legend().get_texts()]
     assert texts == ["$\\frac$", " _vit, untrained"]
 
@@ -172,7 +167,7 @@ def test_names_that_matplotlib_would_interpret(figures, make_results) -> None:
 def test_a_split_that_did_not_reach_the_last_epoch_has_no_replicas(make_results) -> None:
     frame = make_results({("t", "e", "0"): 0.7, ("t", "e", "10"): 0.8}, splits=3, epochs=2)
     frame = frame[~((frame["split"] == 2) & (frame["epoch"] == 2) & (frame["checkpoint"] == "10"))]
-    results = checked(frame)
-    table = checkpoints.checkpoints_part(results, summarise(results)).table.set_index(["checkpoint", "split"])
+    results = check_rows(frame)
+    table = checkpoints.checkpoints_chart(results, summarise(results)).table.set_index(["checkpoint", "split"])
     assert table["replicas"].tolist() == [2, 2, 2, 2, 0, 2]
     assert table["score"].isna().tolist() == [False] * 4 + [True, False]

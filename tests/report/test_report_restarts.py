@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpcssl.report.restarts import kind_of
-from hpcssl.report.training import training_parts
+from hpcssl.report.training import training_charts
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -19,7 +19,7 @@ def _write(run: Path, *starts: dict) -> None:
 
 
 def _part(*runs: Path):
-    return next((part for part in training_parts(runs) if part.name == "restarts"), None)
+    return next((part for part in training_charts(runs) if part.name == "restarts"), None)
 
 
 def test_every_cause_is_told_where_it_struck(make_run):

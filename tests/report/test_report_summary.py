@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.report.results import ReportError
+from hpcssl.evaluate.results import COLUMNS, check_rows
+from hpcssl.report.arms import Arm, ReportError, replicas_with_value, split_matrices
 from hpcssl.report.summary import summarise, verdict, verdict_text
 
 
@@ -34,14 +35,11 @@ def test_differences_are_paired_over_the_splits(make_results, demo_levels) -> No
     # splits move the AUC by 0.03, both arms alike: the paired interval, though corrected, is narrower than the AUC's
     assert row["difference_high"] - row["difference_low"] < 0.5 * (row["score_high"] - row["score_low"])
     assert np.isnan(summary.loc[("lung", "0"), "difference"])
-
-
-def test_a_difference_uses_the_splits_that_both_have(make_results, demo_levels) -> None:
     results = make_results(demo_levels)
     dropped = (results["task"] == "lung") & (results["checkpoint"] == "200") & (results["split"] > 15)
-    summary = summarise(results[~dropped]).set_index(["task", "checkpoint"])
-    assert summary.loc[("lung", "200"), "paired_splits"] == 15
-    assert summary.loc[("lung", "200"), "difference"] == pytest.approx(0.1, abs=0.005)
+    row = summarise(results[~dropped]).set_index(["task", "checkpoint"]).loc[("lung", "200")]
+    assert row["paired_splits"] == 15
+    assert row["difference"] == pytest.approx(0.1, abs=0.005)
 
 
 def test_the_order_of_the_rows_is_nothing(make_results, demo_levels) -> None:
@@ -56,6 +54,18 @@ def test_results_without_an_auc_are_refused(make_results) -> None:
         summarise(results[results["metric"] != "auc"])
 
 
+def test_the_verdict_is_about_the_last_checkpoint_against_untrained_weights(make_results) -> None:
+    levels = {("lung", "vit", "0"): 0.7, ("lung", "vit", "900"): 0.9, ("lung", "vit", "1000"): 0.6}
+    summary = summarise(make_results(levels | {("lung", "resnet50", ""): 0.6}))
+    assert summary.loc[summary["encoder"] == "resnet50", "difference"].isna().all()
+    (_,) = verdict(summary)
+    text = verdict_text(summary)
+    assert "on 0 of 1 task; on 1 it fell behind them" in text
+    assert "after step 1,000" in text
+    assert "worse than untrained" in text
+    assert "nothing to compare" in verdict_text(summary[summary["checkpoint"] != "0"])
+
+
 def test_the_verdict_tells_a_gain_from_none(make_results, demo_levels) -> None:
     [(overall, tasks)] = verdict(summarise(make_results(demo_levels)))
     assert "beat the untrained weights on 1 of 2 tasks; on 1 the interval of the difference includes zero" in overall
@@ -65,26 +75,23 @@ def test_the_verdict_tells_a_gain_from_none(make_results, demo_levels) -> None:
     assert tasks[1].endswith("better than untrained.")
 
 
-def test_the_verdict_is_about_the_last_checkpoint_not_the_best(make_results) -> None:
-    levels = {("lung", "vit", "0"): 0.7, ("lung", "vit", "900"): 0.9, ("lung", "vit", "1000"): 0.6}
-    text = verdict_text(summarise(make_results(levels)))
-    assert "on 0 of 1 task; on 1 it fell behind them" in text
-    assert "after step 1,000" in text
-    assert "worse than untrained" in text
-
-
 def test_one_split_decides_nothing(make_results, demo_levels) -> None:
     text = verdict_text(summarise(make_results(demo_levels, splits=1)))
     assert "on 0 of 2 tasks; on 2 there are too few values to say" in text
     assert "better" not in text
 
 
-def test_without_untrained_weights_nothing_is_compared(make_results) -> None:
-    levels = {("lung", "resnet50", ""): 0.7, ("lung", "vit", "100"): 0.8}
-    assert "nothing to compare" in verdict_text(summarise(make_results(levels)))
+def test_arms_come_in_the_order_of_their_steps(make_results) -> None:
+    names = ["1000", "200", "0", "final"]
+    results = check_rows(make_results({("t", "e", name): 0.7 for name in names} | {("t", "a", ""): 0.6}, splits=2))
+    assert [arm.checkpoint for arm in split_matrices(results, "auc")] == ["", "0", "200", "1000", "final"]
 
 
-def test_baselines_beside_a_run_have_no_difference(make_results, demo_levels) -> None:
-    summary = summarise(make_results(demo_levels | {("lung", "resnet50", ""): 0.6}))
-    assert summary.loc[summary["encoder"] == "resnet50", "difference"].isna().all()
-    assert len(verdict(summary)) == 1
+def test_replicas_are_averaged_within_their_split_first() -> None:
+    rows = [("t", "e", "0", 1, r, 1, "auc", v) for r, v in enumerate((0.9, 0.9, 0.9))] + [
+        ("t", "e", "0", 2, 1, 1, "auc", 0.5)
+    ]
+    results = check_rows(pd.DataFrame(rows, columns=list(COLUMNS)))
+    matrix = split_matrices(results, "auc")[Arm("t", "e", "0")]
+    assert matrix[1].tolist() == pytest.approx([0.9, 0.5])
+    assert replicas_with_value(results).tolist() == [3, 1]

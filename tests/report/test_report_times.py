@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from hpcssl.cli.main import main
-from hpcssl.report.times import step_times, times_part, wait_share, wait_text
-from hpcssl.report.training import training_parts
+from hpcssl.report.times import step_times, times_chart, wait_share, wait_text
+from hpcssl.report.training import training_charts
 from hpcssl.runs.trace import read_metrics
 
 
@@ -73,7 +73,7 @@ def test_a_slow_beginning_is_no_slow_storage(timed_run) -> None:
 
 def test_the_figure_and_its_table(timed_run) -> None:
     runs = [timed_run("a", processes=2), timed_run("b", lambda step: 0.1, processes=4)]
-    loss, times, settings = training_parts(runs)
+    loss, times, settings = training_charts(runs)
     assert [part.name for part in (loss, times, settings)] == ["training", "times", "schedules"]
     last = times.table.groupby("run").last()
     assert last.loc["b", "process_hours"] == pytest.approx(2 * last.loc["a", "process_hours"])
@@ -83,8 +83,8 @@ def test_the_figure_and_its_table(timed_run) -> None:
 
 
 def test_runs_that_recorded_no_times_have_no_such_figure(make_run, timed_run) -> None:
-    assert [part.name for part in training_parts([make_run()])] == ["training", "schedules"]
-    part = times_part({"old": read_metrics(make_run("old")), "new": read_metrics(timed_run("new"))}, 1 / 30, 4000)
+    assert [part.name for part in training_charts([make_run()])] == ["training", "schedules"]
+    part = times_chart({"old": read_metrics(make_run("old")), "new": read_metrics(timed_run("new"))})
     assert part is not None
     assert list(part.table["run"].unique()) == ["new"]
 

@@ -16,7 +16,7 @@ import torch
 
 from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source
-from hpcssl.evaluate.mil.benchmark import read_results
+from hpcssl.evaluate.results import read_rows
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import read_slide
 from hpcssl.jobs.array import shares
@@ -201,13 +201,13 @@ def test_the_benchmark_follows_a_run(small, hpcssl, tell, work):
     results = work / "followed" / "benchmark" / "results" / "results.csv"
 
     def measured() -> set[str]:
-        return set(read_results(results)["checkpoint"]) if results.exists() else set()
+        return set(read_rows(results)["checkpoint"]) if results.exists() else set()
 
     _wait(lambda: measured() == {"0", "13"}, "what was untrained and what is after four pseudo-epochs")
     _wait(lambda: not tell("squeue", "--noheader").split(), "all jobs have ended")
     logs = "".join(log.read_text() for log in (work / "followed" / "logs").glob("*.err"))
     assert "benchmark not submitted" not in logs, logs
-    table = read_results(results)
+    table = read_rows(results)
     assert len(table.query("epoch == 10 and metric == 'auc'")) == 2 * 2 * 2, "checkpoints, splits, replicas"
     features = work / "followed" / "benchmark" / "features" / "step-000000013"
     assert {file.stem for file in features.glob("*.h5")} == set(slides["slide_id"])

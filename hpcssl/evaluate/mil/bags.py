@@ -1,6 +1,6 @@
 """The slides of a task: in memory up to a bound, beyond it in a scratch file that is read slide by slide.
 
-Shapes: S slides, N tiles of one slide (padded), D feature size, R runs.
+Shapes: S slides, N tiles of one slide (padded), D feature size, R fits.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class Bags:
         with the process; then a slide is in memory only while it is used.
         """
         self.device = torch.device(device)
-        self._held: list[Tensor] = []
+        self._in_memory: list[Tensor] = []
         self._file: IO[bytes] | None = None
         counts: list[int] = []
-        taken = 0
+        size = 0
         for slide in slides:
             counts.append(len(slide))
-            taken += slide.nbytes
+            size += slide.nbytes
             self.dim = slide.shape[1]
-            if self._file is None and taken > memory_gib * 2**30:
+            if self._file is None and size > memory_gib * 2**30:
                 self._file = tempfile.TemporaryFile(dir=scratch, buffering=0)  # noqa: SIM115 (lives as long as the bags)
-                for held in self._held:
-                    held.cpu().numpy().tofile(self._file)
-                self._held = []
+                for earlier in self._in_memory:
+                    earlier.cpu().numpy().tofile(self._file)
+                self._in_memory = []
             if self._file is None:
-                self._held.append(torch.from_numpy(slide).to(self.device))
+                self._in_memory.append(torch.from_numpy(slide).to(self.device))
             else:
                 slide.tofile(self._file)
         self.counts = np.array(counts, dtype=np.int64)
@@ -77,7 +77,7 @@ class Bags:
     def slide(self, index: int) -> Tensor:
         """Return the features of one slide, [N, D]."""
         if self._file is None:
-            return self._held[index]
+            return self._in_memory[index]
         x_ND = np.empty((self.counts[index], self.dim), np.float32)
         view, start = memoryview(x_ND.data).cast("B"), int(self._starts[index]) * self.dim * 4
         done = 0

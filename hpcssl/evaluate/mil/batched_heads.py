@@ -188,9 +188,8 @@ class Heads:
         if sizes.pooling == "attention":
             gain_RN = torch.bmm(self._hidden[last], d_pooled_R1H.mT.to(self.compute)).squeeze(2).float()
             mean_R1 = (self._part_RN * gain_RN).sum(dim=1, keepdim=True)
-            self._dscore_RN1 = (self._part_RN * (gain_RN - mean_R1)).unsqueeze(
-                2
-            )  # the score's bias cancels: gradient 0
+            # the score's bias cancels: gradient 0
+            self._dscore_RN1 = (self._part_RN * (gain_RN - mean_R1)).unsqueeze(2)
         for part in self._parts(self._x_RND.shape[1]):
             more = float(part.start > 0)  # 0 overwrites the gradients of the slide before
             dh = self._d_pooling(part, d_pooled_R1H)
@@ -282,26 +281,27 @@ class Heads:
     def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return a buffer [R, rows, width]; its memory is kept, for fresh pages would cost a third of the time."""
         heads = len(self.flat_RP)
-        held = self._buffers.get(name)
-        if held is None or held.numel() < heads * rows * width:
-            held = self._buffers[name] = self.flat_RP.new_empty(heads * rows * width, dtype=dtype or self.compute)
-        return held[: heads * rows * width].view(heads, rows, width)
+        memory, size = self._buffers.get(name), heads * rows * width
+        if memory is None or memory.numel() < size:
+            memory = self._buffers[name] = self.flat_RP.new_empty(size, dtype=dtype or self.compute)
+        return memory[:size].view(heads, rows, width)
 
 
 def _add_product(gradient_RIO: Tensor, x_RIN: Tensor, d_RNO: Tensor, more: float) -> None:
     """Put a chunk's product into a weight's gradient, or add it there; chunks are added in the gradient's precision."""
     if x_RIN.dtype == gradient_RIO.dtype:
         gradient_RIO.baddbmm_(x_RIN, d_RNO, beta=more)
-    elif more:
-        gradient_RIO.add_(torch.bmm(x_RIN, d_RNO))
     else:
-        gradient_RIO.copy_(torch.bmm(x_RIN, d_RNO))
+        _add(gradient_RIO, torch.bmm(x_RIN, d_RNO), more)
 
 
 def _add_rows(bias_R1U: Tensor, d_RNU: Tensor, more: float) -> None:
     """Put the sum over the tiles into a bias's gradient, or add it there."""
-    total = d_RNU.sum(dim=1, keepdim=True, dtype=bias_R1U.dtype)
+    _add(bias_R1U, d_RNU.sum(dim=1, keepdim=True, dtype=bias_R1U.dtype), more)
+
+
+def _add(gradient: Tensor, of_chunk: Tensor, more: float) -> None:
     if more:
-        bias_R1U.add_(total)
+        gradient.add_(of_chunk)
     else:
-        bias_R1U.copy_(total)
+        gradient.copy_(of_chunk)

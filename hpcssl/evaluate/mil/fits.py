@@ -1,14 +1,14 @@
-"""Fits the heads of all runs of a task.
+"""Fits of heads: one training each, on the training slides of a split.
 
-A run is one (split, replica). Its initial weights, slide orders and dropout masks are functions of (seed, split,
+A fit is named by (split, replica). Its initial weights, slide orders and dropout masks are functions of (seed, split,
 replica), so that it comes out alike alone and beside others, and checkpoints are compared on equal draws.
 
-On a GPU all runs are stacked into one tensor. On a CPU a run is computed by itself in one thread, several at a time: no
-padding, no waiting for each other, and the same bits whatever runs beside it. Heads and bags so small that the calls
-would take longer than the sums are stacked there, too, in stacks of one shape (a run alone fills it with copies), so
-that the bits stay the same.
+On a GPU all fits are stacked into one tensor. On a CPU a fit is computed by itself in one thread, several at a time: no
+padding, no waiting for each other, and the same bits whatever is fitted beside it. Heads and bags so small that the
+calls would take longer than the sums are stacked there, too, in stacks of one shape (a fit alone fills it with copies),
+so that the bits stay the same.
 
-Shapes: R runs fitted together, S slides of the task, V validation slides, K outputs, P parameters, N tiles, D feature
+Shapes: R fits in one stack, S slides of the task, V validation slides, K outputs, P parameters, N tiles, D feature
 size.
 """
 
@@ -37,15 +37,15 @@ from hpcssl.evaluate.mil.batched_heads import Heads, HeadSizes, dropout_mask, in
 from hpcssl.evaluate.mil.presets import MccvPreset
 from hpcssl.optim.values import cosine
 
-BETAS, EPS = (0.9, 0.999), 1e-8
+_ADAMW: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "fused": True, "amsgrad": False, "maximize": False}
 STACK_GIB = 16.0  # of activations of one stack on a GPU
 # on a CPU, the stack of small heads: as many rows, for at most so many multiplications a bag
 SMALL_STACK, SMALL_BAG = 20, 4_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training: a split's slides, by index into the task's bags."""
+@dataclass(frozen=True)
+class Fit:
+    """One training of a head: a split's slides, by index into the task's bags."""
 
     split: int
     replica: int
@@ -53,7 +53,7 @@ class Run:
     val: NDArray[np.int64]
 
     def key(self, seed: int, purpose: str) -> int:
-        """Return the run's own key for a purpose."""
+        """Return the fit's own key for a purpose."""
         return key_of(seed, f"mccv/{purpose}/split={self.split}/replica={self.replica}")
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -62,30 +62,30 @@ class Run:
         return self.train[permute(np.arange(size), size, self.key(seed, f"order/epoch={epoch}"))]
 
 
-def fit(
+def fit_heads(
     bags: Bags,
     targets_S: NDArray[np.int64] | NDArray[np.float64],
-    runs: Sequence[Run],
+    fits: Sequence[Fit],
     preset: MccvPreset,
     *,
     seed: int = 0,
     threads: int = 1,
-    on_fitted: Callable[[Run, Callable[[int], NDArray[np.float64]]], None] | None = None,
+    on_fitted: Callable[[Fit, Callable[[int], NDArray[np.float64]]], None] = lambda fit, attention_to: None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
-    """Train every run and measure it after each epoch, on the device of the bags.
+    """Train every head and measure it after each epoch, on the device of the bags.
 
     On a CPU, beside the bags, each of `threads` heads that are fitted one by one takes 4 · (hidden units + 2 ·
     attention) + 2 · dropout units bytes a tile of the largest slide, and 8 · D more where bags are streamed.
 
     Parameters
     ----------
-    targets_S : class numbers 0 … K-1 as integers, every class on both sides of every run; or values to be predicted as
+    targets_S : class numbers 0 … K-1 as integers, every class on both sides of every fit; or values to be predicted as
         floats
-    threads : runs fitted at a time on a CPU, which changes no result
-    on_fitted : called with every run after its last epoch, in no order, and a function that tells how much the run's
-        head attends to each tile of a slide (its index), [N], summing to one
-    on_progress : counts epochs of runs
+    threads : fits at a time on a CPU; changes no result
+    on_fitted : called with every fit after its last epoch, in no order, and a function that gives how much its head
+        attends to each tile of a slide (its index), [N], summing to one
+    on_progress : counts epochs of fits
 
     Returns
     -------
@@ -93,36 +93,32 @@ def fit(
     val_loss, and the metrics of `class_metrics` or `value_metrics`. The losses are cross-entropy, or the squared error
     in units of the training slides' deviation.
 
-    Raises
-    ------
-    FeatureError
-        If a run's loss is no longer finite.
+    FeatureError if the loss of a fit is no longer finite.
     """
     sizes = head_sizes(preset, bags.dim, targets_S)
-    stacks, padded = _stacks(bags, runs, sizes)
+    stacks, padded = _stacks(bags, fits, sizes)
     stop, lock = threading.Event(), threading.Lock()
 
-    def fit_stack(members: Sequence[Run]) -> list[tuple[int, int, int, str, float]]:
+    def fit_stack(members: Sequence[Fit]) -> list[tuple[int, int, int, str, float]]:
         stack, rows = _Stack(bags, targets_S, members, sizes, preset, seed, padded), []
-        distinct = len({(run.split, run.replica) for run in members})
+        distinct = members[: len({(fit.split, fit.replica) for fit in members})]
         for epoch in range(1, preset.epochs + 1):
-            for run, values in zip(members[:distinct], stack.epoch(epoch, stop)):
-                rows += [(run.split, run.replica, epoch, metric, value) for metric, value in values.items()]
+            for fit, values in zip(distinct, stack.epoch(epoch, stop)):
+                rows += [(fit.split, fit.replica, epoch, metric, value) for metric, value in values.items()]
             with lock:
-                on_progress(distinct)
-        if on_fitted:
-            with lock:
-                for r, run in enumerate(members[:distinct]):
-                    on_fitted(run, partial(stack.attention, r))
+                on_progress(len(distinct))
+        with lock:
+            for r, fit in enumerate(distinct):
+                on_fitted(fit, partial(stack.attention, r))
         return rows
 
-    on_cpu = bags.device.type == "cpu"
-    with _one_torch_thread(), ThreadPoolExecutor(threads if on_cpu else 1, initializer=_use_one_thread) as pool:
+    workers = threads if bags.device.type == "cpu" else 1
+    with _one_torch_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            found = [row for rows in pool.map(fit_stack, stacks) for row in rows]
+            rows = [row for of_stack in pool.map(fit_stack, stacks) for row in of_stack]
         finally:
             stop.set()
-    table = pd.DataFrame(found, columns=["split", "replica", "epoch", "metric", "value"])
+    table = pd.DataFrame(rows, columns=["split", "replica", "epoch", "metric", "value"])
     return table.sort_values(["split", "replica", "epoch", "metric"], ignore_index=True)
 
 
@@ -142,13 +138,9 @@ class _StoppedError(Exception):
     """Another stack failed or the user stopped the command."""
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Let every operation use one thread: whole runs side by side are faster, and sums come out alike."""
+    """Let every operation use one thread: whole fits side by side are faster, and sums come out alike."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -157,9 +149,9 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _stacks(bags: Bags, runs: Sequence[Run], sizes: HeadSizes) -> tuple[list[list[Run]], int]:
-    """Return which runs are fitted together, the longest first, and the tiles that all their bags are padded to."""
-    queue = sorted(runs, key=lambda run: (-len(run.train), run.split, run.replica))
+def _stacks(bags: Bags, fits: Sequence[Fit], sizes: HeadSizes) -> tuple[list[list[Fit]], int]:
+    """Return which fits share a stack, the longest first, and the tiles that all their bags are padded to."""
+    queue = sorted(fits, key=lambda fit: (-len(fit.train), fit.split, fit.replica))
     longest = int(bags.counts.max())
     if bags.device.type != "cpu":
         units = sizes.dim + 3 * sizes.dropout_units
@@ -174,55 +166,55 @@ def _stacks(bags: Bags, runs: Sequence[Run], sizes: HeadSizes) -> tuple[list[lis
 
 
 class _Stack:
-    """Runs trained together, with their weights and AdamW moments as rows of [R, P] tensors."""
+    """Heads trained together, with their weights and AdamW moments as rows of [R, P] tensors."""
 
     def __init__(
         self,
         bags: Bags,
         targets_S: NDArray[Any],
-        runs: Sequence[Run],
+        fits: Sequence[Fit],
         sizes: HeadSizes,
         preset: MccvPreset,
         seed: int,
         num_tiles: int,
     ):
-        self.bags, self.runs, self.sizes, self.preset, self.seed = bags, runs, sizes, preset, seed
+        self.bags, self.fits, self.sizes, self.preset, self.seed = bags, fits, sizes, preset, seed
         self.targets_S, self.classes, self.num_tiles = targets_S, targets_S.dtype.kind == "i", num_tiles
-        weights_RP = initial_weights(sizes, [run.key(seed, "weights") for run in runs])
+        weights_RP = initial_weights(sizes, [fit.key(seed, "weights") for fit in fits])
         compute = torch.bfloat16 if preset.precision == "bf16" else torch.float32
         self.heads = Heads(weights_RP.to(bags.device), sizes, compute)
-        self.dropout_keys = [run.key(seed, "dropout") for run in runs]
-        self.lengths_R = np.array([len(run.train) for run in runs])
+        self.dropout_keys = [fit.key(seed, "dropout") for fit in fits]
+        self.lengths_R = np.array([len(fit.train) for fit in fits])
         self.adamw = {n: _AdamW(self.heads, preset, n, np.flatnonzero(self.lengths_R == n)) for n in {*self.lengths_R}}
         if self.classes:
-            self.centre_R, self.spread_R = np.zeros(len(runs)), np.ones(len(runs))
+            self.centre_R, self.spread_R = np.zeros(len(fits)), np.ones(len(fits))
         else:
-            trained = [targets_S[run.train] for run in runs]
+            trained = [targets_S[fit.train] for fit in fits]
             self.centre_R = np.array([t.mean() for t in trained])
             self.spread_R = np.array([t.std() or 1.0 for t in trained])
 
     def epoch(self, epoch: int, stop: threading.Event) -> list[dict[str, float]]:
-        """Train one epoch (counted from 1) and evaluate; return each run's metrics."""
-        orders = _even([run.order(self.seed, epoch) for run in self.runs])
-        loss_R = torch.zeros(len(self.runs), dtype=torch.float64, device=self.bags.device)
+        """Train one epoch (counted from 1) and evaluate; return each fit's metrics."""
+        orders = _even([fit.order(self.seed, epoch) for fit in self.fits])
+        loss_R = torch.zeros(len(self.fits), dtype=torch.float64, device=self.bags.device)
         for step, slides_R in enumerate(orders.T):
             if stop.is_set():
                 raise _StoppedError
             loss_R += self._step(slides_R, epoch, step)
         means = (loss_R.cpu() / torch.from_numpy(self.lengths_R)).tolist()
         return [
-            {"train_loss": loss, **self._measured(r, epoch, logits)}
+            {"train_loss": loss, **self._metrics(r, epoch, logits)}
             for r, (loss, logits) in enumerate(zip(means, self._evaluate(), strict=True))
         ]
 
     def attention(self, r: int, slide: int) -> NDArray[np.float64]:
-        """Return how much run r attends to each tile of a slide, [N]."""
-        bags = self.bags.gather(np.full(len(self.runs), slide), self.num_tiles)
+        """Return how much head r attends to each tile of a slide, [N]."""
+        bags = self.bags.gather(np.full(len(self.fits), slide), self.num_tiles)
         part_RN = self.heads.forward(*bags)[1]
         return part_RN[r, : self.bags.counts[slide]].double().cpu().numpy()
 
     def _step(self, slides_R: NDArray[np.int64], epoch: int, step: int) -> Tensor:
-        """Update the runs, each by its slide; return their losses before the update, 0 for runs past their end."""
+        """Update the heads, each by its slide; return their losses before the update, 0 for fits past their end."""
         x_RND, valid_RN = self.bags.gather(slides_R, self.num_tiles)
         mask_RNU = None
         if self.preset.dropout:
@@ -237,7 +229,7 @@ class _Stack:
         return torch.where(running_R, loss_R.double(), 0.0)
 
     def _dropout(self, slides_R: NDArray[np.int64], epoch: int, step: int, x_RND: Tensor) -> Tensor:
-        """Return the masks [R, N, U], each run's by its own step."""
+        """Return the masks [R, N, U], each fit's by its own step."""
         steps_R = (epoch - 1) * self.lengths_R + step
         masks = [
             dropout_mask(self.sizes, key, int(step), int(count), x_RND.device)
@@ -252,32 +244,32 @@ class _Stack:
 
     def _loss(self, logits_RK: Tensor, slides_R: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the losses [R] and their gradients with respect to the logits [R, K]."""
-        wanted = self.targets_S[slides_R]
+        targets_R = self.targets_S[slides_R]
         if self.classes:
-            classes_R1 = torch.as_tensor(wanted, device=logits_RK.device)[:, None]
+            classes_R1 = torch.as_tensor(targets_R, device=logits_RK.device)[:, None]
             logp_RK = logits_RK.log_softmax(dim=1)
             dlogits_RK = logp_RK.exp()
             dlogits_RK.scatter_add_(1, classes_R1, torch.full_like(logp_RK[:, :1], -1.0))
             return -logp_RK.gather(1, classes_R1)[:, 0], dlogits_RK
-        scaled = ((wanted - self.centre_R) / self.spread_R).astype(np.float32)
+        scaled = ((targets_R - self.centre_R) / self.spread_R).astype(np.float32)
         error_R1 = logits_RK - torch.from_numpy(scaled).to(logits_RK.device)[:, None]
         return error_R1[:, 0].square(), 2 * error_R1
 
     def _evaluate(self) -> list[NDArray[np.float64]]:
-        """Return each run's logits [V, K] on its validation slides."""
-        slides_RV = _even([run.val for run in self.runs])
+        """Return each head's logits [V, K] on its validation slides."""
+        slides_RV = _even([fit.val for fit in self.fits])
         logits_VRK = torch.stack(
             [self.heads.forward(*self.bags.gather(slides_R, self.num_tiles))[0] for slides_R in slides_RV.T]
         )
-        return [logits_VRK[: len(run.val), r].double().cpu().numpy() for r, run in enumerate(self.runs)]
+        return [logits_VRK[: len(fit.val), r].double().cpu().numpy() for r, fit in enumerate(self.fits)]
 
-    def _measured(self, r: int, epoch: int, logits_VK: NDArray[np.float64]) -> dict[str, float]:
-        """Return a run's val_loss and metrics."""
-        run = self.runs[r]
-        targets_V = self.targets_S[run.val]
+    def _metrics(self, r: int, epoch: int, logits_VK: NDArray[np.float64]) -> dict[str, float]:
+        """Return val_loss and metrics of a fit."""
+        fit = self.fits[r]
+        targets_V = self.targets_S[fit.val]
         if not np.isfinite(logits_VK).all():
             raise FeatureError(
-                f"split {run.split}, replica {run.replica}: the loss is no longer finite after epoch {epoch}; look for"
+                f"split {fit.split}, replica {fit.replica}: the loss is no longer finite after epoch {epoch}; look for"
                 " extreme values in the features, or scale them"
             )
         if self.classes:
@@ -289,7 +281,7 @@ class _Stack:
 
 
 class _AdamW:
-    """AdamW (Loshchilov, Hutter, ICLR 2019) for the runs of one length; no weight decay on biases."""
+    """AdamW (Loshchilov, Hutter, ICLR 2019) for the heads whose fits have one length; no weight decay on biases."""
 
     def __init__(self, heads: Heads, preset: MccvPreset, length: int, rows: NDArray[np.int64]):
         self.preset, self.length = preset, length
@@ -302,29 +294,14 @@ class _AdamW:
             self.groups.append((weights, gradients, moments, squares, [torch.zeros_like(w[0]) for w in weights]))
 
     def step(self, step: int) -> None:
-        """Update the weights in place, with the values of a step of these runs."""
+        """Update the weights in place, with the values of a step of these fits."""
         preset, total = self.preset, self.preset.epochs * self.length
         warmup = preset.warmup_epochs * self.length
         lr = cosine(step, base=preset.lr, final=preset.final_lr, total_steps=total, warmup_steps=warmup)
         decay = cosine(step, base=preset.weight_decay, final=preset.final_weight_decay, total_steps=total)
         for group, weight_decay in zip(self.groups, (decay, 0.0), strict=True):
             weights, gradients, moments, squares, counts = group
-            adamw(
-                weights,
-                gradients,
-                moments,
-                squares,
-                [],
-                counts,
-                fused=True,
-                amsgrad=False,
-                maximize=False,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                eps=EPS,
-                lr=lr,
-                weight_decay=weight_decay,
-            )
+            adamw(weights, gradients, moments, squares, [], counts, lr=lr, weight_decay=weight_decay, **_ADAMW)
 
 
 def _even(slides: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

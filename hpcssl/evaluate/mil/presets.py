@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from hpcssl.core.config import nearest
+from pydantic import Field
+
+from hpcssl.core.config import AtLeast0, AtLeast1, NotNegative, nearest, settings
 from hpcssl.core.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class MccvPreset:
     """Head and training of the benchmark; the defaults are the paper's."""
 
     name: str
-    epochs: int = 50
-    """Passes over a run's training slides, one whole slide a step."""
-    warmup_epochs: int = 10
+    epochs: AtLeast1 = 50
+    """Passes over the training slides of a fit, one whole slide a step."""
+    warmup_epochs: AtLeast0 = 10
     """Linear, from 0 to `lr`."""
-    lr: float = 5e-4
-    final_lr: float = 1e-6
+    lr: NotNegative = 5e-4
+    final_lr: NotNegative = 1e-6
     """Cosine from `lr`, by step."""
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
+    weight_decay: NotNegative = 0.04
+    final_weight_decay: NotNegative = 0.4
     """Cosine from `weight_decay`, by step; none on biases."""
     head: str = "gma"
     """The head's name in the results."""
-    hidden: tuple[int, ...] = (512, 512)
-    attention: int = 384
+    hidden: tuple[AtLeast1, ...] = (512, 512)
+    attention: AtLeast1 = 384
     pooling: Literal["attention", "mean", "max"] = "attention"
-    dropout: float = 0.25
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """After the hidden layers and both attention branches; rounded to 1/256."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the tiles' layers; weights and AdamW stay in fp32."""
@@ -59,10 +61,7 @@ HEADS: dict[str, dict[str, Any]] = {
 def preset_named(name: str, epochs: int | None = None) -> MccvPreset:
     """Return a preset, with another length if `epochs` is given; the warm-up is then at most a quarter of it.
 
-    Raises
-    ------
-    ConfigError
-        For an unknown name or a length below one epoch.
+    ConfigError for an unknown name or a length below one epoch.
     """
     if name not in PRESETS:
         raise ConfigError(f"preset {name}: no such preset; {nearest(name, list(PRESETS))}")

@@ -1,13 +1,37 @@
-"""The corrected test of paired differences, on known truth."""
+"""Intervals over splits: the bootstrap of a mean, and the corrected test of paired differences on known truth."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from hpcssl.evaluate.metrics import auc
-from hpcssl.report.paired import corrected
+from hpcssl.report.intervals import corrected, mean_interval
 
 NUM_TABLES, SPLITS, SLIDES, TRAIN = 500, 20, 60, 48
+
+
+def test_the_bootstrap_agrees_with_the_standard_error_and_columns_share_their_resamples() -> None:
+    values = np.random.default_rng(0).normal(0.8, 0.05, 200)
+    mean, low, high = mean_interval(np.stack([values, values + 1, -values], axis=1), "task")
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert mean[0] == pytest.approx(values.mean())
+    assert ((mean - low)[0], (high - mean)[0]) == (pytest.approx(half, rel=0.12), pytest.approx(half, rel=0.12))
+    assert low[1] - low[0] == pytest.approx(1)
+    assert low[2] == pytest.approx(-high[0])
+
+
+def test_resamples_are_a_function_of_the_purpose_and_splits_without_a_value_are_left_out() -> None:
+    values = np.random.default_rng(0).normal(size=(20, 1))
+    with_gap = np.concatenate([values[:4], [[np.nan]], values[4:]])
+    np.testing.assert_array_equal(mean_interval(with_gap, "lung"), mean_interval(values, "lung"))
+    assert mean_interval(values, "lung")[1] != mean_interval(values, "breast")[1]
+
+
+def test_no_interval_from_one_split() -> None:
+    assert [np.isnan(v[0]) for v in mean_interval([[0.7]], "x")] == [False, True, True]
+    mean, low, high = mean_interval([[0.7, 0.1], [np.nan, 0.2]], "x")
+    assert np.isnan(low).tolist() == np.isnan(high).tolist() == [True, False]
+    assert np.isnan(mean_interval([[np.nan]], "x")[0][0])
 
 
 def simulated(seed: int, gain: float = 0.0) -> np.ndarray:

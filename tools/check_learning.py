@@ -26,8 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hpcssl.cli.demo_command import SPEC
-from hpcssl.cli.demo_inputs import demo_spec
 from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source
 from hpcssl.evaluate.knn import knn_parts
@@ -37,6 +35,8 @@ from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import write_slide
 from hpcssl.features.feature_folder import write_index
 from hpcssl.loader.pillow import decode
+from hpcssl.pipelines.demo import SPEC
+from hpcssl.pipelines.demo_inputs import demo_spec
 from hpcssl.schedule.build import build_schedule
 from hpcssl.stores.scan import build_store
 from hpcssl.stores.store import Store

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcssl.core.config import nearest
-from hpcssl.doctor.machine_checks import FAIL, PASS, VOLTA_PINS, WARN, Check, check_gpu
+from hpcssl.doctor.machine_checks import VOLTA_PINS, Check, check_gpu
 from hpcssl.jobs.profile import Profile
 
 _UNUSABLE = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "power")  # beginnings of a node's states
@@ -99,31 +99,28 @@ def check_partition(profile: Profile, partitions: Sequence[Partition]) -> tuple[
         found = next((p for p in partitions if p.is_default), None)
         if found is None:
             detail = f"the profile names none, and the cluster has no default among {', '.join(names) or 'none at all'}"
-            return Check(name="partition", status=FAIL, detail=detail, fix="fill in partition in the profile"), None
+            return Check.failure("partition", detail, "fill in partition in the profile"), None
     else:
         found = next((p for p in partitions if p.name == profile.partition), None)
         if found is None:
             fix = f"correct partition in the profile; {nearest(profile.partition, names)}"
-            detail = f"{profile.partition}: the cluster has no such partition"
-            return Check(name="partition", status=FAIL, detail=detail, fix=fix), None
+            return Check.failure("partition", f"{profile.partition}: the cluster has no such partition", fix), None
     default = ", the cluster's default" if profile.partition is None else ""
     if found.state != "UP":
         fix = "ask the administrators, or take another partition"
-        detail = f"{found.name}{default}: its state is {found.state}"
-        return Check(name="partition", status=FAIL, detail=detail, fix=fix), found
-    return Check(name="partition", status=PASS, detail=f"{found.name}{default}"), found
+        return Check.failure("partition", f"{found.name}{default}: its state is {found.state}", fix), found
+    return Check.ok("partition", f"{found.name}{default}"), found
 
 
 def check_time_limit(profile: Profile, partition: Partition) -> Check:
     """Check that the partition allows the profile's time limit."""
     if profile.timeout_min > partition.most_min:
-        return Check(
-            name="time limit",
-            status=FAIL,
-            detail=f"{profile.timeout_min} min; {partition.name} allows {partition.most_min:.0f}",
-            fix=f"timeout_min: {partition.most_min:.0f} in the profile; a run requeues itself until it is done",
+        return Check.failure(
+            "time limit",
+            f"{profile.timeout_min} min; {partition.name} allows {partition.most_min:.0f}",
+            f"timeout_min: {partition.most_min:.0f} in the profile; a run requeues itself until it is done",
         )
-    return Check(name="time limit", status=PASS, detail=f"{profile.timeout_min} min")
+    return Check.ok("time limit", f"{profile.timeout_min} min")
 
 
 def nodes_that_fit(profile: Profile, nodes: Sequence[Node]) -> list[Node]:
@@ -153,41 +150,39 @@ def check_nodes(profile: Profile, partition: Partition, nodes: Sequence[Node]) -
             has = _amounts(best.gpus, best.cores, best.memory_gb)
             told = f" and the features {', '.join(best.features) or 'none'}" if plain else ""
             fix = f"lower gpus_per_node, cpus_per_gpu or mem_gb_per_gpu: {best.name} has {has}{told}"
-        return Check(name="nodes", status=FAIL, detail=detail, fix=fix)
+        return Check.failure("nodes", detail, fix)
     up = [node for node in fitting if not node.state.lower().startswith(_UNUSABLE)]
     most = f"; a job may have {partition.most_nodes:.0f}" if math.isfinite(partition.most_nodes) else ""
     detail = f"{len(fitting)} of {len(nodes)} in {partition.name} have {asked}{most}"
     if not up:
         states = ", ".join(sorted({node.state for node in fitting}))
-        return Check(name="nodes", status=WARN, detail=f"{detail}, but none is up ({states})", fix="wait, or ask why")
-    return Check(name="nodes", status=PASS, detail=f"{detail}, {len(up)} up")
+        return Check.warning("nodes", f"{detail}, but none is up ({states})", "wait, or ask why")
+    return Check.ok("nodes", f"{detail}, {len(up)} up")
 
 
 def check_account(profile: Profile, partition: Partition, accounts: Sequence[str] | None) -> Check:
     """Check that this user may use the profile's account there; `accounts` None = the cluster tells none."""
     if accounts is None:
         named = profile.account or "none named"
-        return Check(name="account", status=PASS, detail=f"{named}; not to be checked: sacctmgr tells none here")
+        return Check.ok("account", f"{named}; not to be checked: sacctmgr tells none here")
     allowed = [a for a in accounts if not partition.accounts or a in partition.accounts]
     listed = ", ".join(allowed)
     if not allowed:
         detail = f"this user has no account that may use {partition.name}"
-        return Check(name="account", status=FAIL, detail=detail, fix="ask the administrators for one")
+        return Check.failure("account", detail, "ask the administrators for one")
     if profile.account is None:
-        return Check(name="account", status=PASS, detail=f"the cluster's default, of {listed}")
+        return Check.ok("account", f"the cluster's default, of {listed}")
     if profile.account not in allowed:
         fix = f"correct account in the profile: {listed}"
-        detail = f"{profile.account}: not one of this user's that may use {partition.name}"
-        return Check(name="account", status=FAIL, detail=detail, fix=fix)
-    return Check(name="account", status=PASS, detail=profile.account)
+        return Check.failure("account", f"{profile.account}: not one of this user's that may use {partition.name}", fix)
+    return Check.ok("account", profile.account)
 
 
 def check_accepted(refusal: str | None, answer: str) -> Check:
     """Check what SLURM says to a job of one full node, without submitting it."""
     if refusal is not None:
-        fix = "correct what SLURM names in the profile"
-        return Check(name="a job", status=FAIL, detail=f"SLURM would refuse it: {refusal}", fix=fix)
-    return Check(name="a job", status=PASS, detail=f"SLURM would take it: {answer}")
+        return Check.failure("a job", f"SLURM would refuse it: {refusal}", "correct what SLURM names in the profile")
+    return Check.ok("a job", f"SLURM would take it: {answer}")
 
 
 def check_stack(names: str, torch_version: str, cuda_build: str | None) -> list[Check]:
@@ -198,8 +193,8 @@ def check_stack(names: str, torch_version: str, cuda_build: str | None) -> list[
     built_for = f"CUDA {cuda_build}" if cuda_build else "the CPU"
     detail = f"V100 nodes need an older one; here is torch {torch_version} for {built_for}"
     if not numbers or numbers > (12, 6):
-        return [Check(name="stack", status=FAIL, detail=detail, fix=f"{VOLTA_PINS}; then submit from there")]
-    return [Check(name="stack", status=PASS, detail=detail)]
+        return [Check.failure("stack", detail, f"{VOLTA_PINS}; then submit from there")]
+    return [Check.ok("stack", detail)]
 
 
 def check_probe(profile: Profile, facts: Mapping[str, Any], folder: str) -> list[Check]:
@@ -207,18 +202,16 @@ def check_probe(profile: Profile, facts: Mapping[str, Any], folder: str) -> list
     where = facts["host"]
     if facts.get("failure"):
         fix = "install hpcssl where the nodes see it, or add what it needs to setup in the profile"
-        detail = f"{where}: python {facts['python']}, but {facts['failure']}"
-        checks = [Check(name="python on a node", status=FAIL, detail=detail, fix=fix)]
+        checks = [Check.failure("python on a node", f"{where}: python {facts['python']}, but {facts['failure']}", fix)]
     else:
         detail = f"{where}: python {facts['python']}, hpcssl {facts['hpcssl']}, torch {facts['torch']}"
-        checks = [Check(name="python on a node", status=PASS, detail=detail)]
+        checks = [Check.ok("python on a node", detail)]
         checks += _gpu_checks(profile, facts)
     if facts["folder"]:
-        checks.append(Check(name="shared folder", status=PASS, detail=f"{where} reads and writes {folder}"))
+        checks.append(Check.ok("shared folder", f"{where} reads and writes {folder}"))
     else:
         fix = "run in a folder of a shared file system, or name one with --out"
-        detail = f"{where} does not see, or may not write, {folder}"
-        checks.append(Check(name="shared folder", status=FAIL, detail=detail, fix=fix))
+        checks.append(Check.failure("shared folder", f"{where} does not see, or may not write, {folder}", fix))
     return checks
 
 
@@ -226,9 +219,9 @@ def check_no_probe(words: str, *, busy: bool) -> Check:
     """Tell why no process on a node has told anything; `busy` = none was free, which is no fault of the profile."""
     if busy:
         fix = "run hpcssl doctor again when a node is free"
-        return Check(name="python on a node", status=WARN, detail=f"not looked at: {words}", fix=fix)
+        return Check.warning("python on a node", f"not looked at: {words}", fix)
     fix = "see that this Python lies where the nodes see it, and that setup in the profile works there"
-    return Check(name="python on a node", status=FAIL, detail=words, fix=fix)
+    return Check.failure("python on a node", words, fix)
 
 
 def _gpu_checks(profile: Profile, facts: Mapping[str, Any]) -> list[Check]:
@@ -237,7 +230,7 @@ def _gpu_checks(profile: Profile, facts: Mapping[str, Any]) -> list[Check]:
     if not facts["gpus"]:
         detail = f"{facts['host']}: torch (CUDA {facts['cuda'] or 'none: built for the CPU'}) sees no GPU"
         fix = "install a torch for CUDA that suits the node's driver; see that the partition has GPUs"
-        return [Check(name="gpu on a node", status=FAIL, detail=detail, fix=fix)]
+        return [Check.failure("gpu on a node", detail, fix)]
     kind, capability, memory_gib = facts["gpus"][0]
     check = check_gpu(0, kind, tuple(capability), memory_gib, facts["archs"])
     return [Check(name="gpu on a node", status=check.status, detail=check.detail, fix=check.fix)]

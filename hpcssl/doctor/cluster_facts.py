@@ -95,7 +95,7 @@ def _ask(*command: str) -> str | Check:
         detail, fix = f"{command[0]} gave no answer within {_ANSWER_S:.0f} s", "try again when the controller answers"
     except subprocess.CalledProcessError as error:
         detail, fix = f"{command[0]}: {_words(error.stderr)}", "see that SLURM runs and that SLURM_CONF is right"
-    return Check(name="slurm", status=FAIL, detail=detail, fix=fix)
+    return Check.failure("slurm", detail, fix)
 
 
 def _accounts() -> list[str] | None:

@@ -92,20 +92,6 @@ def embed_store(
         raise BadTileError(f"{bad[0]}; {len(bad)} of {len(wanted)} slides have no features for such a tile")
 
 
-def embed_share(
-    store: Path,
-    encoder: str,
-    out: Path,
-    *,
-    weights: Path | None,
-    tile_px: int | None,
-    threads: int,
-    slides: Sequence[int],
-) -> None:
-    """Embed some slides of a store: one task of a job array."""
-    embed_store(Store.open(store), source_of(encoder, weights), out, threads=threads, tile_px=tile_px, slides=slides)
-
-
 def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = None) -> list[int]:
     """Return the numbers of the slides, of those whose id is wanted (None = all), that have no feature file in `out`.
 

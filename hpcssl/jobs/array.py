@@ -6,9 +6,8 @@ the folder; so nothing has to be kept in between, and a re-run submits only what
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
@@ -26,21 +25,20 @@ _SQUEUE_S = 60.0
 
 @dataclass(frozen=True)
 class Call:
-    """A function of any room and its arguments; pickled by submitit, called by one task of an array.
+    """A function and its arguments; pickled by submitit, called by one task of an array.
 
     Attributes
     ----------
-    function : `module:name`
+    function : of a module, so that it is pickled by its name
     arguments : by name; values that can be pickled
     """
 
-    function: str
+    function: Callable[..., Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
         """Do the work."""
-        module, _, name = self.function.partition(":")
-        getattr(importlib.import_module(module), name)(**self.arguments)
+        self.function(**self.arguments)
 
     def checkpoint(self) -> Any:
         """Tell submitit that a task which is preempted or out of time goes on as it is: what is there stays."""
@@ -49,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What a submission has come to.
+    """What came of a submission.
 
     Attributes
     ----------
@@ -128,9 +126,9 @@ def shares(weights: Sequence[int], num_tasks: int) -> list[list[int]]:
     if num_tasks < 1:
         raise ConfigError(f"--array {num_tasks}; expected at least 1")
     lightest = [(0, task) for task in range(min(num_tasks, len(weights)))]
-    found: list[list[int]] = [[] for _ in lightest]
+    items: list[list[int]] = [[] for _ in lightest]
     for item in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
         weight, task = heappop(lightest)
-        found[task].append(item)
+        items[task].append(item)
         heappush(lightest, (weight + weights[item], task))
-    return [sorted(share) for share in found]
+    return [sorted(share) for share in items]

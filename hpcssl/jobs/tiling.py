@@ -45,11 +45,9 @@ def submit_tiling(
     }
     missing = tiling.slides_to_cut(slides, out, options)
     num_tasks = min(num_tasks, len(missing))
-    calls = [
-        Call("hpcssl.stores.tiling:cut_slides", shared | {"slide_ids": missing[k::num_tasks]}) for k in range(num_tasks)
-    ]
+    calls = [Call(tiling.cut_slides, shared | {"slide_ids": missing[k::num_tasks]}) for k in range(num_tasks)]
     array = submit_calls(calls, out, profile, kind=_CUT) if calls else None
     if array and not array.tasks:
         return array, None
-    last = [Call("hpcssl.stores.tiling:tile_source", shared)]
+    last = [Call(tiling.tile_source, shared)]
     return array, submit_calls(last, out, profile, kind=_STORE, after=[array.job] if array else [])

@@ -10,9 +10,10 @@ import torch
 
 from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
 from hpcssl.embed.baseline import Baseline
-from hpcssl.embed.embedding import embed_share, embed_store, missing_slides, prepare, source_of, text_of
+from hpcssl.embed.embedding import embed_store, missing_slides, prepare, source_of, text_of
 from hpcssl.embed.sources import Source
 from hpcssl.features.feature_files import read_slide
+from hpcssl.pipelines.embed import EmbedRequest, embed_share
 from hpcssl.runs.checkpoint import save_checkpoint
 from hpcssl.train.state import TrainState
 
@@ -31,7 +32,7 @@ def run(small, data, tmp_path_factory) -> Path:
 
 
 def _share(data, run: Path, out: Path, slides: list[int]) -> None:
-    embed_share(data.store_path, f"{run}@7", out, weights=None, tile_px=None, threads=1, slides=slides)
+    embed_share(EmbedRequest(store=data.store_path, encoder=f"{run}@7", out=out), slides, threads=1)
 
 
 def _ids(data, numbers: list[int]) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs import array
 from hpcssl.jobs.array import Call, Submitted, job_name, jobs_under_way, shares, submit_calls
-from hpcssl.jobs.cluster import outside_of_a_job
+from hpcssl.jobs.batch_script import outside_of_a_job
 from hpcssl.jobs.profile import Profile
 
 
@@ -82,7 +84,7 @@ def test_a_slurm_that_does_not_answer_is_told(squeue, monkeypatch: pytest.Monkey
 def test_nothing_is_submitted_beside_what_is_under_way(squeue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = []
     monkeypatch.setattr(array, "submit_array", lambda calls, *rest, **more: given.append(list(calls)) or "42")
-    call = Call("builtins:print")
+    call = Call(print)
     squeue("echo 17")
     assert submit_calls([call], tmp_path, Profile(), kind="embed") == Submitted(job="17", tasks=0)
     assert given == []
@@ -91,8 +93,8 @@ def test_nothing_is_submitted_beside_what_is_under_way(squeue, monkeypatch: pyte
     assert given == [[call, call]]
 
 
-def test_a_call_reaches_its_function_by_name(tmp_path: Path) -> None:
-    Call("shutil:rmtree", {"path": tmp_path})()
+def test_a_call_reaches_its_function_in_another_process(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Call(shutil.rmtree, {"path": tmp_path})))()
     assert not tmp_path.exists()
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from hpcssl.jobs import cluster
-from hpcssl.jobs.cluster import OUT_OF_TIME, Batch, Resources
-from hpcssl.jobs.profile import Profile
+from hpcssl.jobs.batch_script import OUT_OF_TIME, requeue_before_the_limit
+from hpcssl.jobs.cluster import Batch
+from hpcssl.jobs.profile import Profile, Resources
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_timer_that_is_ended_by_slurms_signal_asks_for_nothing(batch):
 
 def test_the_timer_is_later_than_the_warning_and_earlier_than_the_limit():
     for lead_s in (1, 2, 3, 59):
-        line = cluster._requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]
+        line = requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]
         after_s = int(line.partition("; sleep ")[2].split()[0])
         assert 60 - lead_s <= after_s < 60
 

@@ -8,8 +8,8 @@ import pytest
 
 from hpcssl.core.errors import RunError
 from hpcssl.jobs import causes
+from hpcssl.jobs.batch_script import OUT_OF_TIME
 from hpcssl.jobs.causes import failure_file, log_file, why_died, why_ended, why_warned
-from hpcssl.jobs.cluster import OUT_OF_TIME
 
 JOB = "42"
 BEFORE = """[hpcssl] start t-0 on node[1-2]

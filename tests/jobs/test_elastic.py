@@ -6,8 +6,9 @@ import pytest
 
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs import elastic
-from hpcssl.jobs.cluster import Batch, Resources
+from hpcssl.jobs.cluster import Batch
 from hpcssl.jobs.elastic import begin_in_s, parse_gpus, with_gpus
+from hpcssl.jobs.profile import Resources
 
 
 @pytest.mark.parametrize("text", ["8", "8..", "8..4", "0..4", "a..b", "8...9"])

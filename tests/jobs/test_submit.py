@@ -13,9 +13,9 @@ from submitit.core.utils import DelayedSubmission
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
 from hpcssl.core.errors import ConfigError, RunError, UserError
-from hpcssl.jobs.cluster import Batch, Resources, check_cluster, submit_array
+from hpcssl.jobs.cluster import Batch, check_cluster, submit_array
 from hpcssl.jobs.launch import reserved
-from hpcssl.jobs.profile import Profile
+from hpcssl.jobs.profile import Profile, Resources
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
 
 ACCEPTS = "echo Submitted batch job 7"

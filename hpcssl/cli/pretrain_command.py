@@ -74,19 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.gpus and args.cluster != "slurm":
         raise ConfigError(f"--gpus {args.gpus} needs --cluster slurm; elsewhere say --gpus-per-node N")
-    request = PretrainRequest(
-        recipe=args.recipe,
-        store=args.store,
-        schedule=args.schedule,
-        out=args.out,
-        overrides=args.set,
-        cluster=args.cluster,
-        resources=_resources(args),
-        gpus=args.gpus,
-        wait_min=args.wait_min,
-        benchmark_with=args.benchmark_with,
-    )
-    plan = plan_pretraining(request)
+    names = ("recipe", "store", "schedule", "out", "cluster", "gpus", "wait_min", "benchmark_with")
+    given = {name: getattr(args, name) for name in names}
+    plan = plan_pretraining(PretrainRequest(**given, overrides=args.set, resources=_resources(args)))
     if args.dry_run:
         print(describe_start(plan))
         return 0

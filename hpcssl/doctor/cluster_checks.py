@@ -50,12 +50,12 @@ def read_partitions(text: str) -> list[Partition]:
     >>> read_partitions("PartitionName=gpu AllowAccounts=ALL Default=YES MaxNodes=4 MaxTime=2-00:00:00 State=UP")[0]
     Partition(name='gpu', is_default=True, state='UP', most_min=2880.0, most_nodes=4.0, accounts=())
     """
-    found = []
+    partitions = []
     for line in text.splitlines():
         facts = dict(word.partition("=")[::2] for word in line.split())
         if "PartitionName" in facts:
             allowed = facts.get("AllowAccounts", "ALL")
-            found.append(
+            partitions.append(
                 Partition(
                     name=facts["PartitionName"],
                     is_default=facts.get("Default") == "YES",
@@ -65,7 +65,7 @@ def read_partitions(text: str) -> list[Partition]:
                     accounts=() if allowed == "ALL" else tuple(allowed.split(",")),
                 )
             )
-    return found
+    return partitions
 
 
 def read_nodes(text: str) -> list[Node]:
@@ -74,11 +74,11 @@ def read_nodes(text: str) -> list[Node]:
     >>> read_nodes("n1|64|515000|gpu:a100:4(S:0-1)|a100,ib|mixed")[0].gpus
     4
     """
-    found = []
+    nodes = []
     for line in text.splitlines():
         name, cores, megabytes, gres, features, state = line.strip().split("|")
         counts = re.findall(r"\bgpu(?::[^,:(]+)?:(\d+)", gres)
-        found.append(
+        nodes.append(
             Node(
                 name=name,
                 cores=int(cores.rstrip("+")),
@@ -89,27 +89,25 @@ def read_nodes(text: str) -> list[Node]:
                 state=state,
             )
         )
-    return found
+    return nodes
 
 
 def check_partition(profile: Profile, partitions: Sequence[Partition]) -> tuple[Check, Partition | None]:
     """Check that the profile's partition exists and takes jobs; returns it, too."""
     names = [p.name for p in partitions]
-    if profile.partition is None:
-        found = next((p for p in partitions if p.is_default), None)
-        if found is None:
-            detail = f"the profile names none, and the cluster has no default among {', '.join(names) or 'none at all'}"
-            return Check.failure("partition", detail, "fill in partition in the profile"), None
-    else:
-        found = next((p for p in partitions if p.name == profile.partition), None)
-        if found is None:
-            fix = f"correct partition in the profile; {nearest(profile.partition, names)}"
-            return Check.failure("partition", f"{profile.partition}: the cluster has no such partition", fix), None
-    default = ", the cluster's default" if profile.partition is None else ""
-    if found.state != "UP":
+    is_meant = (lambda p: p.is_default) if profile.partition is None else (lambda p: p.name == profile.partition)
+    partition = next(filter(is_meant, partitions), None)
+    if partition is None and profile.partition is None:
+        detail = f"the profile names none, and the cluster has no default among {', '.join(names) or 'none at all'}"
+        return Check.failure("partition", detail, "fill in partition in the profile"), None
+    if partition is None:
+        fix = f"correct partition in the profile; {nearest(str(profile.partition), names)}"
+        return Check.failure("partition", f"{profile.partition}: the cluster has no such partition", fix), None
+    named = partition.name if profile.partition else f"{partition.name}, the cluster's default"
+    if partition.state != "UP":
         fix = "ask the administrators, or take another partition"
-        return Check.failure("partition", f"{found.name}{default}: its state is {found.state}", fix), found
-    return Check.ok("partition", f"{found.name}{default}"), found
+        return Check.failure("partition", f"{named}: its state is {partition.state}", fix), partition
+    return Check.ok("partition", named), partition
 
 
 def check_time_limit(profile: Profile, partition: Partition) -> Check:
@@ -125,7 +123,7 @@ def check_time_limit(profile: Profile, partition: Partition) -> Check:
 
 def nodes_that_fit(profile: Profile, nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes that have what a full one of the profile asks for."""
-    cores, memory_gb = _asked(profile)
+    cores, memory_gb = _required(profile)
     feature = _feature(profile)
     return [
         node
@@ -140,20 +138,20 @@ def nodes_that_fit(profile: Profile, nodes: Sequence[Node]) -> list[Node]:
 def check_nodes(profile: Profile, partition: Partition, nodes: Sequence[Node]) -> Check:
     """Check that nodes of the partition have what a full one of the profile asks for, and are up."""
     fitting, plain = nodes_that_fit(profile, nodes), _feature(profile)
-    asked = _amounts(profile.gpus_per_node, *_asked(profile)) + (f" and {plain}" if plain else "")
+    required = _amounts(profile.gpus_per_node, *_required(profile)) + (f" and {plain}" if plain else "")
     if not fitting:
         best = max(nodes, key=lambda n: (n.gpus, n.cores, n.memory_gb), default=None)
-        detail = f"none of the {len(nodes)} nodes of {partition.name} has {asked}"
+        detail = f"none of the {len(nodes)} nodes of {partition.name} has {required}"
         if best is None:
             fix = "take another partition"
         else:
             has = _amounts(best.gpus, best.cores, best.memory_gb)
-            told = f" and the features {', '.join(best.features) or 'none'}" if plain else ""
-            fix = f"lower gpus_per_node, cpus_per_gpu or mem_gb_per_gpu: {best.name} has {has}{told}"
+            features = f" and the features {', '.join(best.features) or 'none'}" if plain else ""
+            fix = f"lower gpus_per_node, cpus_per_gpu or mem_gb_per_gpu: {best.name} has {has}{features}"
         return Check.failure("nodes", detail, fix)
     up = [node for node in fitting if not node.state.lower().startswith(_UNUSABLE)]
     most = f"; a job may have {partition.most_nodes:.0f}" if math.isfinite(partition.most_nodes) else ""
-    detail = f"{len(fitting)} of {len(nodes)} in {partition.name} have {asked}{most}"
+    detail = f"{len(fitting)} of {len(nodes)} in {partition.name} have {required}{most}"
     if not up:
         states = ", ".join(sorted({node.state for node in fitting}))
         return Check.warning("nodes", f"{detail}, but none is up ({states})", "wait, or ask why")
@@ -236,7 +234,7 @@ def _gpu_checks(profile: Profile, facts: Mapping[str, Any]) -> list[Check]:
     return [Check(name="gpu on a node", status=check.status, detail=check.detail, fix=check.fix)]
 
 
-def _asked(profile: Profile) -> tuple[int, float]:
+def _required(profile: Profile) -> tuple[int, float]:
     """Return (cores, GB) that a profile asks for on each node."""
     ranks = profile.gpus_per_node or 1
     return profile.cpus_per_gpu * ranks, (profile.mem_gb_per_gpu or 0) * ranks
@@ -258,10 +256,10 @@ def _minutes(text: str) -> float:
     >>> _minutes("1-12:30:00"), _minutes("00:02:00"), _minutes("UNLIMITED")
     (2190.0, 2.0, inf)
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not match:
         return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 

@@ -17,7 +17,7 @@ FILE = "submission.json"
 
 @settings
 class Submission:
-    """A command that started a run.
+    """The last command that started a run.
 
     Attributes
     ----------

@@ -38,18 +38,6 @@ def refused(capsys):
     return run
 
 
-@pytest.fixture
-def hpcssl(small):
-    """Runs `hpcssl …` in a process of its own."""
-
-    def run(*arguments: object, **more: object) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            small.commandline(*arguments), env=small.environment(), capture_output=True, text=True, timeout=100, **more
-        )
-
-    return run
-
-
 HEAVY = ("torch", "numpy", "pandas", "timm", "matplotlib", "sklearn", "pydantic", "submitit", "PIL", "h5py", "rich")
 
 
@@ -140,14 +128,6 @@ def _pretrain(data, out: Path, *more: object, recipe: object = "dino-demo") -> l
 def test_a_setting_with_a_typo_names_the_nearest_and_makes_no_run_folder(refused, data, tmp_path, setting, told):
     assert told in refused(*_pretrain(data, tmp_path / "run", "--set", setting))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_same_in_a_process_of_its_own(hpcssl, data, tmp_path):
-    done = hpcssl(*_pretrain(data, tmp_path / "run", "--set", "optim.lr_per_255=1"))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("hpcssl: error: recipe dino-demo: unknown setting optim.lr_per_255; did you mean")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,16 +154,13 @@ def test_an_optional_module_that_breaks_is_told_not_raised(tmp_path: Path, monke
         facts._import("brokenthing")
 
 
-def test_slurm_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, body in (("sinfo", "exec sleep 30"), ("sbatch", "exit 0")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_slurm_that_hangs_is_given_up(commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    commands(sinfo="exec sleep 30", sbatch="exit 0")
     monkeypatch.setattr(facts, "SLURM_TIMEOUT_S", 0.2)
     assert facts._slurm() == ([], None)
-    (tmp_path / "sinfo").write_text("#!/bin/sh\nprintf 'gpu*\\ncpu\\n'\n")
+    commands(sinfo="printf 'gpu*\\ncpu\\n'")
     assert facts._slurm() == ([], "gpu* cpu")
-    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
+    commands(sinfo="exit 1")
     assert facts._slurm() == ([], None)
 
 

@@ -30,6 +30,13 @@ def test_every_number_that_will_do_and_no_other(each, limits):
     assert [*found.fewer_nodes, found.nodes] == wanted
 
 
+@pytest.fixture
+def batch(monkeypatch, tmp_path) -> Batch:
+    monkeypatch.setattr(Batch, "script", lambda batch: "")
+    resources = Resources(nodes=4, fewer_nodes=(1, 2))
+    return Batch(name="n", token="t", folder=tmp_path, resources=resources, command=("a",), afterwards=("b",))
+
+
 @pytest.mark.parametrize(
     ("expected", "wait_min", "held_back_s"),
     [
@@ -41,18 +48,12 @@ def test_every_number_that_will_do_and_no_other(each, limits):
         ({4: 3600.0, 2: 3600.0, 1: 3600.0}, 10, 0.0),  # whatever comes first
     ],
 )
-def test_the_most_nodes_within_the_wait(monkeypatch, tmp_path, expected, wait_min, held_back_s):
+def test_the_most_nodes_within_the_wait(monkeypatch, batch, expected, wait_min, held_back_s):
     monkeypatch.setattr(elastic, "could_start_in_s", lambda script, nodes: expected[nodes])
-    monkeypatch.setattr(Batch, "script", lambda batch: "")
-    resources = Resources(nodes=4, fewer_nodes=(1, 2))
-    batch = Batch(name="n", token="t", folder=tmp_path, resources=resources, command=("a",), afterwards=("b",))
     assert begin_in_s(batch, wait_min=wait_min) == held_back_s
 
 
-def test_what_can_never_start_is_refused(monkeypatch, tmp_path):
+def test_what_can_never_start_is_refused(monkeypatch, batch):
     monkeypatch.setattr(elastic, "could_start_in_s", lambda script, nodes: None)
-    monkeypatch.setattr(Batch, "script", lambda batch: "")
-    resources = Resources(nodes=4, fewer_nodes=(2,))
-    batch = Batch(name="n", token="t", folder=tmp_path, resources=resources, command=("a",), afterwards=("b",))
     with pytest.raises(RunError, match="not available"):
         begin_in_s(batch, wait_min=10)

@@ -42,9 +42,10 @@ def longer(small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(small):
-    """A checkpoint every half second, so that restarts do not all begin at 0."""
+    """A checkpoint every half second, so that restarts do not all begin at 0; ranks wait long for one that is held."""
     plain = small.dino_recipe()
-    return replace(plain, checkpoint=replace(plain.checkpoint, every_min=0.5 / 60, keep_last=3))
+    often = replace(plain.checkpoint, every_min=0.5 / 60, keep_last=3)
+    return replace(plain, checkpoint=often, train=replace(plain.train, hang_s=600.0))
 
 
 @pytest.mark.usefixtures("own_process")

@@ -23,19 +23,10 @@ REFUSES = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(commands):
     """Sets what SLURM's commands do."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-
-    def answer(**commands: str) -> None:
-        for name, line in commands.items():
-            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
-            (folder / name).chmod(0o755)
-
-    answer(srun="", squeue="", sbatch=ACCEPTS)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
-    return answer
+    commands(srun="", squeue="", sbatch=ACCEPTS)
+    return commands
 
 
 @pytest.fixture

@@ -346,14 +346,10 @@ def test_without_a_benchmark_nothing_follows(run, apart):
     assert apart == []
 
 
-def test_what_fails_is_said_and_hurts_nobody(bench, run, monkeypatch, tmp_path, queue):
+def test_what_fails_is_said_and_hurts_nobody(bench, run, commands, queue):
     """The real process apart, where SLURM does not answer."""
     attach(run, load_bench(bench))
-    (tmp_path / "bin").mkdir()
-    squeue = tmp_path / "bin" / "squeue"
-    squeue.write_text('#!/bin/sh\necho "no SLURM here" >&2\nexit 1\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    commands(squeue='echo "no SLURM here" >&2; exit 1')
     said: list[str] = []
     watching._submit_apart(run, said.append)
     (line,) = said

@@ -79,6 +79,21 @@ def own_process() -> Any:
 
 
 @pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what commands on PATH do: `commands(squeue="echo 7")` writes a script of that line of shell."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def write(**lines: str) -> None:
+        for name, line in lines.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+            (folder / name).chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     """A file system of 2 MB, or of `request.param` bytes; skips without the right to mount one."""
     folder, size = tmp_path / "disk", f"size={getattr(request, 'param', '2m')}"

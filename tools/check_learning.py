@@ -25,8 +25,6 @@ import pandas as pd
 import torch
 from measuring import options, seconds
 
-from hpcssl.cli.demo_command import SPEC
-from hpcssl.cli.demo_inputs import demo_spec
 from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source
 from hpcssl.evaluate.knn import Neighbours
@@ -35,6 +33,8 @@ from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import write_slide
 from hpcssl.features.feature_folder import write_index
 from hpcssl.loader.pillow import decode
+from hpcssl.pipelines.demo import SPEC
+from hpcssl.pipelines.demo_inputs import demo_spec
 from hpcssl.pipelines.evaluate import find_neighbours
 from hpcssl.schedule.build import build_schedule
 from hpcssl.stores.scan import build_store

@@ -1,4 +1,4 @@
-"""What `embed` and `store build` share: `--cluster slurm --array N --profile NAME`, and what is said of the job."""
+"""What commands that run as job arrays share: `--cluster slurm --array N --profile NAME`, and what they print."""
 
 from __future__ import annotations
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_job
-
-if TYPE_CHECKING:
-    from hpcssl.jobs.profile import Profile
 
 SUMMARY = "embed every slide of a store with an encoder; done slides are not computed again"
 EXAMPLE = (
@@ -46,39 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Embed, here or in a job array."""
     from hpcssl.cli.progress import progress
-    from hpcssl.embed.embedding import embed_store, source_of
-    from hpcssl.stores.kinds import open_store
+    from hpcssl.core.errors import ConfigError
+    from hpcssl.pipelines.embed import EmbedRequest, embed, submit_embedding
 
     profile = array_profile(args)
-    if profile:
-        return _submit(args, profile)
-    store, source = open_store(args.store), source_of(args.encoder, args.weights)
-    threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
-    with progress(f"embedding {args.encoder}", total=store.num_slides, unit="slides") as advance:
-        embed_store(store, source, args.out, threads=threads, tile_px=args.tile_px, on_progress=advance)
-    print(f"features of {store.num_slides} slides: {args.out}")
-    return 0
-
-
-def _submit(args: argparse.Namespace, profile: Profile) -> int:
-    from hpcssl.core.errors import ConfigError
-    from hpcssl.jobs.stages import submit_embedding
-
+    request = EmbedRequest(
+        store=args.store, encoder=args.encoder, out=args.out, weights=args.weights, tile_px=args.tile_px
+    )
+    if profile is None:
+        threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
+        num_slides = embed(request, threads=threads, progress=progress)
+        print(f"features of {num_slides} slides: {args.out}")
+        return 0
     if args.threads is not None:
         raise ConfigError("--threads: a task of the array has the profile's cpus_per_gpu; leave it out")
-    submitted = submit_embedding(
-        args.store,
-        args.encoder,
-        args.out,
-        profile=profile,
-        num_tasks=args.array,
-        weights=args.weights,
-        tile_px=args.tile_px,
-    )
-    if submitted is None:
+    array = submit_embedding(request, profile, num_tasks=args.array)
+    if array is None:
         print(f"features of all slides are there: {args.out}")
-    elif not submitted.tasks:
-        tell_job(submitted.job, args.out, "is under way already; nothing is submitted beside it")
+    elif not array.tasks:
+        tell_job(array.job, args.out, "is under way already; nothing is submitted beside it")
     else:
-        tell_job(submitted.job, args.out, f"submitted: {submitted.tasks} tasks embed what is missing in {args.out}")
+        tell_job(array.job, args.out, f"submitted: {array.tasks} tasks embed what is missing in {args.out}")
     return 0

@@ -56,37 +56,37 @@ def list_(args: argparse.Namespace) -> int:
 
     from hpcssl.jobs.run_states import find_runs, list_runs
 
-    found = list_runs(find_runs(args.folders))
-    if not found:
+    states = list_runs(find_runs(args.folders))
+    if not states:
         print(f"no runs in {', '.join(str(folder.resolve()) for folder in args.folders)}, up to two levels below")
         return 0
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    rows = [_row(one) for one in found]
+    rows = [_row(state) for state in states]
     for name in rows[0]:
         table.add_column(name, overflow="fold", justify="right" if name in _NUMBERS else "left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row.values()))
     Console(width=None if sys.stdout.isatty() else 240).print(table)
-    for one in found:
-        if one.why:
-            print(f"{one.run}: {one.state}: {one.why}")
+    for state in states:
+        if state.why:
+            print(f"{state.run}: {state.state}: {state.why}")
     return 0
 
 
-def _row(one: RunState) -> dict[str, str]:
+def _row(state: RunState) -> dict[str, str]:
     from hpcssl.jobs.run_states import human_time
 
     return {
-        "run": str(one.run),
-        "state": one.state,
-        "job": one.job or "–",
-        "step": f"{one.step:,} of {one.stop_step:,}",
-        "samples seen": f"{one.samples_seen:,}",
-        "tiles/s": "–" if one.tiles_per_s is None else f"{one.tiles_per_s:,.0f}",
-        "time left": "–" if one.eta_s is None else human_time(one.eta_s),
-        "nodes": one.nodes or "–",
-        "processes": "–" if one.processes is None else str(one.processes),
-        "restarts": str(max(0, one.starts - 1)),
+        "run": str(state.run),
+        "state": state.state,
+        "job": state.job or "–",
+        "step": f"{state.step:,} of {state.stop_step:,}",
+        "samples seen": f"{state.samples_seen:,}",
+        "tiles/s": "–" if state.tiles_per_s is None else f"{state.tiles_per_s:,.0f}",
+        "time left": "–" if state.eta_s is None else human_time(state.eta_s),
+        "nodes": state.nodes or "–",
+        "processes": "–" if state.processes is None else str(state.processes),
+        "restarts": str(max(0, state.starts - 1)),
     }
 
 
@@ -116,17 +116,16 @@ def cancel_(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import RunError
     from hpcssl.jobs.slurm import cancel, queued
 
-    asked = _submission(args.folder)
-    if asked.job and queued([asked.job]):
-        cancel(asked.job)
-        print(f"job {asked.job} of {args.folder} is cancelled; it saves first, within SLURM's KillWait")
-    elif asked.is_here():
-        os.kill(asked.pid, signal.SIGINT)
-        print(f"{args.folder}: its launcher (process {asked.pid}) is asked to stop; it saves first")
+    submission = _submission(args.folder)
+    if submission.job and queued([submission.job]):
+        cancel(submission.job)
+        print(f"job {submission.job} of {args.folder} is cancelled; it saves first, within SLURM's KillWait")
+    elif submission.is_here():
+        os.kill(submission.pid, signal.SIGINT)
+        print(f"{args.folder}: its launcher (process {submission.pid}) is asked to stop; it saves first")
     else:
-        raise RunError(
-            f"{args.folder}: nothing of it runs{'' if asked.job else f' on {asked.host}'}; see hpcssl jobs list"
-        )
+        where = "" if submission.job else f" on {submission.host}"
+        raise RunError(f"{args.folder}: nothing of it runs{where}; see hpcssl jobs list")
     return 0
 
 
@@ -135,13 +134,14 @@ def requeue_(args: argparse.Namespace) -> int:
     from hpcssl.core.errors import RunError
     from hpcssl.jobs.launch import reserved, submit
     from hpcssl.jobs.slurm import queued, requeue
+    from hpcssl.pipelines.pretrain_rank import train_rank
 
-    asked = _submission(args.folder)
-    if asked.cluster != "slurm":
+    submission = _submission(args.folder)
+    if submission.cluster != "slurm":
         raise RunError(
             f"{args.folder}: runs without SLURM; give its hpcssl pretrain command again, it goes on where it was"
         )
-    under_way = queued([asked.job]) if asked.job else {}
+    under_way = queued([submission.job]) if submission.job else {}
     for job, line in under_way.items():
         if line.state == "PENDING":
             raise RunError(f"{args.folder}: job {job} waits already ({line.reason})")
@@ -149,7 +149,7 @@ def requeue_(args: argparse.Namespace) -> int:
         print(f"job {job} of {args.folder} saves and starts again")
         return 0
     with reserved(args.folder):
-        job = submit(args.folder, asked.resources, wait_min=asked.wait_min)
+        job = submit(args.folder, submission.resources, work=train_rank, wait_min=submission.wait_min)
     print(f"job {job} submitted; run folder {args.folder}")
     return 0
 
@@ -161,15 +161,15 @@ def _submission(run: Path) -> Submission:
     from hpcssl.runs.run_folder import read_config
 
     read_config(run)
-    asked = read_submission(run)
-    if asked is None:
+    submission = read_submission(run)
+    if submission is None:
         raise RunError(f"{run}: was never started; give its hpcssl pretrain command")
-    return asked
+    return submission
 
 
 def benchmark_(args: argparse.Namespace) -> int:
     """Submit what is neither there nor under way; the run's own job does the same at every new checkpoint."""
-    from hpcssl.jobs.follow import submit_missing
+    from hpcssl.pipelines.follow import submit_missing
 
     submitted = submit_missing(args.folder)
     for what, job in submitted:

@@ -77,12 +77,12 @@ def _below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
                 yield from _below(child)
 
 
-def _parser(wanted: str | None) -> argparse.ArgumentParser:
-    """Build the parser; of the commands, import only the wanted one (all of them for the overview)."""
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """Build the parser of one command, and import no other; of all of them for the overview."""
     parser = _Parser(prog="hpcssl", description=hpcssl.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hpcssl {hpcssl.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name in [wanted] if wanted else COMMANDS:
+    for name in [command] if command else COMMANDS:
         module = importlib.import_module(COMMANDS[name])
         _add_command(subparsers, name, module)
     return parser

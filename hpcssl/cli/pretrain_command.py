@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpcssl.jobs.cluster import Resources
-    from hpcssl.train.pretrain_config import PretrainConfig, Timeline
+    from hpcssl.jobs.profile import Resources
 
 SUMMARY = "pretrain an encoder with DINO or MAE; on an existing --out it goes on where it was"
 EXAMPLE = (
@@ -70,188 +67,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the run folder, start the run, and on this machine wait for it."""
+    """Check, then start the run, and on this machine wait for it."""
+    from hpcssl.cli.progress import display
     from hpcssl.core.errors import ConfigError
+    from hpcssl.pipelines.pretrain import PretrainRequest, describe_start, plan_pretraining, pretrain
 
     if args.gpus and args.cluster != "slurm":
         raise ConfigError(f"--gpus {args.gpus} needs --cluster slurm; elsewhere say --gpus-per-node N")
-    outcome = pretrain(
-        args.recipe,
-        store=args.store,
-        schedule=args.schedule,
-        out=args.out,
-        overrides=args.set,
-        resources=_resources(args),
-        cluster=args.cluster,
-        gpus=args.gpus,
-        wait_min=args.wait_min,
-        dry_run=args.dry_run,
-        benchmark_with=args.benchmark_with,
-    )
+    names = ("recipe", "store", "schedule", "out", "cluster", "gpus", "wait_min", "benchmark_with")
+    given = {name: getattr(args, name) for name in names}
+    plan = plan_pretraining(PretrainRequest(**given, overrides=args.set, resources=_resources(args)))
     if args.dry_run:
-        print(outcome)
+        print(describe_start(plan))
         return 0
-    if args.cluster == "slurm":
+    if plan.note:
+        print(plan.note)
+    outcome = pretrain(plan, display())
+    if outcome.state == "submitted":
         folder = shlex.quote(str(args.out))
         print(
-            f"job {outcome} submitted; run folder {args.out}\n"
+            f"job {outcome.job} submitted; run folder {args.out}\n"
             f"  how it is:    hpcssl jobs list {folder}\n"
             f"  what it says: hpcssl jobs logs {folder} --follow\n"
             f"  stop it:      hpcssl jobs cancel {folder}\n"
             f"  again:        hpcssl jobs requeue {folder}"
         )
         return 0
-    print(f"{outcome}: {args.out}")
-    return 0 if outcome == "finished" else 2
-
-
-def pretrain(
-    recipe_name: str,
-    *,
-    store: Path,
-    schedule: Path,
-    out: Path,
-    overrides: Sequence[str],
-    resources: Resources,
-    cluster: str,
-    gpus: str | None = None,
-    wait_min: float = 0.0,
-    dry_run: bool = False,
-    benchmark_with: Path | None = None,
-) -> str:
-    """Check everything that can be checked before a job waits in a queue, then launch.
-
-    Returns
-    -------
-    How it ended; on SLURM the job's id; of a dry run what would have been done.
-    """
-    from hpcssl.cli.progress import progress
-    from hpcssl.core.world import check_divides
-    from hpcssl.jobs.cluster import check_cluster
-    from hpcssl.jobs.elastic import parse_gpus, with_gpus
-    from hpcssl.jobs.follow import attach, load_bench
-    from hpcssl.jobs.launch import launch, reserved
-    from hpcssl.runs.run_folder import CONFIG, prepare_run
-    from hpcssl.runs.trace import last_record
-
-    check_cluster(cluster, resources, out)
-    recipe, data, timeline, told = _checked(recipe_name, overrides, store, schedule)
-    if gpus:
-        resources = with_gpus(resources, *parse_gpus(gpus), global_batch=recipe.global_batch)
-    check_divides(resources.nodes * resources.processes_per_node, recipe.global_batch)
-    bench = load_bench(benchmark_with) if benchmark_with else None
-    if dry_run:
-        return _dry_run(out, resources, cluster, recipe.global_batch, wait_min)
-    if told:
-        print(told)
-    was_there = out.exists()
-    with reserved(out):
-        is_new = not (out / CONFIG).exists()
-        prepare_run(out, recipe, data=data, derived=timeline.derived())
-        if bench:
-            attach(out, bench)
-        if cluster == "slurm":
-            return _submit(out, resources, wait_min, is_new=is_new, was_there=was_there)
-    record = last_record(out)
-    done = record["step"] if record else 0
-    with progress("pretraining", total=timeline.stop_step - done, unit="steps") as advance:
-
-        def on_step(step: int) -> None:
-            nonlocal done
-            if step > done:
-                advance(step - done)
-                done = step
-
-        def on_words(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
-        return launch(out, resources, cluster, on_step=on_step, on_words=on_words)  # type: ignore[arg-type]
-
-
-def _checked(
-    recipe_name: str, overrides: Sequence[str], store: Path, schedule: Path
-) -> tuple[PretrainConfig, dict[str, str], Timeline, str]:
-    """Return the resolved recipe, what data it is for, its timeline, and what is to be told of its initial weights."""
-    from dataclasses import replace
-
-    from hpcssl.core.atomic import digest_file
-    from hpcssl.core.errors import StoreError
-    from hpcssl.schedule.file import Schedule, check_matches
-    from hpcssl.stores.kinds import open_store
-    from hpcssl.train.objective import check_recipe
-    from hpcssl.train.pretrain_config import Timeline, load_recipe
-
-    recipe = load_recipe(recipe_name, overrides)
-    if recipe.initial_weights:  # a job may start in another folder
-        recipe = replace(recipe, initial_weights=str(Path(recipe.initial_weights).resolve()))
-    opened_store, opened_schedule = open_store(store), Schedule.open(schedule)
-    check_matches(opened_schedule, opened_store.slides, store=store)
-    opened_store.drawn_by(opened_schedule.seed, opened_schedule.mpp_weights)  # or says why not
-    if not opened_store.root.is_dir():
-        raise StoreError(f"{store}: its tiles are gone, no folder {opened_store.root}; is its file system mounted?")
-    timeline = Timeline(recipe, opened_schedule)
-    timeline.values(0)
-    told = check_recipe(recipe)
-    data = {
-        "store": str(store.resolve()),
-        "store_digest": opened_store.digest,
-        "schedule": str(schedule.resolve()),
-        "schedule_digest": opened_schedule.digest,
-    }
-    if recipe.initial_weights:
-        data["initial_weights_digest"] = digest_file(Path(recipe.initial_weights))
-    return recipe, data, timeline, told
-
-
-def _submit(out: Path, resources: Resources, wait_min: float, *, is_new: bool, was_there: bool) -> str:
-    """Submit the run; where SLURM refuses one that is new, what was made for it goes again."""
-    import shutil
-
-    from hpcssl.core.errors import RunError
-    from hpcssl.jobs.launch import submit
-    from hpcssl.jobs.submission import FILE
-
-    try:
-        return submit(out, resources, wait_min=wait_min)
-    except RunError:
-        if is_new and not (out / FILE).exists():
-            if not was_there:
-                shutil.rmtree(out)
-            for made in out.glob("[!.]*"):  # nothing but hidden names was there before
-                shutil.rmtree(made) if made.is_dir() else made.unlink()
-        raise
-
-
-def _dry_run(out: Path, resources: Resources, cluster: str, global_batch: int, wait_min: float) -> str:
-    """Return what a start would ask for, and on SLURM its batch script."""
-    from hpcssl.core.config import dump_yaml, to_mapping
-    from hpcssl.jobs.launch import batch_of
-
-    counts = [*resources.fewer_nodes, resources.nodes]
-    shares = [
-        f"{nodes} {'node' if nodes == 1 else 'nodes'} x {resources.processes_per_node} processes,"
-        f" {global_batch // (nodes * resources.processes_per_node)} tiles of the global batch of {global_batch} each"
-        for nodes in counts
-    ]
-    lines = [f"run folder: {out} (nothing is written)", *shares]
-    if cluster == "slurm":
-        batch = batch_of(out, resources, wait_min=wait_min)
-        lines += [
-            "",
-            "resources:",
-            dump_yaml(to_mapping(resources)),
-            f"# {batch.folder}/JOB_submission.sh",
-            batch.script(),
-        ]
-    return "\n".join(lines)
+    print(f"{outcome.state}: {args.out}")
+    return 0 if outcome.state == "finished" else 2
 
 
 def _resources(args: argparse.Namespace) -> Resources:
     """Return what the command line asks for: on SLURM of the profile's nodes, here of the GPUs that there are."""
     from dataclasses import replace
 
-    from hpcssl.jobs.cluster import Resources
-    from hpcssl.jobs.profile import Profile, load_profile
+    from hpcssl.jobs.profile import Profile, Resources, load_profile
 
     if args.cluster == "slurm":
         named = {key: value for key in ("partition", "account") if (value := getattr(args, key))}
@@ -260,6 +110,7 @@ def _resources(args: argparse.Namespace) -> Resources:
         import torch
 
         profile = Profile(gpus_per_node=torch.cuda.device_count())
-    asked = 1 if args.cluster == "none" else args.gpus_per_node
-    processes = asked if asked is not None else profile.gpus_per_node or 1
+    processes = 1 if args.cluster == "none" else args.gpus_per_node
+    if processes is None:
+        processes = profile.gpus_per_node or 1
     return Resources(nodes=args.nodes, processes_per_node=processes, profile=profile)

@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcssl.pipelines.display import Display
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -22,6 +26,18 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Callable[[int],
     else:
         with _lines(label, total, unit) as advance:
             yield advance
+
+
+def say(line: str) -> None:
+    """Print a line beside the results, to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def display() -> Display:
+    """Return how a verb of the pipelines shows on a command line what it does."""
+    from hpcssl.pipelines.display import Display
+
+    return Display(progress=progress, say=say)
 
 
 @contextmanager
@@ -52,7 +68,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    begun = last = time.monotonic()
+    started = last = time.monotonic()
     first: float | None = None  # when the first units were done: what is before that is start-up, not pace
     done = before = 0
     ended = False
@@ -69,10 +85,10 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
             last = now
             left = (now - first) / (done - before) * max(total - done, 0) if done > before else None
             estimate = f", about {left:.0f} s left" if left is not None else ""
-            print(f"{label}: {done} of {total} {unit}{estimate}", file=sys.stderr, flush=True)
+            say(f"{label}: {done} of {total} {unit}{estimate}")
 
     try:
         yield advance
     finally:
         ended = True
-    print(f"{label}: {done} {unit} in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+    say(f"{label}: {done} {unit} in {time.monotonic() - started:.1f} s")

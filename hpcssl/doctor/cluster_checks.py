@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcssl.core.config import nearest
-from hpcssl.doctor.machine_checks import FAIL, PASS, VOLTA_PINS, WARN, Check, check_gpu
+from hpcssl.doctor.machine_checks import VOLTA_PINS, Check, check_gpu
 from hpcssl.jobs.profile import Profile
 
 _UNUSABLE = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "power")  # beginnings of a node's states
@@ -50,12 +50,12 @@ def read_partitions(text: str) -> list[Partition]:
     >>> read_partitions("PartitionName=gpu AllowAccounts=ALL Default=YES MaxNodes=4 MaxTime=2-00:00:00 State=UP")[0]
     Partition(name='gpu', is_default=True, state='UP', most_min=2880.0, most_nodes=4.0, accounts=())
     """
-    found = []
+    partitions = []
     for line in text.splitlines():
         facts = dict(word.partition("=")[::2] for word in line.split())
         if "PartitionName" in facts:
             allowed = facts.get("AllowAccounts", "ALL")
-            found.append(
+            partitions.append(
                 Partition(
                     name=facts["PartitionName"],
                     is_default=facts.get("Default") == "YES",
@@ -65,7 +65,7 @@ def read_partitions(text: str) -> list[Partition]:
                     accounts=() if allowed == "ALL" else tuple(allowed.split(",")),
                 )
             )
-    return found
+    return partitions
 
 
 def read_nodes(text: str) -> list[Node]:
@@ -74,11 +74,11 @@ def read_nodes(text: str) -> list[Node]:
     >>> read_nodes("n1|64|515000|gpu:a100:4(S:0-1)|a100,ib|mixed")[0].gpus
     4
     """
-    found = []
+    nodes = []
     for line in text.splitlines():
         name, cores, megabytes, gres, features, state = line.strip().split("|")
         counts = re.findall(r"\bgpu(?::[^,:(]+)?:(\d+)", gres)
-        found.append(
+        nodes.append(
             Node(
                 name=name,
                 cores=int(cores.rstrip("+")),
@@ -89,46 +89,41 @@ def read_nodes(text: str) -> list[Node]:
                 state=state,
             )
         )
-    return found
+    return nodes
 
 
 def check_partition(profile: Profile, partitions: Sequence[Partition]) -> tuple[Check, Partition | None]:
     """Check that the profile's partition exists and takes jobs; returns it, too."""
     names = [p.name for p in partitions]
-    if profile.partition is None:
-        found = next((p for p in partitions if p.is_default), None)
-        if found is None:
-            detail = f"the profile names none, and the cluster has no default among {', '.join(names) or 'none at all'}"
-            return Check(name="partition", status=FAIL, detail=detail, fix="fill in partition in the profile"), None
-    else:
-        found = next((p for p in partitions if p.name == profile.partition), None)
-        if found is None:
-            fix = f"correct partition in the profile; {nearest(profile.partition, names)}"
-            detail = f"{profile.partition}: the cluster has no such partition"
-            return Check(name="partition", status=FAIL, detail=detail, fix=fix), None
-    default = ", the cluster's default" if profile.partition is None else ""
-    if found.state != "UP":
+    is_meant = (lambda p: p.is_default) if profile.partition is None else (lambda p: p.name == profile.partition)
+    partition = next(filter(is_meant, partitions), None)
+    if partition is None and profile.partition is None:
+        detail = f"the profile names none, and the cluster has no default among {', '.join(names) or 'none at all'}"
+        return Check.failure("partition", detail, "fill in partition in the profile"), None
+    if partition is None:
+        fix = f"correct partition in the profile; {nearest(str(profile.partition), names)}"
+        return Check.failure("partition", f"{profile.partition}: the cluster has no such partition", fix), None
+    named = partition.name if profile.partition else f"{partition.name}, the cluster's default"
+    if partition.state != "UP":
         fix = "ask the administrators, or take another partition"
-        detail = f"{found.name}{default}: its state is {found.state}"
-        return Check(name="partition", status=FAIL, detail=detail, fix=fix), found
-    return Check(name="partition", status=PASS, detail=f"{found.name}{default}"), found
+        return Check.failure("partition", f"{named}: its state is {partition.state}", fix), partition
+    return Check.ok("partition", named), partition
 
 
 def check_time_limit(profile: Profile, partition: Partition) -> Check:
     """Check that the partition allows the profile's time limit."""
     if profile.timeout_min > partition.most_min:
-        return Check(
-            name="time limit",
-            status=FAIL,
-            detail=f"{profile.timeout_min} min; {partition.name} allows {partition.most_min:.0f}",
-            fix=f"timeout_min: {partition.most_min:.0f} in the profile; a run requeues itself until it is done",
+        return Check.failure(
+            "time limit",
+            f"{profile.timeout_min} min; {partition.name} allows {partition.most_min:.0f}",
+            f"timeout_min: {partition.most_min:.0f} in the profile; a run requeues itself until it is done",
         )
-    return Check(name="time limit", status=PASS, detail=f"{profile.timeout_min} min")
+    return Check.ok("time limit", f"{profile.timeout_min} min")
 
 
 def nodes_that_fit(profile: Profile, nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes that have what a full one of the profile asks for."""
-    cores, memory_gb = _asked(profile)
+    cores, memory_gb = _required(profile)
     feature = _feature(profile)
     return [
         node
@@ -143,51 +138,49 @@ def nodes_that_fit(profile: Profile, nodes: Sequence[Node]) -> list[Node]:
 def check_nodes(profile: Profile, partition: Partition, nodes: Sequence[Node]) -> Check:
     """Check that nodes of the partition have what a full one of the profile asks for, and are up."""
     fitting, plain = nodes_that_fit(profile, nodes), _feature(profile)
-    asked = _amounts(profile.gpus_per_node, *_asked(profile)) + (f" and {plain}" if plain else "")
+    required = _amounts(profile.gpus_per_node, *_required(profile)) + (f" and {plain}" if plain else "")
     if not fitting:
         best = max(nodes, key=lambda n: (n.gpus, n.cores, n.memory_gb), default=None)
-        detail = f"none of the {len(nodes)} nodes of {partition.name} has {asked}"
+        detail = f"none of the {len(nodes)} nodes of {partition.name} has {required}"
         if best is None:
             fix = "take another partition"
         else:
             has = _amounts(best.gpus, best.cores, best.memory_gb)
-            told = f" and the features {', '.join(best.features) or 'none'}" if plain else ""
-            fix = f"lower gpus_per_node, cpus_per_gpu or mem_gb_per_gpu: {best.name} has {has}{told}"
-        return Check(name="nodes", status=FAIL, detail=detail, fix=fix)
+            features = f" and the features {', '.join(best.features) or 'none'}" if plain else ""
+            fix = f"lower gpus_per_node, cpus_per_gpu or mem_gb_per_gpu: {best.name} has {has}{features}"
+        return Check.failure("nodes", detail, fix)
     up = [node for node in fitting if not node.state.lower().startswith(_UNUSABLE)]
     most = f"; a job may have {partition.most_nodes:.0f}" if math.isfinite(partition.most_nodes) else ""
-    detail = f"{len(fitting)} of {len(nodes)} in {partition.name} have {asked}{most}"
+    detail = f"{len(fitting)} of {len(nodes)} in {partition.name} have {required}{most}"
     if not up:
         states = ", ".join(sorted({node.state for node in fitting}))
-        return Check(name="nodes", status=WARN, detail=f"{detail}, but none is up ({states})", fix="wait, or ask why")
-    return Check(name="nodes", status=PASS, detail=f"{detail}, {len(up)} up")
+        return Check.warning("nodes", f"{detail}, but none is up ({states})", "wait, or ask why")
+    return Check.ok("nodes", f"{detail}, {len(up)} up")
 
 
 def check_account(profile: Profile, partition: Partition, accounts: Sequence[str] | None) -> Check:
     """Check that this user may use the profile's account there; `accounts` None = the cluster tells none."""
     if accounts is None:
         named = profile.account or "none named"
-        return Check(name="account", status=PASS, detail=f"{named}; not to be checked: sacctmgr tells none here")
+        return Check.ok("account", f"{named}; not to be checked: sacctmgr tells none here")
     allowed = [a for a in accounts if not partition.accounts or a in partition.accounts]
     listed = ", ".join(allowed)
     if not allowed:
         detail = f"this user has no account that may use {partition.name}"
-        return Check(name="account", status=FAIL, detail=detail, fix="ask the administrators for one")
+        return Check.failure("account", detail, "ask the administrators for one")
     if profile.account is None:
-        return Check(name="account", status=PASS, detail=f"the cluster's default, of {listed}")
+        return Check.ok("account", f"the cluster's default, of {listed}")
     if profile.account not in allowed:
         fix = f"correct account in the profile: {listed}"
-        detail = f"{profile.account}: not one of this user's that may use {partition.name}"
-        return Check(name="account", status=FAIL, detail=detail, fix=fix)
-    return Check(name="account", status=PASS, detail=profile.account)
+        return Check.failure("account", f"{profile.account}: not one of this user's that may use {partition.name}", fix)
+    return Check.ok("account", profile.account)
 
 
 def check_accepted(refusal: str | None, answer: str) -> Check:
     """Check what SLURM says to a job of one full node, without submitting it."""
     if refusal is not None:
-        fix = "correct what SLURM names in the profile"
-        return Check(name="a job", status=FAIL, detail=f"SLURM would refuse it: {refusal}", fix=fix)
-    return Check(name="a job", status=PASS, detail=f"SLURM would take it: {answer}")
+        return Check.failure("a job", f"SLURM would refuse it: {refusal}", "correct what SLURM names in the profile")
+    return Check.ok("a job", f"SLURM would take it: {answer}")
 
 
 def check_stack(names: str, torch_version: str, cuda_build: str | None) -> list[Check]:
@@ -198,8 +191,8 @@ def check_stack(names: str, torch_version: str, cuda_build: str | None) -> list[
     built_for = f"CUDA {cuda_build}" if cuda_build else "the CPU"
     detail = f"V100 nodes need an older one; here is torch {torch_version} for {built_for}"
     if not numbers or numbers > (12, 6):
-        return [Check(name="stack", status=FAIL, detail=detail, fix=f"{VOLTA_PINS}; then submit from there")]
-    return [Check(name="stack", status=PASS, detail=detail)]
+        return [Check.failure("stack", detail, f"{VOLTA_PINS}; then submit from there")]
+    return [Check.ok("stack", detail)]
 
 
 def check_probe(profile: Profile, facts: Mapping[str, Any], folder: str) -> list[Check]:
@@ -207,18 +200,16 @@ def check_probe(profile: Profile, facts: Mapping[str, Any], folder: str) -> list
     where = facts["host"]
     if facts.get("failure"):
         fix = "install hpcssl where the nodes see it, or add what it needs to setup in the profile"
-        detail = f"{where}: python {facts['python']}, but {facts['failure']}"
-        checks = [Check(name="python on a node", status=FAIL, detail=detail, fix=fix)]
+        checks = [Check.failure("python on a node", f"{where}: python {facts['python']}, but {facts['failure']}", fix)]
     else:
         detail = f"{where}: python {facts['python']}, hpcssl {facts['hpcssl']}, torch {facts['torch']}"
-        checks = [Check(name="python on a node", status=PASS, detail=detail)]
+        checks = [Check.ok("python on a node", detail)]
         checks += _gpu_checks(profile, facts)
     if facts["folder"]:
-        checks.append(Check(name="shared folder", status=PASS, detail=f"{where} reads and writes {folder}"))
+        checks.append(Check.ok("shared folder", f"{where} reads and writes {folder}"))
     else:
         fix = "run in a folder of a shared file system, or name one with --out"
-        detail = f"{where} does not see, or may not write, {folder}"
-        checks.append(Check(name="shared folder", status=FAIL, detail=detail, fix=fix))
+        checks.append(Check.failure("shared folder", f"{where} does not see, or may not write, {folder}", fix))
     return checks
 
 
@@ -226,9 +217,9 @@ def check_no_probe(words: str, *, busy: bool) -> Check:
     """Tell why no process on a node has told anything; `busy` = none was free, which is no fault of the profile."""
     if busy:
         fix = "run hpcssl doctor again when a node is free"
-        return Check(name="python on a node", status=WARN, detail=f"not looked at: {words}", fix=fix)
+        return Check.warning("python on a node", f"not looked at: {words}", fix)
     fix = "see that this Python lies where the nodes see it, and that setup in the profile works there"
-    return Check(name="python on a node", status=FAIL, detail=words, fix=fix)
+    return Check.failure("python on a node", words, fix)
 
 
 def _gpu_checks(profile: Profile, facts: Mapping[str, Any]) -> list[Check]:
@@ -237,13 +228,13 @@ def _gpu_checks(profile: Profile, facts: Mapping[str, Any]) -> list[Check]:
     if not facts["gpus"]:
         detail = f"{facts['host']}: torch (CUDA {facts['cuda'] or 'none: built for the CPU'}) sees no GPU"
         fix = "install a torch for CUDA that suits the node's driver; see that the partition has GPUs"
-        return [Check(name="gpu on a node", status=FAIL, detail=detail, fix=fix)]
+        return [Check.failure("gpu on a node", detail, fix)]
     kind, capability, memory_gib = facts["gpus"][0]
     check = check_gpu(0, kind, tuple(capability), memory_gib, facts["archs"])
     return [Check(name="gpu on a node", status=check.status, detail=check.detail, fix=check.fix)]
 
 
-def _asked(profile: Profile) -> tuple[int, float]:
+def _required(profile: Profile) -> tuple[int, float]:
     """Return (cores, GB) that a profile asks for on each node."""
     ranks = profile.gpus_per_node or 1
     return profile.cpus_per_gpu * ranks, (profile.mem_gb_per_gpu or 0) * ranks
@@ -265,10 +256,10 @@ def _minutes(text: str) -> float:
     >>> _minutes("1-12:30:00"), _minutes("00:02:00"), _minutes("UNLIMITED")
     (2190.0, 2.0, inf)
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not match:
         return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 

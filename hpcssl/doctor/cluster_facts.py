@@ -61,6 +61,8 @@ def diagnose_cluster(profile: Profile, name: str, out: Path) -> list[Check]:
     name : of the profile
     out : folder that the nodes must see
     """
+    import torch
+
     answer = _ask("scontrol", "show", "partition", "--oneliner")
     if isinstance(answer, Check):
         return [answer]
@@ -80,7 +82,7 @@ def diagnose_cluster(profile: Profile, name: str, out: Path) -> list[Check]:
     meant = " ".join(
         [name, partition.name, profile.constraint or "", *{node.gpu_kinds for node in nodes_that_fit(profile, nodes)}]
     )
-    checks += _stack(meant)
+    checks += check_stack(meant, torch.__version__, torch.version.cuda)
     return checks if accepted.status == FAIL else [*checks, *_probe(profile, out)]
 
 
@@ -95,7 +97,7 @@ def _ask(*command: str) -> str | Check:
         detail, fix = f"{command[0]} gave no answer within {_ANSWER_S:.0f} s", "try again when the controller answers"
     except subprocess.CalledProcessError as error:
         detail, fix = f"{command[0]}: {_words(error.stderr)}", "see that SLURM runs and that SLURM_CONF is right"
-    return Check(name="slurm", status=FAIL, detail=detail, fix=fix)
+    return Check.failure("slurm", detail, fix)
 
 
 def _accounts() -> list[str] | None:
@@ -106,7 +108,7 @@ def _accounts() -> list[str] | None:
     return None if isinstance(answer, Check) else sorted({line.strip("|") for line in answer.split()})
 
 
-def _asked(profile: Profile) -> list[str]:
+def _options(profile: Profile) -> list[str]:
     """Return what names the nodes in sbatch and srun."""
     named = {"partition": profile.partition, "account": profile.account, "constraint": profile.constraint}
     return [f"--{option}={value}" for option, value in named.items() if value]
@@ -114,7 +116,7 @@ def _asked(profile: Profile) -> list[str]:
 
 def _would_be_accepted(profile: Profile) -> Check:
     ranks = profile.gpus_per_node or 1
-    command = ["sbatch", "--test-only", *_asked(profile), "--nodes=1", f"--ntasks-per-node={ranks}"]
+    command = ["sbatch", "--test-only", *_options(profile), "--nodes=1", f"--ntasks-per-node={ranks}"]
     command += [f"--cpus-per-task={profile.cpus_per_gpu}", f"--time={profile.timeout_min}", "--wrap=true"]
     if profile.gpus_per_node:
         command.append(f"--gpus-per-node={profile.gpus_per_node}")
@@ -128,29 +130,23 @@ def _would_be_accepted(profile: Profile) -> Check:
     return check_accepted(words if done.returncode else None, words)
 
 
-def _stack(meant: str) -> list[Check]:
-    import torch
-
-    return check_stack(meant, torch.__version__, torch.version.cuda)
-
-
 def _probe(profile: Profile, out: Path) -> list[Check]:
     """Run a process on a node for a moment."""
     folder = out.resolve()
     token, file = secrets.token_hex(8), folder / f".hpcssl-doctor-{secrets.token_hex(4)}"
-    command = ["srun", *_asked(profile), "--nodes=1", "--ntasks=1", f"--cpus-per-task={profile.cpus_per_gpu}"]
+    command = ["srun", *_options(profile), "--nodes=1", "--ntasks=1", f"--cpus-per-task={profile.cpus_per_gpu}"]
     command += [f"--immediate={_FREE_NODE_S}", "--time=5", "--job-name=hpcssl-doctor", "--quiet"]
     if profile.gpus_per_node:
         command.append("--gpus-per-node=1")
     command += ["bash", "-c", "\n".join([*profile.batch_setup, 'exec "$0" "$@"'])]
     try:
         file.write_text(token)
-        code, told, words = _run([*command, sys.executable, "-c", _PROBE, str(file), token])
+        code, output, words = _run([*command, sys.executable, "-c", _PROBE, str(file), token])
     finally:
         file.unlink(missing_ok=True)
-    found = re.search(r"^\{.*\}$", told, re.MULTILINE)
-    if found:
-        return check_probe(profile, json.loads(found[0]), str(folder))
+    facts = re.search(r"^\{.*\}$", output, re.MULTILINE)
+    if facts:
+        return check_probe(profile, json.loads(facts[0]), str(folder))
     if code is None:
         return [check_no_probe(f"no answer within {_PROBE_S:.0f} s {words}".strip(), busy=True)]
     if "Immediate" in words or "busy" in words:
@@ -162,12 +158,12 @@ def _run(command: Sequence[str]) -> tuple[int | None, str, str]:
     """Return exit code (None = out of time), output and errors; srun takes its job with it when it is terminated."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        told, words = process.communicate(timeout=_PROBE_S)
-        return process.returncode, told, _words(words)
+        output, errors = process.communicate(timeout=_PROBE_S)
+        return process.returncode, output, _words(errors)
     except subprocess.TimeoutExpired:
         process.terminate()
-        told, words = process.communicate()
-        return None, told, _words(words)
+        output, errors = process.communicate()
+        return None, output, _words(errors)
 
 
 def _words(text: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 SLURM_TIMEOUT_S = 5.0
@@ -25,12 +28,37 @@ class Check:
     detail: str
     fix: str = ""  # what to do about a warn or fail
 
+    @classmethod
+    def ok(cls, name: str, detail: str) -> Check:
+        """Return the line of what works."""
+        return cls(name=name, status=PASS, detail=detail)
+
+    @classmethod
+    def warning(cls, name: str, detail: str, fix: str) -> Check:
+        """Return the line of what the main job works without."""
+        return cls(name=name, status=WARN, detail=detail, fix=fix)
+
+    @classmethod
+    def failure(cls, name: str, detail: str, fix: str) -> Check:
+        """Return the line of what does not work."""
+        return cls(name=name, status=FAIL, detail=detail, fix=fix)
+
+
+def requirement_of(package: str) -> Requirement:
+    """Return what the installed hpcssl requires of a package, as its metadata say.
+
+    >>> str(requirement_of("timm"))
+    'timm>=1.0.9'
+    """
+    requirements = map(Requirement, importlib.metadata.requires("hpcssl") or ())
+    return next(r for r in requirements if r.name == package and (r.marker is None or r.marker.evaluate({"extra": ""})))
+
 
 def check_python(version: Sequence[int]) -> Check:
     """Check for Python 3.10 to 3.13."""
     detail = ".".join(map(str, version))
     if (3, 10) <= tuple(version[:2]) <= (3, 13):
-        return Check(name="python", status=PASS, detail=detail)
+        return Check.ok("python", detail)
     newer = tuple(version[:2]) > (3, 13)
     return Check(
         name="python",
@@ -40,45 +68,38 @@ def check_python(version: Sequence[int]) -> Check:
     )
 
 
-def check_package(name: str, version: str | None, least: str, purpose: str) -> Check:
-    """Check a required package: present and new enough."""
+def check_package(name: str, version: str | None, purpose: str) -> Check:
+    """Check a required package: present, and of a version that hpcssl allows."""
+    requirement = requirement_of(name)
     if version is None:
-        return Check(
-            name=name, status=FAIL, detail=f"not installed; {purpose} need it", fix=f"pip install '{name}>={least}'"
-        )
-    if _numbers(version) < _numbers(least):
-        fix = f"pip install -U '{name}>={least}'"
-        return Check(name=name, status=FAIL, detail=f"{version}; expected {least} or newer", fix=fix)
-    return Check(name=name, status=PASS, detail=version)
+        return Check.failure(name, f"not installed; {purpose} need it", f"pip install '{requirement}'")
+    # of a development version, the release that it leads to
+    if not requirement.specifier.contains(Version(version).base_version):
+        allowed = re.sub(r"^>=([^,]+)$", r"\1 or newer", str(requirement.specifier))
+        detail, fix = f"{version}; expected {allowed}", f"pip install -U '{requirement}'"
+        return Check.failure(name, detail, fix)
+    return Check.ok(name, version)
 
 
 def check_torch(version: str, threads: int, cpu_count: int) -> Check:
     """Check torch and tell its CPU threads."""
-    check = check_package("torch", version, "2.4", "all models")
+    check = check_package("torch", version, "all models")
     if check.status == FAIL:
         return check
-    return Check(name="torch", status=PASS, detail=f"{version}, {threads} threads on {cpu_count} CPUs")
+    return Check.ok("torch", f"{version}, {threads} threads on {cpu_count} CPUs")
 
 
 def check_no_gpu(cuda_build: str | None, driver: bool) -> Check:
     """Check why torch sees no GPU: none here, a CPU build of torch, or a driver that it cannot use."""
     if not driver:
-        return Check(
-            name="gpu",
-            status=WARN,
-            detail="none; not needed for the demo or small runs",
-            fix="pretrain at scale on GPU nodes",
-        )
+        return Check.warning("gpu", "none; not needed for the demo or small runs", "pretrain at scale on GPU nodes")
     if cuda_build is None:
         fix = "pip install --force-reinstall torch torchvision, builds for CUDA (see pytorch.org)"
-        return Check(
-            name="gpu", status=WARN, detail="the machine has a driver, but this torch is built for the CPU", fix=fix
-        )
-    return Check(
-        name="gpu",
-        status=WARN,
-        detail=f"torch (CUDA {cuda_build}) cannot use the driver; nothing will run on a GPU",
-        fix="compare the CUDA version of nvidia-smi with torch's, and look at CUDA_VISIBLE_DEVICES",
+        return Check.warning("gpu", "the machine has a driver, but this torch is built for the CPU", fix)
+    return Check.warning(
+        "gpu",
+        f"torch (CUDA {cuda_build}) cannot use the driver; nothing will run on a GPU",
+        "compare the CUDA version of nvidia-smi with torch's, and look at CUDA_VISIBLE_DEVICES",
     )
 
 
@@ -88,21 +109,21 @@ def check_gpu(index: int, name: str, capability: tuple[int, int], memory_gib: fl
     detail = f"{name}, {memory_gib:.0f} GiB, {sm}"
     if not _holds_code(capability, arch_list):
         fix = VOLTA_PINS if capability == (7, 0) else f"install a torch whose torch.cuda.get_arch_list() holds {sm}"
-        held = f"this torch holds no code for it, only {' '.join(arch_list) or 'none'}"
-        return Check(name=where, status=FAIL, detail=f"{detail}; {held}", fix=fix)
+        lack = f"this torch holds no code for it, only {' '.join(arch_list) or 'none'}"
+        return Check.failure(where, f"{detail}; {lack}", fix)
     precision = "bf16" if capability >= (8, 0) else "fp16 with loss scaling (no bf16)"
-    return Check(name=where, status=PASS, detail=f"{detail}; precision: {precision}")
+    return Check.ok(where, f"{detail}; precision: {precision}")
 
 
 def check_dali(package: str | None, failure: str | None) -> Check:
     """Check DALI, which is optional; its CPU pipelines work without a GPU."""
     install = "pip install '.[dali]' (V100: '.[dali-cuda12]')"
     if package is None:
-        return Check(name="dali", status=WARN, detail="not installed; not needed for the CPU backends", fix=install)
+        return Check.warning("dali", "not installed; not needed for the CPU backends", install)
     if failure:
         detail = f"{package} does not import ({failure}); not needed for the CPU backends"
-        return Check(name="dali", status=WARN, detail=detail, fix=f"pip uninstall {package.split()[0]}, then {install}")
-    return Check(name="dali", status=PASS, detail=f"{package}; its CPU pipelines work without a GPU")
+        return Check.warning("dali", detail, f"pip uninstall {package.split()[0]}, then {install}")
+    return Check.ok("dali", f"{package}; its CPU pipelines work without a GPU")
 
 
 def check_pillow(pillow: str | None, simd: str | None, module: str, turbo: bool) -> Check:
@@ -110,25 +131,23 @@ def check_pillow(pillow: str | None, simd: str | None, module: str, turbo: bool)
     again = "pip uninstall -y pillow pillow-simd && pip install pillow (or '.[simd]')"
     if pillow and simd:
         detail = f"pillow {pillow} and pillow-simd {simd} are both installed, over each other (PIL is {module})"
-        return Check(name="pillow", status=FAIL, detail=detail, fix=again)
+        return Check.failure("pillow", detail, again)
     if not pillow and not simd:
-        return Check(name="pillow", status=FAIL, detail=f"PIL {module} is of no known package", fix=again)
+        return Check.failure("pillow", f"PIL {module} is of no known package", again)
     used = f"pillow-simd {simd}" if simd else f"pillow {pillow}"
     if not turbo:
         detail = f"{used} without libjpeg-turbo: JPEG decoding is several times slower"
-        return Check(
-            name="pillow", status=WARN, detail=detail, fix="pip install --force-reinstall pillow, a binary wheel"
-        )
+        return Check.warning("pillow", detail, "pip install --force-reinstall pillow, a binary wheel")
     hint = "" if simd else "; pillow-simd is not needed, but resizes faster ('.[simd]')"
-    return Check(name="pillow", status=PASS, detail=f"{used} with libjpeg-turbo{hint}")
+    return Check.ok("pillow", f"{used} with libjpeg-turbo{hint}")
 
 
 def check_openslide(version: str | None, failure: str | None) -> Check:
     """Check OpenSlide, which is optional."""
     if failure is None:
-        return Check(name="openslide", status=PASS, detail=version or "found")
+        return Check.ok("openslide", version or "found")
     detail = f"not usable ({failure}); not needed for JPEG tiles"
-    return Check(name="openslide", status=WARN, detail=detail, fix="pip install openslide-python openslide-bin")
+    return Check.warning("openslide", detail, "pip install openslide-python openslide-bin")
 
 
 def check_slurm(missing: Sequence[str], answer: str | None) -> Check:
@@ -136,11 +155,11 @@ def check_slurm(missing: Sequence[str], answer: str | None) -> Check:
     unneeded = "not needed on one machine"
     if missing:
         fix = "run on a login node of the cluster, or load its slurm module"
-        return Check(name="slurm", status=WARN, detail=f"no {' and no '.join(missing)} on PATH; {unneeded}", fix=fix)
+        return Check.warning("slurm", f"no {' and no '.join(missing)} on PATH; {unneeded}", fix)
     if answer is None:
         detail = f"sinfo gave no answer within {SLURM_TIMEOUT_S:.0f} s; {unneeded}"
-        return Check(name="slurm", status=WARN, detail=detail, fix="see whether slurmctld is up: scontrol ping")
-    return Check(name="slurm", status=PASS, detail=f"partitions: {answer or 'none listed'}")
+        return Check.warning("slurm", detail, "see whether slurmctld is up: scontrol ping")
+    return Check.ok("slurm", f"partitions: {answer or 'none listed'}")
 
 
 def check_disk(folder: Path, free_gib: float, writable: bool) -> Check:
@@ -148,52 +167,51 @@ def check_disk(folder: Path, free_gib: float, writable: bool) -> Check:
     detail = f"{free_gib:.1f} GiB free in {folder}"
     if not writable:
         fix = "choose another folder with --out"
-        return Check(name="disk", status=FAIL, detail=f"{detail}, not writable for this user", fix=fix)
+        return Check.failure("disk", f"{detail}, not writable for this user", fix)
     if free_gib < 20:
         status = FAIL if free_gib < 1 else WARN
         return Check(
             name="disk", status=status, detail=detail, fix="free some space, or choose another folder with --out"
         )
-    return Check(name="disk", status=PASS, detail=detail)
+    return Check.ok("disk", detail)
 
 
 def check_shared_memory(size_gib: float | None) -> Check:
     """Check /dev/shm, through which loader and ranks hand over batches."""
     if size_gib is None:
         detail = "no /dev/shm here; batches between processes go through files"
-        return Check(name="shared memory", status=WARN, detail=detail, fix="run on Linux for training at scale")
+        return Check.warning("shared memory", detail, "run on Linux for training at scale")
     if size_gib < 1:
         fix = "enlarge it: docker run --shm-size=8g, or mount -o remount,size=8G /dev/shm"
-        return Check(name="shared memory", status=WARN, detail=f"{size_gib:.2f} GiB in /dev/shm, under 1 GiB", fix=fix)
-    return Check(name="shared memory", status=PASS, detail=f"{size_gib:.1f} GiB in /dev/shm")
+        return Check.warning("shared memory", f"{size_gib:.2f} GiB in /dev/shm, under 1 GiB", fix)
+    return Check.ok("shared memory", f"{size_gib:.1f} GiB in /dev/shm")
 
 
 def check_open_files(soft: int, hard: int) -> Check:
     """Check the limit on open files (-1: none), which the shards of a packed store and the ranks share."""
     if soft < 0 or soft >= 4096:
-        return Check(name="open files", status=PASS, detail="no limit" if soft < 0 else f"limit {soft}")
+        return Check.ok("open files", "no limit" if soft < 0 else f"limit {soft}")
     fix = "ulimit -n 65536" if hard < 0 or hard >= 65536 else f"ulimit -n {hard}; ask for more in limits.conf"
     detail = f"limit {soft}; not needed for the demo, but stores of thousands of shards want 4096 or more"
-    return Check(name="open files", status=WARN, detail=detail, fix=fix)
+    return Check.warning("open files", detail, fix)
 
 
 def check_processes(start_methods: Sequence[str], gloo_failure: str | None) -> Check:
     """Check that ranks can start and meet on this machine's CPU."""
     if gloo_failure:
         fix = "see that this host's name resolves (getent hosts $(hostname)), or set GLOO_SOCKET_IFNAME=lo"
-        return Check(name="processes", status=FAIL, detail=f"gloo does not start: {gloo_failure}", fix=fix)
+        return Check.failure("processes", f"gloo does not start: {gloo_failure}", fix)
     if "fork" not in start_methods:
         detail = "gloo works, but no fork here: loader processes start slowly"
-        return Check(name="processes", status=WARN, detail=detail, fix="run on Linux for training at scale")
-    return Check(name="processes", status=PASS, detail="fork and gloo work")
+        return Check.warning("processes", detail, "run on Linux for training at scale")
+    return Check.ok("processes", "fork and gloo work")
 
 
 def check_temp_folder(folder: str, failure: str | None) -> Check:
     """Check that temporary files can be written."""
     if failure:
-        fix = "set TMPDIR to a writable folder with free space"
-        return Check(name="temp folder", status=FAIL, detail=f"{folder}: {failure}", fix=fix)
-    return Check(name="temp folder", status=PASS, detail=f"{folder} is writable")
+        return Check.failure("temp folder", f"{folder}: {failure}", "set TMPDIR to a writable folder with free space")
+    return Check.ok("temp folder", f"{folder} is writable")
 
 
 def _holds_code(capability: tuple[int, int], arch_list: Iterable[str]) -> bool:
@@ -203,21 +221,11 @@ def _holds_code(capability: tuple[int, int], arch_list: Iterable[str]) -> bool:
     """
     for arch in arch_list:
         kind, _, number = arch.partition("_")
-        found = re.match(r"(\d+)(\d)", number)
-        if not found:
+        match = re.match(r"(\d+)(\d)", number)
+        if not match:
             continue
-        major, minor = int(found[1]), int(found[2])
+        major, minor = int(match[1]), int(match[2])
         same_major = major == capability[0] and minor <= capability[1]
         if same_major or (kind == "compute" and (major, minor) <= capability):
             return True
     return False
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version.
-
-    >>> _numbers("2.15.0+cpu") >= _numbers("2.4")
-    True
-    """
-    leading: Any = re.match(r"[\d.]+", version)
-    return tuple(int(part) for part in leading[0].split(".") if part)

@@ -18,7 +18,6 @@ from hpcssl.embed.sources import Embedder, Source, best_device
 from hpcssl.features.feature_files import SUFFIX, write_slide
 from hpcssl.features.feature_folder import INDEX_NAME, write_index
 from hpcssl.loader.pillow import whole_tile
-from hpcssl.stores.kinds import open_store
 from hpcssl.stores.store import Store
 
 _BATCH = 128  # tiles of one slide in a forward pass; batches never mix slides, so a slide's features depend on it alone
@@ -91,20 +90,6 @@ def embed_store(
         on_progress(1)
     if bad:
         raise BadTileError(f"{bad[0]}; {len(bad)} of {len(requested)} slides have no features for such a tile")
-
-
-def embed_share(
-    store: Path,
-    encoder: str,
-    out: Path,
-    *,
-    weights: Path | None,
-    tile_px: int | None,
-    threads: int,
-    slides: Sequence[int],
-) -> None:
-    """Embed some slides of a store: one task of a job array."""
-    embed_store(open_store(store), source_of(encoder, weights), out, threads=threads, tile_px=tile_px, slides=slides)
 
 
 def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = None) -> list[int]:

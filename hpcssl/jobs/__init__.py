@@ -1,1 +1,1 @@
-"""Launching: resources, submitit, rendezvous."""
+"""How work is launched: profiles, submitit, SLURM, ranks, requeues, arrays; what the work is, callers say."""

@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What a submission has come to.
+    """What came of a submission.
 
     Attributes
     ----------
@@ -126,9 +126,9 @@ def shares(weights: Sequence[int], num_tasks: int) -> list[list[int]]:
     if num_tasks < 1:
         raise ConfigError(f"--array {num_tasks}; expected at least 1")
     lightest = [(0, task) for task in range(min(num_tasks, len(weights)))]
-    found: list[list[int]] = [[] for _ in lightest]
+    items: list[list[int]] = [[] for _ in lightest]
     for item in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
         weight, task = heappop(lightest)
-        found[task].append(item)
+        items[task].append(item)
         heappush(lightest, (weight + weights[item], task))
-    return [sorted(share) for share in found]
+    return [sorted(share) for share in items]

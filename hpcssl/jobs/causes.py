@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.errors import UserError
-from hpcssl.jobs.cluster import OUT_OF_TIME, log_of_start
+from hpcssl.jobs.batch_script import OUT_OF_TIME, log_of_start
 from hpcssl.jobs.slurm import failed_nodes, job_facts, seconds_left
 from hpcssl.jobs.submission import read_submission
 

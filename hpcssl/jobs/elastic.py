@@ -9,7 +9,9 @@ import re
 from dataclasses import replace
 
 from hpcssl.core.errors import ConfigError, RunError
-from hpcssl.jobs.cluster import Batch, Resources, heeding
+from hpcssl.jobs.batch_script import heeding
+from hpcssl.jobs.cluster import Batch
+from hpcssl.jobs.profile import Resources
 from hpcssl.jobs.slurm import could_start_in_s
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -22,10 +24,10 @@ def parse_gpus(text: str) -> tuple[int, int]:
     >>> parse_gpus("8..24")
     (8, 24)
     """
-    found = _RANGE.fullmatch(text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = _RANGE.fullmatch(text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--gpus {text}: expected MIN..MAX, such as 8..24")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def with_gpus(resources: Resources, fewest: int, most: int, *, global_batch: int) -> Resources:

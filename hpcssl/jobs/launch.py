@@ -10,30 +10,25 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hpcssl.core.atomic import alone
 from hpcssl.core.errors import RunError, UserError
+from hpcssl.jobs import lifecycle
+from hpcssl.jobs.batch_script import python
 from hpcssl.jobs.causes import read_words
-from hpcssl.jobs.cluster import (
-    Batch,
-    Resources,
-    ask_to_stop,
-    live_ranks,
-    python,
-    start_name,
-    stop_local,
-    submit_local,
-)
+from hpcssl.jobs.cluster import Batch, submit_local
 from hpcssl.jobs.elastic import begin_in_s
-from hpcssl.jobs.lifecycle import newest_step
-from hpcssl.jobs.rank import STOP_SIGNALS, catch_stop_signals
+from hpcssl.jobs.local_processes import ask_to_stop, live_ranks, stop_local
+from hpcssl.jobs.profile import Resources
+from hpcssl.jobs.rank_place import start_name
 from hpcssl.jobs.refusal import with_fix
+from hpcssl.jobs.run_start import WORDS, Outcome, RunStart, Work
 from hpcssl.jobs.slurm import queued
+from hpcssl.jobs.stop_signals import STOP_SIGNALS, catch_stop_signals
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
-from hpcssl.jobs.worker import WORDS, PretrainJob
 from hpcssl.runs.history import record_end
 from hpcssl.runs.trace import last_record
 
@@ -70,18 +65,20 @@ def launch(
     resources: Resources,
     cluster: Literal["none", "local"],
     *,
+    work: Work,
     on_step: Callable[[int], None],
     on_words: Callable[[str], None] = lambda line: None,
-) -> str:
-    """Start a prepared run on this machine, and wait for its end; returns `finished` or `stopped`.
+) -> Outcome:
+    """Start a prepared run on this machine, and wait for its end.
 
-    SIGUSR1, SIGUSR2 and SIGTERM have it save and stop. So does Ctrl-C, and is a KeyboardInterrupt then; a second one is
-    that at once.
+    SIGUSR1, SIGUSR2 and SIGTERM have it save and stop. Ctrl-C does the same and then raises KeyboardInterrupt; a second
+    Ctrl-C raises it at once.
 
     Parameters
     ----------
+    work : what every rank does
     on_step : called while waiting with the number of steps done so far
-    on_words : called with every line that the run tells through rank 0, such as a damaged checkpoint that it passed
+    on_words : called with every line that the run says through rank 0, such as a damaged checkpoint that it passed
         over; in this process (`none`) these lines go to stderr by themselves
 
     Raises
@@ -89,26 +86,23 @@ def launch(
     RunError
         With the cause in one line where it is known, else with the log to read.
     """
-    token = _new_token()
+    begun = _Launch(run=run, work=work, on_step=on_step, on_words=on_words)
     try:
-        with _stop_signals(interrupts=cluster == "none") as asked:
+        with _stop_signals(interrupts=cluster == "none") as received:
             write_submission(run, cluster, resources)
-            outcome = (
-                _launch_local(run, resources, token, asked, on_step, on_words)
-                if cluster == "local"
-                else _launch_here(run, token, asked, on_step, on_words)
-            )
+            outcome = begun.local(resources, received) if cluster == "local" else begun.here(received)
     except Exception as error:
         why = str(error) if isinstance(error, UserError) else repr(error)
-        record_end(run, start=start_name(token), job=None, state="failed", why=why, step=newest_step(run))
+        step = lifecycle.newest_step(run)
+        record_end(run, start=start_name(begun.token), job=None, state="failed", why=why, step=step)
         raise
-    _report(run, on_step)
-    if outcome == "stopped" and signal.SIGINT in asked:
+    begun.report()
+    if outcome == "stopped" and signal.SIGINT in received:
         raise KeyboardInterrupt
     return outcome
 
 
-def batch_of(run: Path, resources: Resources, *, wait_min: float) -> Batch:
+def batch_of(run: Path, resources: Resources, *, work: Work, wait_min: float) -> Batch:
     """Return the batch job of a run; asks SLURM when it could start where several numbers of nodes will do.
 
     Raises
@@ -122,20 +116,19 @@ def batch_of(run: Path, resources: Resources, *, wait_min: float) -> Batch:
         token=token,
         folder=run / "logs",
         resources=resources,
-        command=python("hpcssl.jobs.rank", str(run), token),
-        afterwards=python("hpcssl.jobs.lifecycle", str(run), token),
+        command=python(work.__module__, str(run), token),
+        afterwards=python(lifecycle.__name__, str(run), token),
     )
-    try:
+    with _advising():
         return replace(batch, begin_in_s=begin_in_s(batch, wait_min=wait_min))
-    except RunError as error:
-        raise RunError(with_fix(str(error))) from None
 
 
-def submit(run: Path, resources: Resources, *, wait_min: float = 0.0) -> str:
+def submit(run: Path, resources: Resources, *, work: Work, wait_min: float = 0.0) -> str:
     """Submit a prepared run, which is `reserved`, to SLURM; returns the job's id.
 
     Parameters
     ----------
+    work : what every rank does
     wait_min : how long the largest number of nodes is worth waiting for, where fewer will do
 
     Raises
@@ -143,11 +136,9 @@ def submit(run: Path, resources: Resources, *, wait_min: float = 0.0) -> str:
     RunError
         With SLURM's words and what to do about them, where it refuses the job.
     """
-    batch = batch_of(run, resources, wait_min=wait_min)
-    try:
+    batch = batch_of(run, resources, work=work, wait_min=wait_min)
+    with _advising():
         job = batch.submit()
-    except RunError as error:
-        raise RunError(with_fix(str(error))) from None
     write_submission(run, "slurm", resources, wait_min=wait_min, job=job)
     return job
 
@@ -157,131 +148,132 @@ def _new_token() -> str:
 
 
 @contextmanager
+def _advising() -> Iterator[None]:
+    """Add to what SLURM says when it refuses a job what to do about it."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(with_fix(str(error))) from None
+
+
+@contextmanager
 def _stop_signals(*, interrupts: bool) -> Iterator[list[int]]:
     """Collect meanwhile the signals that ask to stop; with `interrupts` the first Ctrl-C, too."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield []
         return
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
-    asked = catch_stop_signals()
+    received = catch_stop_signals()
 
-    def first_interrupt(received: int, frame: object) -> None:
-        asked.append(received)
+    def first_interrupt(number: int, frame: object) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if interrupts:
         signal.signal(signal.SIGINT, first_interrupt)
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _launch_here(
-    run: Path, token: str, asked: list[int], on_step: Callable[[int], None], on_words: Callable[[str], None]
-) -> str:
-    """Train in this process; a thread of its own tells how far it is."""
-    over = threading.Event()
+@dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """A start of a run on this machine, and who is told of it; see `launch`."""
 
-    def tell() -> None:
-        heard = False
-        with suppress(OSError):  # nobody listens any more
-            while not over.wait(_REPORT_S):
-                _report(run, on_step)
-                if asked and not heard:
-                    on_words(f"{_STOPPING}; Ctrl-C ends it at once")
-                heard = bool(asked)
+    run: Path
+    work: Work
+    on_step: Callable[[int], None]
+    on_words: Callable[[str], None]
+    token: str = field(default_factory=_new_token)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        return PretrainJob(str(run), token).on_rank(asked)
-    finally:
-        over.set()
-        teller.join()
+    def report(self) -> None:
+        """Tell how many steps are done."""
+        if record := last_record(self.run):
+            self.on_step(record["step"])
 
+    def here(self, received: list[int]) -> Outcome:
+        """Work in this process; a thread of its own tells how far it is."""
+        over = threading.Event()
 
-def _launch_local(
-    run: Path,
-    resources: Resources,
-    token: str,
-    asked: list[int],
-    on_step: Callable[[int], None],
-    on_words: Callable[[str], None],
-) -> str:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    work = PretrainJob(str(run.resolve()), token, launcher_pid=os.getpid(), visible_gpus=visible)
-    job = submit_local(work, run / "logs", resources, name=f"hpcssl-{run.name}")
-    try:
-        return _wait(job, run, token, asked, on_step, on_words)
-    except RunError:  # the other ranks wait for one that is gone
-        stop_local(job, grace_s=0)
-        if asked and not read_words(run, start_name(token)):  # it was asked before it could hear
-            return "stopped"
-        raise
-    except BaseException:
-        stop_local(job, grace_s=_GRACE_S)
-        raise
+        def tell() -> None:
+            is_stopping = False
+            with suppress(OSError):  # nobody listens any more
+                while not over.wait(_REPORT_S):
+                    self.report()
+                    if received and not is_stopping:
+                        self.on_words(f"{_STOPPING}; Ctrl-C ends it at once")
+                    is_stopping = bool(received)
 
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            return RunStart(str(self.run), self.work, self.token).on_rank(received)
+        finally:
+            over.set()
+            teller.join()
 
-def _wait(
-    job: Any,
-    run: Path,
-    token: str,
-    asked: list[int],
-    on_step: Callable[[int], None],
-    on_words: Callable[[str], None],
-) -> str:
-    """Wait for a local job; RunError when a rank has failed, without waiting for those that wait for it."""
-    ranks = job._sub_jobs or [job]
-    missing_since, asked_at, heard = None, None, 0
-    while not job.done():
-        _report(run, on_step)
-        heard = _pass_on(ranks[0].paths.stderr, heard, on_words)
-        now = time.monotonic()
-        if asked and (asked_at is None or now - asked_at > _ASK_AGAIN_S):
-            if asked_at is None:
-                on_words(_STOPPING)
-            ask_to_stop(job)
-            asked_at = now
-        ended = sum(rank.paths.result_pickle.exists() for rank in ranks)
-        live = live_ranks(job)
-        missing = live is not None and len(live) + ended < len(ranks)
-        missing_since = (missing_since or now) if missing else None
-        if missing_since and now - missing_since > _MISSING_S:
-            raise RunError(_cause(run, token, job))
-        time.sleep(_POLL_S)
-    _pass_on(ranks[0].paths.stderr, heard, on_words)
-    if all(rank.paths.result_pickle.exists() and rank.exception() is None for rank in ranks):
-        return "finished" if all(rank.result() == "finished" for rank in ranks) else "stopped"
-    raise RunError(_cause(run, token, job))
+    def local(self, resources: Resources, received: list[int]) -> Outcome:
+        """Start a process for every rank, and wait for them."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        start = RunStart(str(self.run.resolve()), self.work, self.token, os.getpid(), visible)
+        job = submit_local(start, self.run / "logs", resources, name=f"hpcssl-{self.run.name}")
+        try:
+            return self._wait(job, received)
+        except RunError:  # the other ranks wait for one that is gone
+            stop_local(job, grace_s=0)
+            if received and not read_words(self.run, start_name(self.token)):  # it was asked before it could hear
+                return "stopped"
+            raise
+        except BaseException:
+            stop_local(job, grace_s=_GRACE_S)
+            raise
 
+    def _wait(self, job: Any, received: list[int]) -> Outcome:
+        """Wait for a local job; RunError when a rank has failed, without waiting for those that wait for it."""
+        ranks = job._sub_jobs or [job]
+        missing_since, asked_at, heard = None, None, 0
+        while not job.done():
+            self.report()
+            heard = self._pass_on(ranks[0].paths.stderr, heard)
+            now = time.monotonic()
+            if received and (asked_at is None or now - asked_at > _ASK_AGAIN_S):
+                if asked_at is None:
+                    self.on_words(_STOPPING)
+                ask_to_stop(job)
+                asked_at = now
+            ended = sum(rank.paths.result_pickle.exists() for rank in ranks)
+            live = live_ranks(job)
+            missing = live is not None and len(live) + ended < len(ranks)
+            missing_since = (missing_since or now) if missing else None
+            if missing_since and now - missing_since > _MISSING_S:
+                raise RunError(self._cause(job))
+            time.sleep(_POLL_S)
+        self._pass_on(ranks[0].paths.stderr, heard)
+        if all(rank.paths.result_pickle.exists() and rank.exception() is None for rank in ranks):
+            return "finished" if all(rank.result() == "finished" for rank in ranks) else "stopped"
+        raise RunError(self._cause(job))
 
-def _report(run: Path, on_step: Callable[[int], None]) -> None:
-    if record := last_record(run):
-        on_step(record["step"])
+    def _pass_on(self, log: Path, heard: int) -> int:
+        """Pass on what rank 0 has said in its log after so many bytes; returns how many bytes are heard now."""
+        if not log.exists():
+            return heard
+        with log.open("rb") as stream:
+            stream.seek(heard)
+            whole, _, _ = stream.read().rpartition(b"\n")
+        for line in whole.decode(errors="replace").splitlines():
+            if line.startswith(WORDS):
+                self.on_words(line.removeprefix(WORDS))
+        return heard + len(whole) + bool(whole)
 
-
-def _pass_on(log: Path, heard: int, on_words: Callable[[str], None]) -> int:
-    """Pass on what rank 0 has told in its log after so many bytes; returns how many bytes are heard now."""
-    if not log.exists():
-        return heard
-    with log.open("rb") as stream:
-        stream.seek(heard)
-        whole, _, _ = stream.read().rpartition(b"\n")
-    for line in whole.decode(errors="replace").splitlines():
-        if line.startswith(WORDS):
-            on_words(line.removeprefix(WORDS))
-    return heard + len(whole) + bool(whole)
-
-
-def _cause(run: Path, token: str, job: Any) -> str:
-    """Return why a start failed: what a rank told, else a full disk, else where the log is."""
-    words = read_words(run, start_name(token))
-    if words and words[0]["told"]:
-        return str(words[0]["message"])
-    if shutil.disk_usage(run).free < _FULL_BYTES:
-        return f"{run}: the disk is full; free some space, then run the same command again"
-    reason = f"{words[0]['message']} on rank {words[0]['rank']}" if words else "a process ended without a word"
-    return f"{run}: training failed ({reason}); the log is {job.paths.stderr}; the same command goes on where it was"
+    def _cause(self, job: Any) -> str:
+        """Return why a start failed: what a rank told, else a full disk, else where the log is."""
+        run, words = self.run, read_words(self.run, start_name(self.token))
+        if words and words[0]["told"]:
+            return str(words[0]["message"])
+        if shutil.disk_usage(run).free < _FULL_BYTES:
+            return f"{run}: the disk is full; free some space, then run the same command again"
+        reason = f"{words[0]['message']} on rank {words[0]['rank']}" if words else "a process ended without a word"
+        log = job.paths.stderr
+        return f"{run}: training failed ({reason}); the log is {log}; the same command goes on where it was"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hpcssl.core.errors import RunError
 from hpcssl.jobs.causes import why_died, why_ended, why_warned
-from hpcssl.jobs.cluster import Place, restart_count, start_name
+from hpcssl.jobs.rank_place import RankPlace, restart_count, start_name
 from hpcssl.jobs.slurm import is_still, requeue
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.history import End, fail_end, read_end, read_starts, record_end
@@ -26,7 +26,7 @@ _END_RETRY_S = 900.0
 _REFUSED = "; SLURM has not started it again: "
 
 
-def claim(run: Path, start: str, place: Place) -> Generation:
+def claim(run: Path, start: str, place: RankPlace) -> Generation:
     """Take the run over for a start, which the restart history will explain by the end of the one before.
 
     Raises
@@ -54,12 +54,12 @@ def claim(run: Path, start: str, place: Place) -> Generation:
     return Generation.take(run, start=start, job=place.slurm_job, nodes=list(place.nodes), why=why)
 
 
-def finish(run: Path, start: str, place: Place) -> None:
+def finish(run: Path, start: str, place: RankPlace) -> None:
     """Record that a start has come to the end of the run."""
     record_end(run, start=start, job=place.slurm_job, state="finished", why="finished", step=newest_step(run))
 
 
-def stop(run: Path, start: str, place: Place, why: str) -> None:
+def stop(run: Path, start: str, place: RankPlace, why: str) -> None:
     """Record that a start has stopped, and why; on SLURM let it start again, unless SLURM is ending it already.
 
     Raises
@@ -128,11 +128,11 @@ def main(run: str, token: str, exit_code: str) -> int:
     if exit_code == "0":
         return 0
     try:
-        told = afterwards(Path(run), start_name(token), os.environ["SLURM_JOB_ID"])
+        message = afterwards(Path(run), start_name(token), os.environ["SLURM_JOB_ID"])
     except RunError as error:
         sys.stderr.write(f"[hpcssl] error: {error}\n")
         return int(exit_code)
-    sys.stderr.write(f"[hpcssl] {told}\n" if told else "")
+    sys.stderr.write(f"[hpcssl] {message}\n" if message else "")
     return 0
 
 

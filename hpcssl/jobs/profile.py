@@ -1,4 +1,4 @@
-"""What a cluster calls things and what its nodes have: cluster profiles, by name or as a file."""
+"""Cluster profiles (what a cluster calls things, what its nodes have), and what a start asks of such nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import field
 
 from hpcssl.core import config, resources
-from hpcssl.core.config import settings
+from hpcssl.core.config import Above0, AtLeast0, AtLeast1, settings
 from hpcssl.core.errors import ConfigError
 
 _INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -34,21 +34,16 @@ class Profile:
     partition: str | None = None
     account: str | None = None
     constraint: str | None = None
-    gpus_per_node: int = 1
-    cpus_per_gpu: int = 8
-    mem_gb_per_gpu: float | None = None
-    timeout_min: int = 24 * 60
-    signal_lead_s: int = 120
+    gpus_per_node: AtLeast0 = 1
+    cpus_per_gpu: AtLeast1 = 8
+    mem_gb_per_gpu: Above0 | None = None
+    timeout_min: AtLeast1 = 24 * 60
+    signal_lead_s: AtLeast1 = 120
     setup: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     network_interface: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"gpus_per_node": 0, "cpus_per_gpu": 1, "timeout_min": 1, "signal_lead_s": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"profile: {name} = {getattr(self, name)}; expected at least {least}")
-        if self.mem_gb_per_gpu is not None and not self.mem_gb_per_gpu > 0:
-            raise ConfigError(f"profile: mem_gb_per_gpu = {self.mem_gb_per_gpu}; expected above 0, or null")
         if self.signal_lead_s >= 60 * self.timeout_min:
             raise ConfigError(
                 f"profile: signal_lead_s = {self.signal_lead_s}; expected less than timeout_min ="
@@ -68,6 +63,24 @@ class Profile:
         variables = dict.fromkeys(_INTERFACE_VARIABLES, self.network_interface) if self.network_interface else {}
         variables |= self.environment
         return [*self.setup, *(f"export {name}={shlex.quote(value)}" for name, value in variables.items())]
+
+
+@settings
+class Resources:
+    """What a start asks for.
+
+    Attributes
+    ----------
+    nodes : machines
+    fewer_nodes : other numbers of machines, all smaller, that will do when there are not so many (SLURM)
+    processes_per_node : ranks on each
+    profile : what the machines are; its `gpus_per_node` of 0 means ranks without GPUs, else each rank gets one
+    """
+
+    nodes: AtLeast1 = 1
+    fewer_nodes: tuple[int, ...] = ()
+    processes_per_node: AtLeast1 = 1
+    profile: Profile = field(default_factory=lambda: Profile(gpus_per_node=0))
 
 
 def load_profile(name_or_path: str) -> Profile:

@@ -29,11 +29,11 @@ _FIXES = (
 
 def with_fix(words: str) -> str:
     """Return one line for a refusal: SLURM's words, what to change, and what there is."""
-    told = f"SLURM refused the job: {' '.join(words.split())}"
+    message = f"SLURM refused the job: {' '.join(words.split())}"
     for pattern, advice, form in _FIXES:
         if re.search(pattern, words, re.IGNORECASE):
-            return f"{told}; {advice} {_listed(form) if form else ''}".rstrip()
-    return told
+            return f"{message}; {advice} {_listed(form) if form else ''}".rstrip()
+    return message
 
 
 def _listed(form: str) -> str:

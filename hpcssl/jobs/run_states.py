@@ -1,4 +1,4 @@
-"""How runs are: from their folders and SLURM's queue, and nothing else."""
+"""The state of runs, from their folders and SLURM's queue, and nothing else."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     RunError
         For a folder that is not there.
     """
-    found = []
+    runs = []
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"{folder}: no such folder; give a run folder, or one with run folders in it")
-        found += sorted(_runs_in(folder, _DEPTH))
-    return list(dict.fromkeys(found))
+        runs += sorted(_runs_in(folder, _DEPTH))
+    return list(dict.fromkeys(runs))
 
 
 def list_runs(runs: Sequence[Path]) -> list[RunState]:
     """Return how some runs are; asks SLURM once where one of them is its job."""
-    asked = {run: read_submission(run) for run in runs}
-    jobs = [one.job for one in asked.values() if one and one.job]
+    submissions = {run: read_submission(run) for run in runs}
+    jobs = [submission.job for submission in submissions.values() if submission and submission.job]
     queue: dict[str, Queued] | None = None
     with suppress(RunError):  # no SLURM here, or one that does not answer: the folders still tell most
         queue = queued(jobs)
-    return [_state(run, submission, queue) for run, submission in asked.items()]
+    return [_state(run, submission, queue) for run, submission in submissions.items()]
 
 
 def tail(file: Path, lines: int) -> list[str]:
@@ -165,13 +165,13 @@ def _derived(run: Path) -> dict[str, Any]:
 
 def _newest_records(run: Path) -> list[dict[str, Any]]:
     """Return the newest whole lines of the trace."""
-    found = []
+    records = []
     for line in tail(run / FILE_NAME, _RECENT + 1) if (run / FILE_NAME).exists() else ():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:  # it is being written, or its beginning is beyond the tail
             continue
-    return found
+    return records
 
 
 def human_time(seconds: float) -> str:

@@ -38,13 +38,13 @@ class Queued:
 
 def queued(jobs: Iterable[str]) -> dict[str, Queued]:
     """Return those of some jobs that SLURM has not done with; RunError where SLURM does not answer."""
-    wanted = set(jobs)
-    if not wanted:
+    ids = set(jobs)
+    if not ids:
         return {}
     # all of one's own: squeue refuses a list of jobs if it has forgotten one of them
     lines = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%r|%N").splitlines()
     rows = [line.split("|") for line in lines if line.count("|") == 3]
-    return {job: Queued(state=s, reason=reason, nodes=nodes) for job, s, reason, nodes in rows if job in wanted}
+    return {job: Queued(state=s, reason=reason, nodes=nodes) for job, s, reason, nodes in rows if job in ids}
 
 
 def job_facts(job: str, *, retry_s: float = 0.0) -> dict[str, str]:
@@ -85,14 +85,14 @@ def failed_nodes(nodes: Iterable[str], since: float) -> list[str]:
         answer = _ask("scontrol", "--oneliner", "show", "node", ",".join(nodes))
     except RunError:
         return []
-    found = []
+    failed = []
     for line in answer.splitlines():
         facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        begun = _seconds_until(facts.get("SlurmdStartTime", ""))
-        is_new = begun is not None and time.time() + begun > since
+        started = _seconds_until(facts.get("SlurmdStartTime", ""))
+        is_new = started is not None and time.time() + started > since
         if is_new or re.match(r"DOWN|ERROR|FAIL|.*NOT_RESPONDING", facts.get("State", "")):
-            found.append(facts.get("NodeName", "?"))
-    return found
+            failed.append(facts.get("NodeName", "?"))
+    return failed
 
 
 def could_start_in_s(script: str, nodes: int) -> float | None:

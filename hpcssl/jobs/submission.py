@@ -1,4 +1,4 @@
-"""What a run was asked for last, in its folder: `submission.json`, all that it takes to ask for it again."""
+"""The last submission of a run, in its folder: `submission.json` holds all that it takes to submit it again."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from hpcssl.core.atomic import read_json, write_atomic
 from hpcssl.core.config import build, settings, to_mapping
 from hpcssl.core.errors import RunError
-from hpcssl.jobs.cluster import Resources
+from hpcssl.jobs.profile import Resources
 
 FILE = "submission.json"
 
 
 @settings
 class Submission:
-    """A command that started a run.
+    """The last command that started a run.
 
     Attributes
     ----------
@@ -49,10 +49,10 @@ def write_submission(
     run: Path, cluster: str, resources: Resources, *, wait_min: float = 0.0, job: str | None = None
 ) -> None:
     """Write what this process has asked for."""
-    asked = Submission(
+    submission = Submission(
         cluster=cluster, resources=resources, wait_min=wait_min, job=job, host=platform.node(), pid=os.getpid()
     )
-    write_atomic(run / FILE, json.dumps(to_mapping(asked), indent=1) + "\n")
+    write_atomic(run / FILE, json.dumps(to_mapping(submission), indent=1) + "\n")
 
 
 def read_submission(run: Path) -> Submission | None:

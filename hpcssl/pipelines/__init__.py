@@ -1,1 +1,1 @@
-"""The verbs, one module each: what is missing, then here or as a job."""
+"""The verbs, one module each: what is missing is done here, or submitted."""

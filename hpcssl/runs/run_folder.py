@@ -11,7 +11,7 @@ end.json             how the newest start that has ended did so; see hpcssl.runs
 submission.json      what was asked for last, of this machine or of SLURM: all that it takes to ask again
 generations/         fencing: one file a start, saying whose; the newest start owns the folder
 logs/                the launcher's logs
-benchmark/           what follows the run: bench.yaml, features, results; see hpcssl.jobs.follow
+benchmark/           what follows the run: bench.yaml, features, results; see hpcssl.pipelines.follow
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from hpcssl.cli.main import main
 from hpcssl.jobs import causes
 from hpcssl.jobs import run_states as listing
 from hpcssl.jobs.causes import log_file
-from hpcssl.jobs.cluster import Resources
 from hpcssl.jobs.launch import launch
+from hpcssl.jobs.profile import Resources
 from hpcssl.jobs.run_states import find_runs, list_runs
 from hpcssl.jobs.submission import FILE, Submission, read_submission, write_submission
+from hpcssl.pipelines.pretrain_rank import train_rank
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.history import read_end, record_end
 from hpcssl.runs.run_folder import Generation, record_start
@@ -179,7 +180,7 @@ def test_what_cannot_be_done_is_told_in_one_line(runs, tmp_path, capsys, action)
 def test_a_local_run_is_listed_and_its_log_shown(small, runs, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (run,) = runs("a")
-    assert launch(run, Resources(), "local", on_step=lambda step: None) == "finished"
+    assert launch(run, Resources(), "local", work=train_rank, on_step=lambda step: None) == "finished"
     assert read_end(run).state == "finished"
     assert main(["jobs", "logs", str(run), "--lines", "5"]) == 0
     said = capsys.readouterr()

@@ -9,9 +9,10 @@ import pytest
 
 from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
 from hpcssl.embed.baseline import Baseline
-from hpcssl.embed.embedding import embed_share, embed_store, missing_slides, source_of, text_of
+from hpcssl.embed.embedding import embed_store, missing_slides, source_of, text_of
 from hpcssl.embed.sources import Source
 from hpcssl.features.feature_files import read_slide
+from hpcssl.pipelines.embed import EmbedRequest, embed_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +23,7 @@ def run(small, data, tmp_path_factory) -> Path:
 
 
 def _share(data, run: Path, out: Path, slides: list[int]) -> None:
-    embed_share(data.store_path, f"{run}@7", out, weights=None, tile_px=None, threads=1, slides=slides)
+    embed_share(EmbedRequest(store=data.store_path, encoder=f"{run}@7", out=out), slides, threads=1)
 
 
 def _ids(data, numbers: list[int]) -> set[str]:

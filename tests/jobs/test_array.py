@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,23 +13,8 @@ import pytest
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs import array
 from hpcssl.jobs.array import Call, Submitted, job_name, jobs_under_way, shares, submit_calls
-from hpcssl.jobs.cluster import outside_of_a_job
+from hpcssl.jobs.batch_script import outside_of_a_job
 from hpcssl.jobs.profile import Profile
-
-
-@pytest.fixture
-def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a squeue in front of PATH that runs the given line of shell and keeps its arguments."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-
-    def answer(line: str) -> Path:
-        (folder / "squeue").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/asked\n{line}\n')
-        (folder / "squeue").chmod(0o755)
-        return folder / "asked"
-
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
-    return answer
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 7, 397, 500])
@@ -59,19 +45,18 @@ def test_a_jobs_name_is_its_folders_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(names) == 6
 
 
-def test_jobs_under_way_are_asked_for_by_name(squeue) -> None:
-    asked = squeue("printf '17\\n17\\n9\\n'")
+def test_jobs_under_way_are_asked_for_by_name(commands) -> None:
+    commands(squeue="[ $2 = --name=hpcssl-x ] && printf '17\\n17\\n9\\n'")
     assert jobs_under_way("hpcssl-x") == ["17", "9"]
-    assert "--name=hpcssl-x" in asked.read_text().splitlines()
-    squeue("exit 0")
+    commands(squeue="exit 0")
     assert jobs_under_way("hpcssl-x") == []
 
 
-def test_a_slurm_that_does_not_answer_is_told(squeue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    squeue("echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+def test_a_slurm_that_does_not_answer_is_told(commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands(squeue="echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     with pytest.raises(RunError, match="squeue failed: slurm_load_jobs error: Unable to contact"):
         jobs_under_way("x")
-    squeue("exec sleep 30")
+    commands(squeue="exec sleep 30")
     monkeypatch.setattr(array, "_SQUEUE_S", 0.2)
     with pytest.raises(RunError, match="no answer within 0 s"):
         jobs_under_way("x")
@@ -80,20 +65,22 @@ def test_a_slurm_that_does_not_answer_is_told(squeue, monkeypatch: pytest.Monkey
         jobs_under_way("x")
 
 
-def test_nothing_is_submitted_beside_what_is_under_way(squeue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_submitted_beside_what_is_under_way(
+    commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     given = []
     monkeypatch.setattr(array, "submit_array", lambda calls, *rest, **more: given.append(list(calls)) or "42")
     call = Call(print)
-    squeue("echo 17")
+    commands(squeue="echo 17")
     assert submit_calls([call], tmp_path, Profile(), kind="embed") == Submitted(job="17", tasks=0)
     assert given == []
-    squeue("exit 0")
+    commands(squeue="exit 0")
     assert submit_calls([call, call], tmp_path, Profile(), kind="embed") == Submitted(job="42", tasks=2)
     assert given == [[call, call]]
 
 
-def test_a_call_does_the_work_of_its_function(tmp_path: Path) -> None:
-    Call(shutil.rmtree, {"path": tmp_path})()
+def test_a_call_reaches_its_function_in_another_process(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Call(shutil.rmtree, {"path": tmp_path})))()
     assert not tmp_path.exists()
 
 

@@ -9,22 +9,18 @@ from dataclasses import replace
 
 import pytest
 
-from hpcssl.jobs import cluster
-from hpcssl.jobs.cluster import OUT_OF_TIME, Batch, Resources
-from hpcssl.jobs.profile import Profile
+from hpcssl.jobs.batch_script import OUT_OF_TIME, requeue_before_the_limit
+from hpcssl.jobs.cluster import Batch
+from hpcssl.jobs.profile import Profile, Resources
 
 
 @pytest.fixture
-def batch(tmp_path, monkeypatch):
+def batch(tmp_path, commands):
     """A batch job whose ranks are `true`, on a SLURM of shell scripts."""
-    commands = {
-        "srun": 'while [ "${1#-}" != "$1" ]; do case $1 in --output|--error) shift;; esac; shift; done; exec "$@"',
-        "scontrol": f'echo "$@" >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt 1 ]',
-    }
-    for name, line in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    commands(
+        srun='while [ "${1#-}" != "$1" ]; do case $1 in --output|--error) shift;; esac; shift; done; exec "$@"',
+        scontrol=f'echo "$@" >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt 1 ]',
+    )
     resources = Resources(profile=Profile(gpus_per_node=0, cpus_per_gpu=1, timeout_min=1, signal_lead_s=30))
     return Batch(
         name="n", token="t", folder=tmp_path, resources=resources, command=("true",), afterwards=("sh", "-c", "exit $0")
@@ -32,8 +28,9 @@ def batch(tmp_path, monkeypatch):
 
 
 def _run(batch: Batch, *, sleep: str = "exec /bin/sleep $1") -> subprocess.CompletedProcess[str]:
-    (batch.folder / "sleep").write_text(f"#!/bin/sh\n{sleep}\n")
-    (batch.folder / "sleep").chmod(0o755)
+    script = batch.folder / "bin" / "sleep"
+    script.write_text(f"#!/bin/sh\n{sleep}\n")
+    script.chmod(0o755)
     env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
     with (batch.folder / "log").open("w") as log:  # a file, which what is left behind may keep open
         return subprocess.run(
@@ -70,7 +67,7 @@ def test_a_timer_that_is_ended_by_slurms_signal_asks_for_nothing(batch):
 
 def test_the_timer_is_later_than_the_warning_and_earlier_than_the_limit():
     for lead_s in (1, 2, 3, 59):
-        line = cluster._requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]
+        line = requeue_before_the_limit(Profile(timeout_min=1, signal_lead_s=lead_s))[0]
         after_s = int(line.partition("; sleep ")[2].split()[0])
         assert 60 - lead_s <= after_s < 60
 

@@ -8,8 +8,8 @@ import pytest
 
 from hpcssl.core.errors import RunError
 from hpcssl.jobs import causes
+from hpcssl.jobs.batch_script import OUT_OF_TIME
 from hpcssl.jobs.causes import failure_file, log_file, why_died, why_ended, why_warned
-from hpcssl.jobs.cluster import OUT_OF_TIME
 
 JOB = "42"
 BEFORE = """[hpcssl] start t-0 on node[1-2]
@@ -38,36 +38,35 @@ def _word(run, rank: int, message: str, *, told: bool = False, time: float = 0.0
     failure_file(run, "t-1", rank).write_text(json.dumps(word))
 
 
+SAID = "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{} ***\n"
+
+
 @pytest.mark.parametrize(
-    ("reason", "why", "is_failure"),
+    ("said", "why", "is_failure"),
     [
-        (" DUE TO TIME LIMIT", causes.TIME_LIMIT, True),
-        (" DUE TO PREEMPTION", causes.PREEMPTED, False),
-        (" DUE TO JOB REQUEUE", causes.REQUEUED, False),
-        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", "a node failed: SLURM does not say which", True),
-        (" DUE TO task-launch failure (2)", "task-launch failure (2)", False),
-        ("", causes.REQUEUED, False),  # the job is back
+        (SAID.format(" DUE TO TIME LIMIT"), causes.TIME_LIMIT, True),
+        (SAID.format(" DUE TO PREEMPTION"), causes.PREEMPTED, False),
+        (SAID.format(" DUE TO JOB REQUEUE"), causes.REQUEUED, False),
+        (
+            SAID.format(" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"),
+            "a node failed: SLURM does not say which",
+            True,
+        ),
+        (SAID.format(" DUE TO task-launch failure (2)"), "task-launch failure (2)", False),
+        (SAID.format(""), causes.REQUEUED, False),  # the job is back
+        # the batch script asks for another start at the limit
+        (f"{OUT_OF_TIME}\n{SAID.format(' DUE TO JOB REQUEUE')}", causes.TIME_LIMIT, True),
+        # a reason outweighs words without one
+        (SAID.format("") + SAID.format(" DUE TO PREEMPTION").replace("STEP 42.0", "JOB 42"), causes.PREEMPTED, False),
     ],
 )
-def test_slurms_last_words_in_the_log(run, reason, why, is_failure):
-    _write(run, f"slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{reason} ***")
+def test_slurms_last_words_in_the_log(run, said, why, is_failure):
+    _write(run, said)
     assert why_ended(run, START, by_slurm=True) == (why, is_failure)
 
 
-def test_at_the_time_limit_the_batch_script_asks_for_another_start(run):
-    said = "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51 DUE TO JOB REQUEUE ***"
-    _write(run, f"{OUT_OF_TIME}\n{said}")
-    assert why_ended(run, START, by_slurm=True) == (causes.TIME_LIMIT, True)
-
-
-def test_a_reason_outweighs_words_without_one(run):
-    said = "slurmstepd: error: *** {} ON node1 CANCELLED AT 2026-11-21T15:37:51{} ***\n"
-    _write(run, said.format("STEP 42.0", "") + said.format("JOB 42", " DUE TO PREEMPTION"))
-    assert why_ended(run, START, by_slurm=True) == (causes.PREEMPTED, False)
-
-
 def test_cancelled_and_then_submitted_again(run):
-    _write(run, "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51 ***")
+    _write(run, SAID.format(""))
     assert why_ended(run, START, by_slurm=False) == (causes.CANCELLED, False)
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs import elastic
-from hpcssl.jobs.cluster import Batch, Resources
+from hpcssl.jobs.cluster import Batch
 from hpcssl.jobs.elastic import begin_in_s, parse_gpus, with_gpus
+from hpcssl.jobs.profile import Resources
 
 
 @pytest.mark.parametrize("text", ["8", "8..", "8..4", "0..4", "a..b", "8...9"])
@@ -29,6 +30,13 @@ def test_every_number_that_will_do_and_no_other(each, limits):
     assert [*found.fewer_nodes, found.nodes] == wanted
 
 
+@pytest.fixture
+def batch(monkeypatch, tmp_path) -> Batch:
+    monkeypatch.setattr(Batch, "script", lambda batch: "")
+    resources = Resources(nodes=4, fewer_nodes=(1, 2))
+    return Batch(name="n", token="t", folder=tmp_path, resources=resources, command=("a",), afterwards=("b",))
+
+
 @pytest.mark.parametrize(
     ("expected", "wait_min", "held_back_s"),
     [
@@ -40,18 +48,12 @@ def test_every_number_that_will_do_and_no_other(each, limits):
         ({4: 3600.0, 2: 3600.0, 1: 3600.0}, 10, 0.0),  # whatever comes first
     ],
 )
-def test_the_most_nodes_within_the_wait(monkeypatch, tmp_path, expected, wait_min, held_back_s):
+def test_the_most_nodes_within_the_wait(monkeypatch, batch, expected, wait_min, held_back_s):
     monkeypatch.setattr(elastic, "could_start_in_s", lambda script, nodes: expected[nodes])
-    monkeypatch.setattr(Batch, "script", lambda batch: "")
-    resources = Resources(nodes=4, fewer_nodes=(1, 2))
-    batch = Batch(name="n", token="t", folder=tmp_path, resources=resources, command=("a",), afterwards=("b",))
     assert begin_in_s(batch, wait_min=wait_min) == held_back_s
 
 
-def test_what_can_never_start_is_refused(monkeypatch, tmp_path):
+def test_what_can_never_start_is_refused(monkeypatch, batch):
     monkeypatch.setattr(elastic, "could_start_in_s", lambda script, nodes: None)
-    monkeypatch.setattr(Batch, "script", lambda batch: "")
-    resources = Resources(nodes=4, fewer_nodes=(2,))
-    batch = Batch(name="n", token="t", folder=tmp_path, resources=resources, command=("a",), afterwards=("b",))
     with pytest.raises(RunError, match="not available"):
         begin_in_s(batch, wait_min=10)

@@ -10,17 +10,17 @@ import pytest
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
 from hpcssl.jobs import lifecycle
-from hpcssl.jobs.cluster import Place, Resources
 from hpcssl.jobs.lifecycle import MOST_FAILURES, afterwards, claim, finish, main, stop
-from hpcssl.jobs.profile import Profile
+from hpcssl.jobs.profile import Profile, Resources
+from hpcssl.jobs.rank_place import RankPlace
+from hpcssl.jobs.run_start import RunStart
 from hpcssl.jobs.submission import write_submission
-from hpcssl.jobs.worker import PretrainJob
 from hpcssl.runs.checkpoint import checkpoint_path
 from hpcssl.runs.history import read_end, read_starts
 from hpcssl.runs.run_folder import Generation, record_start
 
 JOB = "7"
-PLACE = Place(world=World(), nodes=("node1",), slurm_job=JOB)
+PLACE = RankPlace(world=World(), nodes=("node1",), slurm_job=JOB)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def requeued(monkeypatch):
     return asked
 
 
-def _begin(run, start: str, place: Place = PLACE) -> str:
+def _begin(run, start: str, place: RankPlace = PLACE) -> str:
     """Begin as a rank 0 does; returns why, as the history has it."""
     record_start(run, generation=claim(run, start, place).number)
     return read_starts(run)[-1]["why"]
@@ -88,7 +88,7 @@ def test_where_slurm_restarts_in_vain_the_start_itself_refuses(run, requeued, mo
         _begin(run, f"a-{restart}")
     with pytest.raises(RunError, match="the last time: a node failed: node2"):
         _begin(run, "a-9")
-    another = Place(world=World(), nodes=("node1",), slurm_job="8")
+    another = RankPlace(world=World(), nodes=("node1",), slurm_job="8")
     assert _begin(run, "b-0", another) == "a node failed: node2", "whoever submits it again has looked into that"
     assert requeued == []
 
@@ -131,7 +131,7 @@ def test_a_requeue_that_slurm_refuses_is_recorded_as_a_failure(run, requeued, mo
 
 
 def test_without_slurm_a_stop_is_recorded_and_no_more(run, requeued):
-    here = Place(world=World())
+    here = RankPlace(world=World())
     _begin(run, "a-0", here)
     stop(run, "a-0", here, "stopped by a signal")
     assert (read_end(run).state, _begin(run, "b-0", here)) == ("stopped", "stopped by a signal")
@@ -150,26 +150,31 @@ def test_the_batch_script_learns_its_exit_code(run, requeued, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("is_overtaken", [False, True])
-def test_a_start_that_another_has_overtaken_does_not_say_that_the_run_is_finished(run, monkeypatch, is_overtaken):
-    def trained(folder, **about):
+def test_a_start_that_another_has_overtaken_does_not_say_that_the_run_is_finished(run, is_overtaken):
+    def work(rank):
         if is_overtaken:
-            Generation.take(folder, start="later-0")
+            Generation.take(rank.run, start="later-0")
+        return True
 
-    monkeypatch.setattr("hpcssl.train.entry.pretrain", trained)
-    assert PretrainJob(str(run), "t").on_rank([]) == "finished"
+    assert RunStart(str(run), work, "t").on_rank([]) == "finished"
     end = read_end(run)
     assert end is None if is_overtaken else end.state == "finished"
+
+
+def test_work_that_is_asked_to_stop_says_so_and_the_end_is_recorded(run):
+    assert RunStart(str(run), lambda rank: not rank.asked_to_stop(), "t").on_rank([15]) == "stopped"
+    end = read_end(run)
+    assert (end.state, end.why) == ("stopped", "stopped by a signal")
 
 
 @pytest.mark.parametrize(
     ("gpus", "is_there", "warned"), [(4, False, True), (4, True, False), (0, False, False), (None, False, False)]
 )
 def test_a_rank_that_was_to_have_a_gpu_and_has_none_says_so(run, monkeypatch, capsys, gpus, is_there, warned):
-    monkeypatch.setattr("hpcssl.train.entry.pretrain", lambda run, **about: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: is_there)
     if gpus is not None:
         write_submission(run, "slurm", Resources(profile=Profile(gpus_per_node=gpus)), job=JOB)
-    PretrainJob(str(run), "t").on_rank([])
+    RunStart(str(run), lambda rank: True, "t").on_rank([])
     assert ("[rank 0] WARNING: its GPU was asked for" in capsys.readouterr().err) is warned
 
 

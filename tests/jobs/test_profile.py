@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,12 +69,3 @@ def test_the_environment_reaches_the_shell_as_it_was_written() -> None:
     assert {name: seen[name] for name in strange} == strange, "what environment says comes last"
     assert seen["NCCL_SOCKET_IFNAME"] == "ib0"
     assert Profile().batch_setup == []
-
-
-def test_the_stand_alone_entry_submits_to_slurm(repository: Path, tmp_path: Path) -> None:
-    entry = [sys.executable, repository / "launch" / "submit_pretrain.py", "mae-demo"]
-    data = ["--store", "store", "--schedule", "schedule", "--out", tmp_path / "run"]
-    done = subprocess.run([*entry, *data], capture_output=True, text=True, env={"PATH": str(tmp_path)}, check=False)
-    assert done.returncode == 2
-    assert "--cluster slurm: no srun on PATH" in done.stderr
-    assert not (tmp_path / "run").exists()

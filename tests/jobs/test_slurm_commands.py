@@ -14,18 +14,16 @@ AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failu
 
 
 @pytest.fixture
-def scontrol(tmp_path, monkeypatch):
+def scontrol(tmp_path, commands, monkeypatch):
     """An scontrol that says the given words in error, each once, and then answers; returns how often it was asked."""
 
     def begin(*complaints: str, answer: str = "JobState=RUNNING Restarts=2"):
-        lines = ["#!/bin/sh", f"echo x >>{tmp_path}/asked"]
+        lines = [f"echo x >>{tmp_path}/asked"]
         for number, words in enumerate(complaints, 1):
             lines.append(f"[ $(wc -l <{tmp_path}/asked) = {number} ] && {{ echo '{words}' >&2; exit 1; }}")
-        (tmp_path / "scontrol").write_text("\n".join([*lines, f"echo '{answer}'", ""]))
-        (tmp_path / "scontrol").chmod(0o755)
+        commands(scontrol="\n".join([*lines, f"echo '{answer}'"]))
         return lambda: len((tmp_path / "asked").read_text().split())
 
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(slurm, "_PAUSE_S", 0.05)
     return begin
 
@@ -67,20 +65,16 @@ def test_without_slurm_nothing_is_waited_for(monkeypatch):
         is_still("7", 0, retry_s=60)
 
 
-def test_ones_own_jobs_are_asked_for_as_every_slurm_knows_it(tmp_path, monkeypatch):
+def test_ones_own_jobs_are_asked_for_as_every_slurm_knows_it(tmp_path, commands):
     """Some older ones have no `--me`."""
-    (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked; echo "7|RUNNING|None|node1"\n')
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    commands(squeue=f'echo "$@" >{tmp_path}/asked; echo "7|RUNNING|None|node1"')
     assert queued(["7", "8"]) == {"7": Queued(state="RUNNING", reason="None", nodes="node1")}
     words = (tmp_path / "asked").read_text().split()
     assert f"--user={os.getuid()}" in words
     assert "--me" not in words
 
 
-def test_times_are_asked_for_as_they_are_read(tmp_path, monkeypatch):
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "EndTime=$SLURM_TIME_FORMAT"\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_times_are_asked_for_as_they_are_read(commands, monkeypatch):
+    commands(scontrol='echo "EndTime=$SLURM_TIME_FORMAT"')
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     assert job_facts("7") == {"EndTime": "standard"}

@@ -13,9 +13,9 @@ from submitit.core.utils import DelayedSubmission
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import alone
 from hpcssl.core.errors import ConfigError, RunError, UserError
-from hpcssl.jobs.cluster import Batch, Resources, check_cluster, submit_array
+from hpcssl.jobs.cluster import Batch, check_cluster, submit_array
 from hpcssl.jobs.launch import reserved
-from hpcssl.jobs.profile import Profile
+from hpcssl.jobs.profile import Profile, Resources
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
 
 ACCEPTS = "echo Submitted batch job 7"
@@ -23,19 +23,10 @@ REFUSES = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(commands):
     """Sets what SLURM's commands do."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-
-    def answer(**commands: str) -> None:
-        for name, line in commands.items():
-            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
-            (folder / name).chmod(0o755)
-
-    answer(srun="", squeue="", sbatch=ACCEPTS)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
-    return answer
+    commands(srun="", squeue="", sbatch=ACCEPTS)
+    return commands
 
 
 @pytest.fixture

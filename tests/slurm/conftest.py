@@ -23,6 +23,7 @@ from unittest.mock import patch
 import pytest
 
 from hpcssl.cli.main import main
+from hpcssl.pipelines import pretrain_rank
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.history import read_starts
 from hpcssl.runs.trace import last_record
@@ -139,7 +140,11 @@ class Job:
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 words = (process / "cmdline").read_bytes().split(b"\0")
-                if b"hpcssl.jobs.rank" in words and str(self.run).encode() in words and b"srun" not in words:
+                if (
+                    pretrain_rank.__name__.encode() in words
+                    and str(self.run).encode() in words
+                    and b"srun" not in words
+                ):
                     rank = re.search(rb"\0SLURM_PROCID=(\d+)\0", (process / "environ").read_bytes())
                     if rank:
                         found[int(rank[1])] = int(process.name)

@@ -11,7 +11,9 @@ import pytest
 
 import hpcssl.jobs.launch
 import hpcssl.train.loop
-from hpcssl.jobs.launch import Resources, launch
+from hpcssl.jobs.launch import launch
+from hpcssl.jobs.profile import Resources
+from hpcssl.pipelines.pretrain_rank import train_rank
 from hpcssl.runs.checkpoint import checkpoint_steps, load_latest
 from hpcssl.runs.trace import last_record, read_metrics
 
@@ -29,13 +31,13 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(small, tmp_path, number):
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert launch(run, Resources(), "none", on_step=lambda step: None) == "stopped"
+    assert launch(run, Resources(), "none", work=train_rank, on_step=lambda step: None) == "stopped"
     sender.join()
     stopped_at = last_record(run)["step"]
     assert 5 <= stopped_at < 200
     assert checkpoint_steps(run)[-1] == stopped_at, "nothing that was computed is lost"
     assert load_latest(run, lambda told: pytest.fail(told))[1]["step"] == stopped_at
-    assert launch(run, Resources(), "none", on_step=lambda step: None) == "finished"
+    assert launch(run, Resources(), "none", work=train_rank, on_step=lambda step: None) == "finished"
     assert read_metrics(run)["step"].tolist() == list(range(1, 201))
 
 
@@ -62,7 +64,7 @@ def test_the_first_ctrl_c_saves_and_says_so(small, longer, monkeypatch):
     before, words = signal.getsignal(signal.SIGINT), []
     sender = _after_step(small, longer, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        launch(longer, Resources(), "none", on_step=lambda step: None, on_words=words.append)
+        launch(longer, Resources(), "none", work=train_rank, on_step=lambda step: None, on_words=words.append)
     sender.join()
     assert 5 <= last_record(longer)["step"] < 200
     assert checkpoint_steps(longer)[-1] == last_record(longer)["step"], "nothing that was computed is lost"
@@ -86,7 +88,7 @@ def test_the_second_ctrl_c_ends_a_step_that_hangs(small, longer, monkeypatch):
     monkeypatch.setattr(hpcssl.train.loop, "train_step", hanging)
     sender = _after_step(small, longer, 5, send)
     with small.within(40), pytest.raises(KeyboardInterrupt):
-        launch(longer, Resources(), "none", on_step=lambda step: None)
+        launch(longer, Resources(), "none", work=train_rank, on_step=lambda step: None)
     sender.join()
     assert last_record(longer)["step"] == 5
 
@@ -94,7 +96,7 @@ def test_the_second_ctrl_c_ends_a_step_that_hangs(small, longer, monkeypatch):
 def test_a_run_in_this_process_tells_how_far_it_is(longer, monkeypatch):
     monkeypatch.setattr(hpcssl.jobs.launch, "_REPORT_S", 0.05)
     steps: list[int] = []
-    assert launch(longer, Resources(), "none", on_step=steps.append) == "finished"
+    assert launch(longer, Resources(), "none", work=train_rank, on_step=steps.append) == "finished"
     assert steps == sorted(steps)
     assert len(set(steps)) > 3, steps
     assert steps[-1] == 200

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hpcssl.cli.demo_command import Demo
 from hpcssl.cli.main import main
+from hpcssl.cli.progress import display
 from hpcssl.core.errors import ConfigError, SlideError
+from hpcssl.pipelines.demo import Demo, DemoRequest
 from hpcssl.stores.kinds import open_store
 from hpcssl.synthetic.drawn_slides import draw_slide
 
@@ -25,10 +27,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "slides.csv"
 
 
+def make_demo(out: Path, slides: Path | None, **more: Any) -> Demo:
+    return Demo(DemoRequest(out=out, slides=slides, **more), display())
+
+
 def test_tiles_are_cut_once_and_what_cannot_be_read_is_told(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo = Demo(tmp_path / "demo", None, table, None, 0)
+    demo = make_demo(tmp_path / "demo", table)
     demo.claim()
     demo.prepare_tiles()
     demo.build_store()
@@ -44,11 +50,11 @@ def test_tiles_are_cut_once_and_what_cannot_be_read_is_told(
     demo.write_splits()
     assert not list((tmp_path / "demo" / "splits").glob("*.csv")), "two slides allow no benchmark"
     with pytest.raises(ConfigError, match="a demo with tiles = cut from"):
-        Demo(tmp_path / "demo", None, None, None, 0).claim()
+        make_demo(tmp_path / "demo", None).claim()
 
 
 def test_no_slide_that_can_be_used_is_an_error(table: Path, tmp_path: Path) -> None:
-    demo = Demo(tmp_path / "demo", None, table.with_name("blind.csv"), None, 0)
+    demo = make_demo(tmp_path / "demo", table.with_name("blind.csv"))
     demo.claim()
     with pytest.raises(SlideError, match=r"none of 1 slides can be used; first: .*no MPP"):
         demo.prepare_tiles()
@@ -69,33 +75,33 @@ def test_what_was_left_out_is_taken_in_until_the_schedule_is_made(
     mended, out = tmp_path / "mended.csv", tmp_path / "demo"
     text = table.read_text().replace(",a.tif", f",{table.parent}/a.tif").replace(",b.tif", f",{table.parent}/b.tif")
     mended.write_text(text.replace("b.tif,0.5", "b.tif,"))
-    assert first_stages(Demo(out, None, mended, None, 0)) == ["a"]
+    assert first_stages(make_demo(out, mended)) == ["a"]
     assert "2 of 3 slides are left out, see" in capsys.readouterr().err
     assert "colon" not in (out / "splits" / "left_out.json").read_text()
     mended.write_text(text.replace("a.tif,0.5", "a.tif,"))  # it is held already: nothing to say anew
-    assert first_stages(Demo(out, None, mended, None, 0)) == ["a", "b"]
+    assert first_stages(make_demo(out, mended)) == ["a", "b"]
     assert "1 of 3 slides are left out, see" in capsys.readouterr().err
     assert "colon" in (out / "splits" / "left_out.json").read_text(), "the splits are those of the store that has grown"
     shutil.copy(table.parent / "a.tif", tmp_path / "gone.tif")
     (out / "schedule").mkdir()
-    assert first_stages(Demo(out, None, mended, None, 0)) == ["a", "b"]
+    assert first_stages(make_demo(out, mended)) == ["a", "b"]
     assert "1 of 3 slides are left out for good, as the schedule is made, see" in capsys.readouterr().err
 
 
 def test_an_mpp_to_assume_may_be_said_as_the_refusal_advises(table: Path, tmp_path: Path) -> None:
-    arguments = (tmp_path / "demo", None, table.with_name("blind.csv"), None, 0)
+    arguments = (tmp_path / "demo", table.with_name("blind.csv"))
     with pytest.raises(SlideError, match="or say --assume-mpp"):
-        first_stages(Demo(*arguments))
-    assert first_stages(Demo(*arguments, assume_mpp=0.5)) == ["a"]
+        first_stages(make_demo(*arguments))
+    assert first_stages(make_demo(*arguments, assume_mpp=0.5)) == ["a"]
     with pytest.raises(ConfigError, match="--assume-mpp is of whole slides; give --slides, too"):
-        Demo(tmp_path / "other", None, None, None, 0, assume_mpp=0.5).claim()
+        make_demo(tmp_path / "other", None, assume_mpp=0.5).claim()
 
 
 def test_a_mistyped_label_is_refused_before_slides_are_cut(table: Path, tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"--label lable: no such column in the slide table; it has .*, label"):
-        first_stages(Demo(tmp_path / "demo", None, table, "lable", 0))
+        first_stages(make_demo(tmp_path / "demo", table, label="lable"))
     assert not (tmp_path / "demo").exists()
-    assert first_stages(Demo(tmp_path / "demo", None, table, "label", 0)) == ["a", "b"]
+    assert first_stages(make_demo(tmp_path / "demo", table, label="label")) == ["a", "b"]
 
 
 def test_slides_and_tiles_are_not_given_together(capsys: pytest.CaptureFixture[str]) -> None:

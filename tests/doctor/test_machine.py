@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hpcssl.cli import doctor_command as doctor
+from hpcssl.cli import doctor_command
 from hpcssl.doctor import machine_checks as checks
+from hpcssl.doctor import machine_facts as facts
 from hpcssl.doctor.machine_checks import FAIL, PASS, WARN, Check
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -67,14 +68,25 @@ def test_no_gpu_says_why() -> None:
     ("version", "status"), [(None, FAIL), ("1.0.8", FAIL), ("1.0.9", PASS), ("1.0.31", PASS), ("1.1.0.dev0", PASS)]
 )
 def test_required_package(version: str | None, status: str) -> None:
-    check = checks.check_package("timm", version, "1.0.9", "the encoders")
+    check = checks.check_package("timm", version, "the encoders")
     assert (check.status, bool(check.fix)) == (status, status == FAIL)
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "words"),
+    [
+        ("torch", "2.4.1", "2.4.1; expected 2.5 or newer"),
+        ("torchvision", "0.19.1+cu124", "0.19.1+cu124; expected 0.20 or newer"),
+        ("submitit", "1.6.0", "1.6.0; expected <1.6,>=1.5.2"),
+    ],
+)
+def test_what_the_installation_refuses_fails(name: str, version: str, words: str) -> None:
+    check = checks.check_package(name, version, "models")
+    assert (check.status, check.detail) == (FAIL, words)
+
+
 def test_torch_tells_its_threads() -> None:
-    assert checks.check_torch("2.15.0+cpu", 2, 8) == Check(
-        name="torch", status=PASS, detail="2.15.0+cpu, 2 threads on 8 CPUs"
-    )
+    assert checks.check_torch("2.15.0+cpu", 2, 8) == Check.ok("torch", "2.15.0+cpu, 2 threads on 8 CPUs")
     assert checks.check_torch("2.3.1", 2, 8).status == FAIL
 
 
@@ -125,7 +137,7 @@ def test_a_check_that_blows_up_is_a_failed_line() -> None:
     def blow() -> Check:
         raise ImportError("libfoo.so:\n undefined symbol")
 
-    (check,) = doctor.guarded("torch", blow)
+    (check,) = facts.guarded("torch", blow)
     assert check.status == FAIL
     assert check.detail == "ImportError: libfoo.so: undefined symbol"
     assert check.fix
@@ -134,31 +146,26 @@ def test_a_check_that_blows_up_is_a_failed_line() -> None:
 def test_an_optional_module_that_breaks_is_told_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "brokenthing.py").write_text("raise OSError('libopenslide.so.1: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor._failure("brokenthing") == "libopenslide.so.1: cannot open"
-    assert doctor._failure("nosuchthing.sub") == "no module nosuchthing"
-    assert doctor._failure("json") is None
-    assert doctor._import("nosuchthing") is None
+    assert facts._failure("brokenthing") == "libopenslide.so.1: cannot open"
+    assert facts._failure("nosuchthing.sub") == "no module nosuchthing"
+    assert facts._failure("json") is None
+    assert facts._import("nosuchthing") is None
     with pytest.raises(OSError, match="cannot open"):
-        doctor._import("brokenthing")
+        facts._import("brokenthing")
 
 
-def test_slurm_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, body in (("sinfo", "exec sleep 30"), ("sbatch", "exit 0")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(doctor, "SLURM_TIMEOUT_S", 0.2)
-    begun = time.monotonic()
-    assert doctor._slurm() == ([], None)
-    assert time.monotonic() - begun < 5
-    (tmp_path / "sinfo").write_text("#!/bin/sh\nprintf 'gpu*\\ncpu\\n'\n")
-    assert doctor._slurm() == ([], "gpu* cpu")
-    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
-    assert doctor._slurm() == ([], None)
+def test_slurm_that_hangs_is_given_up(commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    commands(sinfo="exec sleep 30", sbatch="exit 0")
+    monkeypatch.setattr(facts, "SLURM_TIMEOUT_S", 0.2)
+    assert facts._slurm() == ([], None)
+    commands(sinfo="printf 'gpu*\\ncpu\\n'")
+    assert facts._slurm() == ([], "gpu* cpu")
+    commands(sinfo="exit 1")
+    assert facts._slurm() == ([], None)
 
 
 def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    check = doctor._disk(tmp_path / "a" / "b")
+    check = facts._disk(tmp_path / "a" / "b")
     assert str(tmp_path) in check.detail
 
 
@@ -169,8 +176,8 @@ def test_exit_code_follows_the_failures(monkeypatch: pytest.MonkeyPatch, capsys:
         lines = [
             Check(name=f"c{i}", status=s, detail="d", fix="" if s == PASS else "f") for i, s in enumerate(statuses)
         ]
-        monkeypatch.setattr(doctor, "diagnose", lambda out: lines)
-        return doctor.run(argparse.Namespace(out=Path(), profile=None))
+        monkeypatch.setattr(facts, "diagnose", lambda out: lines)
+        return doctor_command.run(argparse.Namespace(out=Path(), profile=None))
 
     assert outcome(PASS, WARN) == 0
     assert outcome(PASS, FAIL, WARN) == 2
@@ -184,7 +191,7 @@ def test_exit_code_follows_the_failures(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    doctor.show([Check(name="dali", status=WARN, detail="not [bold]here[/bold]", fix="pip install '.[dali]'")])
+    doctor_command.show([Check(name="dali", status=WARN, detail="not [bold]here[/bold]", fix="pip install '.[dali]'")])
     out = capsys.readouterr().out
     assert "│" in out
     assert "not [bold]here[/bold]" in out
@@ -192,24 +199,17 @@ def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_the_command_here(tmp_path: Path) -> None:
-    """On this machine: every line is a pass, warn or fail with a fix, no terminal codes, within 10 seconds."""
-    command = [sys.executable, "-c", "import sys; from hpcssl.cli.main import main; sys.exit(main())", "doctor"]
-    seconds = []
-    for _ in range(2):  # the first may read the packages from a cold disk
-        begun = time.monotonic()
-        arguments = [*command, "--out", str(tmp_path)]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
-        seconds.append(time.monotonic() - begun)
+    """On this machine: every line is a pass, warn or fail with a fix, and no terminal codes."""
+    command = [sys.executable, "-m", "hpcssl.cli.main", "doctor", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     *lines, summary = done.stdout.splitlines()
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
-    names = [line[6:].split("  ")[0] for line in lines]
-    for name in ("python", "torch", "torchvision", "timm", "pillow", "dali", "slurm", "openslide", "disk", "processes"):
-        assert name in names
+    names = {line[6:].split("  ")[0] for line in lines}
+    expected = "python torch torchvision timm pillow dali slurm openslide disk processes"
+    assert names >= set(expected.split())
     for line in lines:
-        assert line.startswith(("pass  ", "warn  ", "fail  "))
-        assert line.startswith("pass") or "; fix: " in line
+        assert line.startswith("pass  ") or (line.startswith(("warn  ", "fail  ")) and "; fix: " in line)
     failed = sum(line.startswith("fail") for line in lines)
     assert f"{failed} fail" in summary
     assert done.returncode == (2 if failed else 0)
-    assert min(seconds) < 10

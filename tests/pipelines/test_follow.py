@@ -18,9 +18,13 @@ from hpcssl.cli.main import main
 from hpcssl.core.errors import ConfigError, FeatureError, RunError, SplitError
 from hpcssl.evaluate import results as mccv
 from hpcssl.evaluate.splits import make_splits
-from hpcssl.jobs import array, follow
+from hpcssl.jobs import array
 from hpcssl.jobs.array import Call
-from hpcssl.jobs.follow import attach, following, load_bench, measured_steps, submit_missing
+from hpcssl.pipelines import follow
+from hpcssl.pipelines import following as watching
+from hpcssl.pipelines.embed import embed_share
+from hpcssl.pipelines.follow import Measurement, attach, load_bench, measure, measured_steps, submit_missing
+from hpcssl.pipelines.following import following
 from hpcssl.runs.checkpoint import checkpoint_path, save_checkpoint
 from hpcssl.train.pretrain_config import Timeline
 from hpcssl.train.state import TrainState
@@ -145,7 +149,7 @@ def test_after_a_failure_only_what_is_missing_is_done(queue, bench, run):
 
     def fails(call: Call) -> bool:
         """The second embedding task of step 3."""
-        if call.function.endswith("embed_share") and call.arguments["encoder"].endswith("@3"):
+        if call.function is embed_share and call.arguments["request"].encoder.endswith("@3"):
             failing[0] += 1
             return failing[0] == 2
         return False
@@ -164,7 +168,7 @@ def test_after_a_failure_only_what_is_missing_is_done(queue, bench, run):
 
 def test_by_itself_it_tries_again_only_the_newest_checkpoint(small, queue, bench, run):
     attach(run, load_bench(bench))
-    queue.fails = lambda call: call.function.endswith("embed_share")
+    queue.fails = lambda call: call.function is embed_share
     every = [f"{does} step {s}" for s in (0, 3, 6) for does in ("embeds", "measures")]
     assert [what for what, _ in submit_missing(run, again=False)] == every, "each was never tried"
     assert [what for what, _ in submit_missing(run, again=False)] == every[-2:]
@@ -303,8 +307,8 @@ def test_results_hold_every_part_though_another_task_adds_one_meanwhile(queue, b
 
     monkeypatch.setattr(mccv, "write_table", write_table)
     features = run / "benchmark" / "features" / "step-000000006"
-    given = {"preset": "mccv-demo", "heads": ("gma",), "replicas": 1, "seed": 0, "threads": 1, "device": "cpu"}
-    follow.measure(features, bench.parent / "organ.csv", results, **given)
+    splits = bench.parent / "organ.csv"
+    measure(Measurement(features=features, splits=splits, results=results, bench=load_bench(bench), threads=1))
     assert written.count("results.csv") == 2
     assert sorted(_results(run)["checkpoint"].unique()) == ["0", "3", "6"]
 
@@ -313,8 +317,8 @@ def test_results_hold_every_part_though_another_task_adds_one_meanwhile(queue, b
 def apart(monkeypatch) -> list[int]:
     """Number of checkpoints at every submission that `following` makes."""
     found: list[int] = []
-    monkeypatch.setattr(follow, "_POLL_S", 0.02)
-    monkeypatch.setattr(follow, "_submit_apart", lambda run, say: found.append(len(measured_steps(run, every=1))))
+    monkeypatch.setattr(watching, "_POLL_S", 0.02)
+    monkeypatch.setattr(watching, "_submit_apart", lambda run, say: found.append(len(measured_steps(run, every=1))))
     return found
 
 
@@ -342,16 +346,12 @@ def test_without_a_benchmark_nothing_follows(run, apart):
     assert apart == []
 
 
-def test_what_fails_is_said_and_hurts_nobody(bench, run, monkeypatch, tmp_path, queue):
+def test_what_fails_is_said_and_hurts_nobody(bench, run, commands, queue):
     """The real process apart, where SLURM does not answer."""
     attach(run, load_bench(bench))
-    (tmp_path / "bin").mkdir()
-    squeue = tmp_path / "bin" / "squeue"
-    squeue.write_text('#!/bin/sh\necho "no SLURM here" >&2\nexit 1\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    commands(squeue='echo "no SLURM here" >&2; exit 1')
     said: list[str] = []
-    follow._submit_apart(run, said.append)
+    watching._submit_apart(run, said.append)
     (line,) = said
     assert line.startswith(f"benchmark not submitted; hpcssl jobs benchmark {run} tries again: ")
     assert line.endswith("squeue failed: no SLURM here")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
-    from hpcssl.schedule.spec import ScheduleSpec
+from hpcssl.core.errors import ScheduleError, SlideError
+from hpcssl.pipelines.display import Progress
+from hpcssl.schedule.builder import Builder
+from hpcssl.schedule.spec import ScheduleSpec, load_spec
+from hpcssl.slides.slide_list import FAILED, slides_to_read
+from hpcssl.slides.slide_table import read_table
+from hpcssl.stores.tile_files import slides_below
+from hpcssl.stores.tiling import TilingOptions, tile_slides
 
 
 def check_label(label: str | None, slides: Path | None, tiles: Path | None) -> None:
     """Refuse a label that is no column, before anything is done; `label` is one of the tiles that are drawn."""
-    from hpcssl.core.errors import SlideError
-    from hpcssl.slides.slide_list import slides_to_read
-    from hpcssl.stores.tile_files import slides_below
-
     if label is None:
         return
     columns = ["label"]
@@ -29,25 +31,17 @@ def check_label(label: str | None, slides: Path | None, tiles: Path | None) -> N
         raise SlideError(f"--label {label}: no such column in the slide table; it has {', '.join(columns)}")
 
 
-def cut_tiles(table: Path, out: Path, assume_mpp: float | None, *, threads: int, fixed: bool) -> str | None:
-    """Cut tiles from whole slides, unless those in `out` are `fixed`; returns what to tell of slides left out.
+def cut_tiles(table: Path, out: Path, options: TilingOptions, *, fixed: bool, progress: Progress) -> str | None:
+    """Cut tiles from whole slides, unless those in `out` are `fixed`; returns what there is to say of slides left out.
 
     Raises
     ------
     SlideError
         If no slide can be used.
     """
-    from hpcssl.cli.progress import progress
-    from hpcssl.core.errors import SlideError
-    from hpcssl.slides.cutting import CutOptions
-    from hpcssl.slides.slide_list import FAILED, slides_to_read
-    from hpcssl.slides.slide_table import read_table
-    from hpcssl.stores.tiling import TilingOptions, tile_slides
-
     slides = slides_to_read(table)
     if not fixed:
-        options = TilingOptions(cut=CutOptions(assume_mpp=assume_mpp), threads=threads)
-        with progress("cutting", total=len(slides), unit="slides") as advance:
+        with progress("cutting", len(slides), "slides") as advance:
             store, failed = tile_slides(slides, out, options, on_progress=advance)
         if store is None:
             raise SlideError(f"{table}: none of {len(slides)} slides can be used; first: {failed[0]['reason']}")
@@ -55,18 +49,12 @@ def cut_tiles(table: Path, out: Path, assume_mpp: float | None, *, threads: int,
     if left_out.empty:
         return None
     why = " for good, as the schedule is made" if fixed else ""
-    told = f"{out / FAILED}; first: {left_out['reason'][0]}"
-    return f"{len(left_out)} of {len(slides)} slides are left out{why}, see {told}"
+    first = left_out["reason"][0]
+    return f"{len(left_out)} of {len(slides)} slides are left out{why}, see {out / FAILED}; first: {first}"
 
 
 def demo_spec(name: str, slides: pd.DataFrame, seed: int, batch: int) -> ScheduleSpec:
     """Return a schedule spec by its name, widened where a user's tiles would not fit it."""
-    from dataclasses import replace
-
-    from hpcssl.core.errors import ScheduleError
-    from hpcssl.schedule.builder import Builder
-    from hpcssl.schedule.spec import load_spec
-
     spec = load_spec(name, [f"seed={seed}"])
     per_organ = slides["organ"].value_counts()
     groups = min(spec.num_groups, int(per_organ.max()))

@@ -203,10 +203,8 @@ def test_without_slurm_one_line_says_so(
     assert summary == "0 pass, 0 warn, 1 fail"
 
 
-def test_a_controller_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 30\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_a_controller_that_hangs_is_given_up(commands: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    commands(scontrol="exec sleep 30")
     monkeypatch.setattr(cluster_facts, "_ANSWER_S", 0.2)
     (check,) = cluster_facts.diagnose_cluster(Profile(), "local", tmp_path)
     assert (check.status, "no answer within" in check.detail) == (FAIL, True)

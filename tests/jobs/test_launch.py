@@ -97,7 +97,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_cause_in_one_line(small, tmp_p
 
 def test_an_error_that_is_no_users_names_the_log(small, data, tmp_path):
     run = small.make_run(tmp_path / "run", data, small.dino_recipe())
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("derived:", "derivd:"))
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("store_digest:", "store_digst:"))
     with pytest.raises(RunError, match=r"training failed \(KeyError.*on rank 0\); the log is") as caught:
         launch(run, Resources(), "local", work=train_rank, on_step=lambda step: None)
     assert "\n" not in str(caught.value)

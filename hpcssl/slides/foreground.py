@@ -68,7 +68,7 @@ def find_foreground(
     Raises what `Slide.read` does.
     """
     scale = max(1.0, LOOK_MPP / slide_mpp)  # level-0 pixels for one of the look
-    level = max(n for n, found in enumerate(slide.levels) if n == 0 or found.downsample <= scale * _NEAR)
+    level = max(n for n, size in enumerate(slide.levels) if n == 0 or size.downsample <= scale * _NEAR)
     step = scale / slide.levels[level].downsample
     if step <= _NEAR:  # a level of nearly this MPP: its pixels as they are
         step, scale = 1.0, slide.levels[level].downsample

@@ -75,11 +75,11 @@ class _Local(Ranges):
         self.size = os.fstat(self._fd).st_size
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        found = [os.pread(self._fd, size, offset) for offset, size in places]
-        for data, (offset, size) in zip(found, places, strict=True):
+        parts = [os.pread(self._fd, size, offset) for offset, size in places]
+        for data, (offset, size) in zip(parts, places, strict=True):
             if len(data) != size:
                 raise SlideError(f"{self.path}: ends within the block at byte {offset} (truncated); copy it again")
-        return found
+        return parts
 
     def __del__(self) -> None:  # and not before: another thread may be reading
         if hasattr(self, "_fd"):
@@ -106,8 +106,8 @@ class _Remote(Ranges):
         return self._tried(lambda: self._bytes(places))
 
     async def _size(self) -> int | None:
-        found = await self._fs._info(self._name) if self._fs.async_impl else self._fs.info(self._name)
-        return found["size"]
+        info = await self._fs._info(self._name) if self._fs.async_impl else self._fs.info(self._name)
+        return info["size"]
 
     async def _part(self, offset: int, size: int) -> bytes:
         if not self._fs.async_impl:
@@ -116,11 +116,11 @@ class _Remote(Ranges):
 
     async def _bytes(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         # not fsspec's _cat_ranges, whose requests go on when it is cancelled
-        found = await asyncio.gather(*(self._part(*place) for place in places))
-        for data, (_, size) in zip(found, places, strict=True):
+        parts = await asyncio.gather(*(self._part(*place) for place in places))
+        for data, (_, size) in zip(parts, places, strict=True):
             if len(data) != size:
                 raise OSError(f"{len(data)} bytes came, not {size}")
-        return found
+        return parts
 
     def _tried(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Do some work on the file system's event loop, several times if need be."""
@@ -138,8 +138,8 @@ class _Remote(Ranges):
             except FileNotFoundError:
                 raise SlideError(f"{self.path}: no such slide") from None
             except PermissionError as error:
-                told = f"its server refuses to give it ({error}); check the address and who may read it"
-                raise PermissionError(None, told, self.path) from None
+                reason = f"its server refuses to give it ({error}); check the address and who may read it"
+                raise PermissionError(None, reason, self.path) from None
             except Exception as error:  # file systems raise what their libraries do: aiohttp, botocore, …
                 if not left:
                     kind = TimeoutError if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else OSError

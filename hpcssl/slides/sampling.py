@@ -53,10 +53,10 @@ def sample(slide: Slide, *, slide_mpp: float, mpp: float, tile_px: int) -> Sampl
 
     A slide that is coarser than `mpp` is taken from level 0, and made larger.
     """
-    wanted = mpp / slide_mpp
-    fit = [n for n, level in enumerate(slide.levels) if wanted / level.downsample >= 1 - SNAP]
+    downsample = mpp / slide_mpp
+    fit = [n for n, level in enumerate(slide.levels) if downsample / level.downsample >= 1 - SNAP]
     level = fit[-1] if fit else 0
-    step = wanted / slide.levels[level].downsample
+    step = downsample / slide.levels[level].downsample
     near = min(_HALVINGS, key=lambda whole: abs(step - whole))
     step = float(near) if abs(step / near - 1) <= SNAP else step
     return Sampling(level=level, step=step, downsample=slide.levels[level].downsample, tile_px=tile_px)

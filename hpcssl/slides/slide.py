@@ -116,10 +116,10 @@ def plausible_mpp(mpp: float) -> float | None:
     return mpp if _FINEST_MPP <= mpp <= _COARSEST_MPP else None
 
 
-def told_mpp(text: str | None, unit: float = 1.0) -> float | None:
+def parse_mpp(text: str | None, unit: float = 1.0) -> float | None:
     """Return the MPP that a file tells in units of so many microns, None where it tells no plausible one.
 
-    >>> told_mpp("250", 1e-3), told_mpp("unknown"), told_mpp(None)
+    >>> parse_mpp("250", 1e-3), parse_mpp("unknown"), parse_mpp(None)
     (0.25, None, None)
     """
     try:

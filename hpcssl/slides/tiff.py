@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hpcssl.core.errors import SlideError
 from hpcssl.slides.ranges import Ranges
-from hpcssl.slides.slide import About, Level, Slide, nominal_downsample, plausible_mpp, told_mpp
+from hpcssl.slides.slide import About, Level, Slide, nominal_downsample, parse_mpp, plausible_mpp
 from hpcssl.slides.untransformed import decode_untransformed, holds_rgb
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its complaints come as our errors
@@ -130,12 +130,12 @@ class TiffSlide(Slide):
         right, bottom = min(x + width, size.width), min(y + height, size.height)
         if left >= right or top >= bottom:
             return out
-        wanted = [
+        indices = [
             row * blocks.columns + column
             for row in range(top // blocks.height, (bottom - 1) // blocks.height + 1)
             for column in range(left // blocks.width, (right - 1) // blocks.width + 1)
         ]
-        for index, pixels in self._decoded(level, wanted).items():
+        for index, pixels in self._decoded(level, indices).items():
             row, column = divmod(index, blocks.columns)
             x0, y0 = column * blocks.width, row * blocks.height
             x1, y1 = min(x0 + pixels.shape[1], right), min(y0 + pixels.shape[0], bottom)
@@ -143,27 +143,27 @@ class TiffSlide(Slide):
             out[ys - y : y1 - y, xs - x : x1 - x] = pixels[ys - y0 : y1 - y0, xs - x0 : x1 - x0]
         return out
 
-    def _decoded(self, level: int, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
-        """Return pixels of the wanted blocks that hold any; those that are not cached are read together."""
+    def _decoded(self, level: int, indices: list[int]) -> dict[int, NDArray[np.uint8]]:
+        """Return pixels of the blocks of some indices that hold any; those that are not cached are read together."""
         blocks = self._levels[level]
-        held = [index for index in wanted if blocks.sizes[index]]
-        found: dict[int, NDArray[np.uint8]] = {}
+        scanned = [index for index in indices if blocks.sizes[index]]
+        decoded: dict[int, NDArray[np.uint8]] = {}
         if self._cache_bytes:
             with self._lock:
-                for index in held:
+                for index in scanned:
                     if (level, index) in self._cache:
                         self._cache.move_to_end((level, index))
-                        found[index] = self._cache[level, index]
-        missing = [index for index in held if index not in found]
+                        decoded[index] = self._cache[level, index]
+        missing = [index for index in scanned if index not in decoded]
         places = [(int(blocks.offsets[index]), int(blocks.sizes[index])) for index in missing]
         for index, data in zip(missing, self._ranges.read_many(places) if places else (), strict=True):
-            found[index] = self._decode(level, index, data)
+            decoded[index] = self._decode(level, index, data)
         if missing:
             with self._lock:
                 self.blocks_decoded += len(missing)
                 if self._cache_bytes:
-                    self._keep({(level, index): found[index] for index in missing})
-        return found
+                    self._keep({(level, index): decoded[index] for index in missing})
+        return decoded
 
     def _decode(self, level: int, index: int, data: bytes) -> NDArray[np.uint8]:
         blocks = self._levels[level]
@@ -181,8 +181,8 @@ class TiffSlide(Slide):
         blocks = self._levels[level]
         if not blocks.says_ycbcr:
             return False
-        held = np.flatnonzero(blocks.sizes)
-        some = held[:: max(1, len(held) // _LOOKED_AT)].tolist()
+        scanned = np.flatnonzero(blocks.sizes)
+        some = scanned[:: max(1, len(scanned) // _LOOKED_AT)].tolist()
         data = self._ranges.read_many([(int(blocks.offsets[i]), int(blocks.sizes[i])) for i in some])
         return holds_rgb(data, blocks.tables, lambda block: self._decode(level, some[0], block))
 
@@ -203,8 +203,8 @@ def _check_directories(stream: BinaryIO, path: str, size: int) -> None:
 
     def check(end: int) -> None:
         if end > size:
-            told = f"a level's directory should reach to byte {end:,}, the file ends at {size:,}"
-            raise SlideError(f"{path}: truncated ({told}); copy it again")
+            reason = f"a level's directory should reach to byte {end:,}, the file ends at {size:,}"
+            raise SlideError(f"{path}: truncated ({reason}); copy it again")
 
     def bytes_at(start: int, number: int) -> bytes:
         check(start + number)
@@ -288,13 +288,13 @@ def _about(file: tifffile.TiffFile, page: Any) -> About:
     if file.is_svs:
         said = dict(re.findall(r"\|\s*([\w ]+?)\s*=\s*([^|;\r\n]*)", text))
         scanner = " ".join(filter(None, ("Aperio", said.get("ScanScope ID", "").strip())))
-        return About(mpp=told_mpp(said.get("MPP")), mpp_places="MPP in its ImageDescription", scanner=scanner)
+        return About(mpp=parse_mpp(said.get("MPP")), mpp_places="MPP in its ImageDescription", scanner=scanner)
     if file.is_philips:
         return _about_philips(text)
     if file.is_ome:
         pixels = next(e for e in ElementTree.fromstring(file.ome_metadata or "<a/>").iter() if e.tag.endswith("Pixels"))
         across, down = (
-            told_mpp(pixels.get(name), _MICRONS.get(pixels.get(f"{name}Unit", "µm"), float("nan")))
+            parse_mpp(pixels.get(name), _MICRONS.get(pixels.get(f"{name}Unit", "µm"), float("nan")))
             for name in ("PhysicalSizeX", "PhysicalSizeY")
         )
         return About(mpp=across, mpp_y=down, mpp_places="PhysicalSizeX in its OME-XML", scanner="")
@@ -307,8 +307,8 @@ def _about_philips(text: str) -> About:
     said: dict[str, list[str]] = {}
     for element in ElementTree.fromstring(text).iter("Attribute"):
         said.setdefault(element.get("Name", ""), []).append((element.text or "").replace('"', " ").strip())
-    told = (told.split() for told in said.get("DICOM_PIXEL_SPACING", []))  # from row to row, from column to column
-    spacings = [(told_mpp(pair[1], 1e3), told_mpp(pair[0], 1e3)) for pair in told if len(pair) == 2]
+    texts = (text.split() for text in said.get("DICOM_PIXEL_SPACING", []))  # from row to row, from column to column
+    spacings = [(parse_mpp(pair[1], 1e3), parse_mpp(pair[0], 1e3)) for pair in texts if len(pair) == 2]
     across, down = min((pair for pair in spacings if all(pair)), default=(None, None))  # level 0 is the finest
     names = (said.get(name, [""])[0] for name in ("DICOM_MANUFACTURER", "DICOM_MANUFACTURERS_MODEL_NAME"))
     return About(

@@ -22,12 +22,12 @@ def decode_untransformed(data: bytes, tables: bytes | None) -> NDArray[np.uint8]
     return imagecodecs.jpeg_decode(data, tables=tables, colorspace=_RGB, outcolorspace=_RGB)
 
 
-def holds_rgb(blocks: Iterable[bytes], tables: bytes | None, as_told: Callable[[bytes], NDArray[np.uint8]]) -> bool:
-    """Say whether some blocks' numbers are RGB already; `as_told` decodes a block as the file says."""
+def holds_rgb(blocks: Iterable[bytes], tables: bytes | None, as_said: Callable[[bytes], NDArray[np.uint8]]) -> bool:
+    """Say whether some blocks' numbers are RGB already; `as_said` decodes a block as the file says."""
     looked_at = magenta = grey = 0
     for data in blocks:
-        told = as_told(data).astype(np.int16)
-        is_magenta = (told[..., 0] > 245) & (told[..., 2] > 245) & (np.abs(told[..., 1] - 130) < 40)
+        shown = as_said(data).astype(np.int16)
+        is_magenta = (shown[..., 0] > 245) & (shown[..., 2] > 245) & (np.abs(shown[..., 1] - 130) < 40)
         stored = decode_untransformed(data, tables)[is_magenta]
         looked_at += is_magenta.size
         magenta += len(stored)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpcssl.core.errors import SlideError
-from hpcssl.slides.slide import About, Level, Slide, nominal_downsample, told_mpp
+from hpcssl.slides.slide import About, Level, Slide, nominal_downsample, parse_mpp
 
 
 class OpenSlideSlide(Slide):
@@ -77,8 +77,8 @@ class OpenSlideSlide(Slide):
 def _about(said: dict[str, str]) -> About:
     named = [said[name].strip() for name in ("tiff.Make", "tiff.Model") if said.get(name)]
     return About(
-        mpp=told_mpp(said.get("openslide.mpp-x")),
-        mpp_y=told_mpp(said.get("openslide.mpp-y")),
+        mpp=parse_mpp(said.get("openslide.mpp-x")),
+        mpp_y=parse_mpp(said.get("openslide.mpp-y")),
         mpp_places="openslide.mpp-x",
         scanner=" ".join(named) or said.get("openslide.vendor", ""),
     )

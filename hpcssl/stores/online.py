@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import BadTileError, SlideError, StoreError, UnreachableTileError
 from hpcssl.core.rng import uniforms
-from hpcssl.slides.open_slides import OpenSlides
+from hpcssl.slides.opening import OpenSlides
 from hpcssl.slides.ranges import Ranges, is_remote
 from hpcssl.slides.sampling import read_tile, sample
 from hpcssl.slides.slide_table import digest_slides, slide_of

@@ -76,7 +76,7 @@ def corner_cells(tissue: Cells, cell: float, slide_px: tuple[int, int], side: fl
     np.cumsum(np.cumsum(tissue, axis=0, dtype=np.int64), axis=1, out=sums[1:, 1:])
     reach = side / cell
     across, fits_across = _knots(width, reach), _fits(width, cell, slide_px[0], side)
-    found = np.zeros(tissue.shape, np.bool_)
+    enough = np.zeros(tissue.shape, np.bool_)
     for first in range(0, height, _BAND):
         rows = slice(first, min(first + _BAND, height))
         down = _knots(height, reach)[2 * rows.start : 2 * rows.stop + 1]
@@ -84,8 +84,8 @@ def corner_cells(tissue: Cells, cell: float, slide_px: tuple[int, int], side: fl
         area = _at(strip, across + reach, axis=1) - _at(strip, across, axis=1)
         least_y = np.minimum(np.minimum(area[:-1:2], area[1::2]), area[2::2])
         least_yx = np.minimum(np.minimum(least_y[:, :-1:2], least_y[:, 1::2]), least_y[:, 2::2])
-        found[rows] = least_yx >= least * reach * reach - _ROUNDING
-    return found & _fits(height, cell, slide_px[1], side)[:, None] & fits_across
+        enough[rows] = least_yx >= least * reach * reach - _ROUNDING
+    return enough & _fits(height, cell, slide_px[1], side)[:, None] & fits_across
 
 
 def _knots(cells: int, reach: float) -> NDArray[np.float64]:

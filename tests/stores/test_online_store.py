@@ -12,9 +12,8 @@ import pandas as pd
 import pytest
 
 from hpcssl.core.errors import BadTileError, StoreError
-from hpcssl.slides import open_slides
-from hpcssl.slides.open_slides import OpenSlides
-from hpcssl.slides.opening import open_slide
+from hpcssl.slides import opening
+from hpcssl.slides.opening import OpenSlides, open_slide
 from hpcssl.stores import online as online_module
 from hpcssl.stores import online_build
 from hpcssl.stores.kinds import open_store
@@ -197,7 +196,7 @@ class _Counted:
 @pytest.fixture
 def counted(monkeypatch) -> Counter:
     monkeypatch.setattr(_Counted, "opened", Counter())
-    monkeypatch.setattr(open_slides, "open_slide", _Counted)
+    monkeypatch.setattr(opening, "open_slide", _Counted)
     return _Counted.opened
 
 
@@ -227,7 +226,7 @@ def test_threads_wait_for_one_opening_and_share_its_failure(small, monkeypatch) 
         go.wait(10)
         raise TimeoutError("does not answer")
 
-    monkeypatch.setattr(open_slides, "open_slide", slow)
+    monkeypatch.setattr(opening, "open_slide", slow)
     slides, told = OpenSlides(2, 1000), []
 
     def one() -> None:

@@ -50,14 +50,9 @@ SHOWN = (
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per task, encoder and checkpoint of a results table.
+    """Return one row per task, encoder and checkpoint of a results table; what cannot be computed is NaN.
 
-    Columns: task, encoder, checkpoint; metric (auc or r2); last_epoch; splits (with a score) and replicas (most that a
-    split has); score and its 95 % bootstrap interval score_low, score_high over the splits; difference (to checkpoint 0
-    of the same encoder and task, mean over the splits that both have) with its corrected interval difference_low,
-    difference_high, and paired_splits. What cannot be computed is NaN.
-
-    ResultsError, ReportError if the table is not a results table, or holds no score.
+    ResultsError if it is no results table, ReportError if it holds no score.
     """
     table = check_rows(results)
     matrices, metrics = arms.score_matrices(table), arms.score_metrics(table)
@@ -75,13 +70,13 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
                 **arm._asdict(),
                 "metric": metrics[arm.task],
                 "last_epoch": int(matrix.columns[-1]),
-                "splits": int(last.notna().sum()),
-                "replicas": int(counts.loc[arm].max()),
+                "splits": int(last.notna().sum()),  # that have a score
+                "replicas": int(counts.loc[arm].max()),  # of the split that has most
                 "score": score,
-                "score_low": low,
+                "score_low": low,  # of the bootstrap interval over the splits
                 "score_high": high,
-                "difference": gain.mean,
-                "difference_low": gain.low,
+                "difference": gain.mean,  # to the untrained weights, over the splits that both have
+                "difference_low": gain.low,  # of the corrected interval
                 "difference_high": gain.high,
                 "paired_splits": gain.splits,
             }

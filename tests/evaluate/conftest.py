@@ -2,9 +2,26 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+from hpcssl.features.feature_files import write_slide
+
+
+@pytest.fixture
+def write_features(tmp_path) -> Callable[..., None]:
+    """Writes a folder of feature files; `tiles` gives the features of a slide by its place."""
+
+    def write(name, slides, tiles) -> None:
+        (tmp_path / name).mkdir()
+        for place, slide in enumerate(slides):
+            features = tiles(place)
+            write_slide(tmp_path / name / f"{slide}.h5", features, np.zeros((len(features), 2)))
+
+    return write
 
 
 @pytest.fixture(scope="session")

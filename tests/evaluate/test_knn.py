@@ -12,22 +12,17 @@ from hpcssl.evaluate.knn import Neighbours
 from hpcssl.evaluate.labelled import label_features
 from hpcssl.evaluate.results import read_rows
 from hpcssl.evaluate.splits import make_splits
-from hpcssl.features.feature_files import write_slide
 from hpcssl.pipelines.evaluate import find_neighbours
 
 SLIDES = [f"s{i:02d}" for i in range(24)]
 
 
 @pytest.fixture
-def inputs(tmp_path):
+def inputs(tmp_path, write_features):
     """24 slides of 1 to 9 tiles and three classes that shift the tiles' direction."""
     rng = np.random.default_rng(0)
     labels = [f"c{i % 3}" for i in range(24)]
-    (tmp_path / "uni").mkdir()
-    for slide, label in zip(SLIDES, labels, strict=True):
-        tiles = rng.normal(size=(rng.integers(1, 10), 8))
-        tiles[:, int(label[1])] += 1.5
-        write_slide(tmp_path / "uni" / f"{slide}.h5", tiles, np.zeros((len(tiles), 2)))
+    write_features("uni", SLIDES, lambda i: rng.normal(size=(rng.integers(1, 10), 8)) + 1.5 * (np.arange(8) == i % 3))
     make_splits(pd.DataFrame({"slide_id": SLIDES, "label": labels}), "label", num=3).to_csv(
         tmp_path / "organ.csv", index=False
     )

@@ -5,16 +5,13 @@ import pandas as pd
 import pytest
 
 from hpcssl.cli.main import main
-from hpcssl.features.feature_files import write_slide
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(tmp_path, write_features):
     rng = np.random.default_rng(0)
     slides = [f"s{i:02d}" for i in range(20)]
-    (tmp_path / "uni").mkdir()
-    for slide in slides:
-        write_slide(tmp_path / "uni" / f"{slide}.h5", rng.normal(size=(3, 4)), np.zeros((3, 2)))
+    write_features("uni", slides, lambda i: rng.normal(size=(3, 4)))
     frame = pd.DataFrame({"slide_id": slides, "organ": ["breast"] * 16 + ["lung"] * 4, "num_tiles": 3})
     frame.assign(label=["a", "b"] * 10, patient_id="").to_csv(tmp_path / "slides.csv", index=False)
     return tmp_path

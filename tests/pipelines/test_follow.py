@@ -333,10 +333,11 @@ def test_while_a_run_trains_every_new_checkpoint_is_submitted(small, queue, benc
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("follow")]
 
 
-def test_a_run_that_is_stopped_does_not_wait(queue, bench, run, apart):
+def test_a_run_that_is_stopped_does_not_wait(small, queue, bench, run, apart):
     attach(run, load_bench(bench))
     with pytest.raises(KeyboardInterrupt), following(run, say=print):
         raise KeyboardInterrupt
+    small.wait_until(lambda: "follow" not in [t.name for t in threading.enumerate()], 10, "its thread ends")
     assert len(apart) <= 1
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
+import json
 import os
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -176,17 +177,15 @@ def _save_on_a_small_disk(run, outcome) -> None:
     try:
         save_checkpoint(run, 8, {"weight": torch.zeros(1 << 16)}, STATE)
     except OSError as error:
-        outcome.send((error.errno, error.filename))
+        outcome.write_text(json.dumps([error.errno, error.filename]))
 
 
-def test_a_write_that_the_system_refuses_leaves_what_was_there(run):
+def test_a_write_that_the_system_refuses_leaves_what_was_there(small, run):
     save_checkpoint(run, 4, TENSORS, STATE)
-    receiver, sender = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_save_on_a_small_disk, args=(run, sender))
-    process.start()
-    process.join(60)
-    assert receiver.poll(), "an error of the system, not one of the library"
-    assert receiver.recv() == (errno.EFBIG, str(checkpoint_path(run, 8)))
+    outcome = run / "outcome.json"
+    small.in_a_fork(partial(_save_on_a_small_disk, run, outcome))
+    assert outcome.exists(), "an error of the system, not one of the library"
+    assert json.loads(outcome.read_text()) == [errno.EFBIG, str(checkpoint_path(run, 8))]
     assert [f.name for f in (run / "checkpoints").iterdir()] == [checkpoint_path(run, 4).name]
     assert load_checkpoint(checkpoint_path(run, 4))[1]["step"] == 4
 
@@ -253,13 +252,10 @@ def _save_and_die(run, where: str) -> None:
     [("half-written", 9), ("before sync", -signal.SIGKILL), ("before rename", 7), ("never", 0)],
 )
 @pytest.mark.parametrize("step", [8, 4])
-def test_killed_while_saving_leaves_what_was_there(run, where, code, step):
+def test_killed_while_saving_leaves_what_was_there(small, run, where, code, step):
     """Also where the checkpoint of the same step is written again (step 8)."""
     save_checkpoint(run, step, TENSORS, STATE)
-    process = multiprocessing.get_context("fork").Process(target=_save_and_die, args=(run, where))
-    process.start()
-    process.join(60)
-    assert process.exitcode == code
+    assert small.in_a_fork(partial(_save_and_die, run, where)) == code
     told: list[str] = []
     tensors, state = load_latest(run, told.append)
     assert not told

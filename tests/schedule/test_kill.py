@@ -24,7 +24,7 @@ from hpcssl.schedule.file import Schedule
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.schedule.verify import verify_schedule
 
-KILLED, DONE = 9, 0
+KILLED = 9
 CHANGING = ("replace", "fsync", "unlink")  # functions of `os` by which a build publishes, syncs and removes files
 
 
@@ -48,10 +48,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, held: ScheduleSpec, sl
     return contents(out)
 
 
-def killed_at(moment: int, build: Callable[[], object]) -> bool:
+def killed_at(small: ModuleType, moment: int, build: Callable[[], object]) -> bool:
     """Build in a process of its own that ends at the moment-th change of a file; whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
+
+    def run() -> None:
         left = moment
 
         def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,21 +64,18 @@ def killed_at(moment: int, build: Callable[[], object]) -> bool:
 
             return call
 
-        try:
-            for name in CHANGING:
-                setattr(os, name, counted(getattr(os, name)))
-            build()
-        finally:
-            os._exit(DONE)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status) == KILLED
+        for name in CHANGING:
+            setattr(os, name, counted(getattr(os, name)))
+        build()
+
+    return small.in_a_fork(run) == KILLED
 
 
 def test_a_build_killed_before_any_change_of_a_file(
-    held: ScheduleSpec, slides: pd.DataFrame, undisturbed: dict[str, bytes], tmp_path: Path
+    small: ModuleType, held: ScheduleSpec, slides: pd.DataFrame, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     moment, refused, opened = 0, 0, 0
-    while killed_at(moment, partial(build_schedule, held, slides, tmp_path / str(moment))):
+    while killed_at(small, moment, partial(build_schedule, held, slides, tmp_path / str(moment))):
         out = tmp_path / str(moment)
         try:
             Schedule.open(out)

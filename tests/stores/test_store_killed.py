@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -46,22 +46,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Run work in a forked process, kill it after so many seconds; returns whether it ended by itself."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    timer = threading.Timer(kill_after or 0, lambda: os.kill(child, signal.SIGKILL))
-    if kill_after is not None:
-        timer.start()
-    _, status = os.waitpid(child, 0)
-    timer.cancel()
-    return os.WIFEXITED(status)
-
-
 def killed_at(number: int, work: Callable[[], object]) -> Callable[[], None]:
     """Return `work`, killed before or after its sync, rename or truncation number `number // 2`."""
 
@@ -93,24 +77,26 @@ def build_again(tiles: Path, out: Path, options: BuildOptions) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_the_steps_of_a_build(kind: str, tiles: Path, tmp_path: Path) -> None:
+def test_killed_at_the_steps_of_a_build(small: ModuleType, kind: str, tiles: Path, tmp_path: Path) -> None:
     options = KINDS[kind]
     whole = files(build_store(tiles, tmp_path / "whole", options=options).path)
     for number in range(10_000):
         out = tmp_path / f"store-{number}"
-        ended = in_a_fork(killed_at(number, lambda out=out: build_store(tiles, out, options=options)))
+        code = small.in_a_fork(killed_at(number, lambda out=out: build_store(tiles, out, options=options)))
         build_again(tiles, out, options)
         assert files(out) == whole, f"killed at step {number}"
         open_store(out).verify()
         shutil.rmtree(out)
-        if ended:
+        if code == 0:
             break
     assert number > 20, "it was killed often"
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_the_steps_of_an_extension(kind: str, tiles: Path, more_tiles: Path, tmp_path: Path) -> None:
+def test_killed_at_the_steps_of_an_extension(
+    small: ModuleType, kind: str, tiles: Path, more_tiles: Path, tmp_path: Path
+) -> None:
     options = KINDS[kind]
     table = tmp_path / "first.csv"
     table.write_text("slide_id,organ,num_tiles\nbreast-0,breast,3\nlung-1,lung,4\n")
@@ -119,20 +105,21 @@ def test_killed_at_the_steps_of_an_extension(kind: str, tiles: Path, more_tiles:
     content = [whole.fetch(0, t) for t in range(whole.num_tiles)]
     for number in range(10_000):
         out = shutil.copytree(first, tmp_path / f"store-{number}")
-        ended = in_a_fork(killed_at(number, lambda out=out: build_store(more_tiles, out, options=options, append=True)))
+        extend = partial(build_store, more_tiles, out, options=options, append=True)
+        code = small.in_a_fork(killed_at(number, extend))
         between = open_store(out)  # what is there is whole, before or after
         between.verify()
         assert [between.fetch(0, t) for t in range(between.num_tiles)] == content[: between.num_tiles]
         build_store(more_tiles, out, options=options, append=True)
         assert files(out) == files(whole.path), f"killed at step {number}"
         shutil.rmtree(out)
-        if ended:
+        if code == 0:
             break
     assert number > 20, "it was killed often"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_random_moments_again_and_again(kind: str, tiles: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_again_and_again(small: ModuleType, kind: str, tiles: Path, tmp_path: Path) -> None:
     options = KINDS[kind]
     whole = files(build_store(tiles, tmp_path / "whole", options=options).path)
     random = np.random.default_rng(7)
@@ -140,7 +127,7 @@ def test_killed_at_random_moments_again_and_again(kind: str, tiles: Path, tmp_pa
     for trial in range(6):
         out = tmp_path / f"store-{trial}"
         for delay in random.uniform(0.001, 0.02, 6):
-            kills += not in_a_fork(lambda out=out: build_again(tiles, out, options), kill_after=delay)
+            kills += small.in_a_fork(lambda out=out: build_again(tiles, out, options), kill_after=delay) != 0
         build_again(tiles, out, options)
         assert files(out) == whole
     assert kills > 3, "it was killed"
@@ -155,7 +142,7 @@ def begin_at_the_end(shards: ShardWriter) -> None:
 
 
 def test_without_cutting_off_what_follows_the_commit_the_bytes_differ(
-    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: ModuleType, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The breakage that the tests above must notice."""
     options = BuildOptions(pack=True, commit_s=0, threads=2)  # all slides in one shard
@@ -163,7 +150,7 @@ def test_without_cutting_off_what_follows_the_commit_the_bytes_differ(
     differing = 0
     for number in range(20):
         out = tmp_path / f"store-{number}"
-        in_a_fork(killed_at(number, lambda out=out: build_store(tiles, out, options=options)))
+        small.in_a_fork(killed_at(number, lambda out=out: build_store(tiles, out, options=options)))
         with monkeypatch.context() as patch:
             patch.setattr(ShardWriter, "begin", begin_at_the_end)
             try:

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -123,10 +124,10 @@ def test_threads_change_no_byte(folder: Path, tiled: Path, tmp_path: Path) -> No
         assert files(tmp_path / str(threads)) == files(tiled)
 
 
-def killed_before(name: str, work: Callable[[], object]) -> bool:
+def killed_before(small: ModuleType, name: str, work: Callable[[], object]) -> bool:
     """Run work in a fork that is killed before it gives a file or folder this name; returns whether it came so far."""
-    child = os.fork()
-    if child == 0:
+
+    def run() -> None:
         real = os.replace
 
         def replace(source: Path, target: Path) -> None:
@@ -135,12 +136,9 @@ def killed_before(name: str, work: Callable[[], object]) -> bool:
             real(source, target)
 
         os.replace = replace
-        try:
-            work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+        work()
+
+    return small.in_a_fork(run) != 0
 
 
 STEPS = ["tiling.json", "qc/b.jpg", ".tiling/a-*.npy", ".tiling/b-*.json", "index-000001", "store.json"]
@@ -153,14 +151,14 @@ STEPS += ["failed_slides.csv", "slides.csv"]
     ids=["loose", "packed"],
 )
 def test_killed_anywhere_and_run_again_it_is_the_same_byte_for_byte(
-    folder: Path, tmp_path: Path, options: TilingOptions, steps: list[str]
+    small: ModuleType, folder: Path, tmp_path: Path, options: TilingOptions, steps: list[str]
 ) -> None:
     slides = slides_to_read(folder / "slides.csv").iloc[:2]
     tile_slides(slides, tmp_path / "whole", options)
     whole = files(tmp_path / "whole")
     out = tmp_path / "killed"
     for step in steps:
-        assert killed_before(step, lambda: tile_slides(slides, out, options)), step
+        assert killed_before(small, step, lambda: tile_slides(slides, out, options)), step
         assert not (out / "store.json").exists() or open_store(out).num_slides == 2
         tile_slides(slides, out, options)
         assert files(out) == whole, f"killed before {step}"

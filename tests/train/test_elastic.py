@@ -116,9 +116,9 @@ def test_from_every_step_another_number_of_ranks_goes_on_alike(small, losses, al
 
 @pytest.mark.long
 @both
-def test_from_every_step_another_number_of_ranks_trains_the_rest_alike(small, losses, alone, objective):
+def test_from_some_steps_another_number_of_ranks_trains_the_rest_alike(small, losses, alone, objective):
     recipe, (expected, saved) = _recipe(small, objective), alone[objective]
-    for step in range(STEPS):
+    for step in range(1, STEPS, 10):
         assert _difference(losses(recipe, 2 + step % 3, STEPS, saved[step]), expected[step:]) < TOLERANCE, step
 
 

@@ -13,7 +13,7 @@ class Actions:
         self._parsers = parser.add_subparsers(title="actions", metavar="ACTION", required=required)
 
     def add(
-        self, name: str, text: str, *, example: str, run: Callable[[argparse.Namespace], int]
+        self, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
     ) -> argparse.ArgumentParser:
         """Add an action; returns its parser, for its arguments."""
         parser: argparse.ArgumentParser = self._parsers.add_parser(

@@ -12,25 +12,17 @@ EXAMPLE = "hpcssl demo --tiles TILES --out demo-out"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder for everything; continued where it was (%(default)s)"
-    )
+    add = parser.add_argument
+    folder = "folder for everything; continued where it was (%(default)s)"
+    add("--out", type=Path, default=Path("demo-out"), help=folder)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--slides", type=Path, metavar="TABLE", help="slide table of whole slides: slide_id, organ, path, mpp, label"
-    )
-    source.add_argument(
-        "--tiles",
-        type=Path,
-        help="JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)",
-    )
-    parser.add_argument(
-        "--label", metavar="COLUMN", help="column of the slide table to predict (default: label, if there)"
-    )
-    parser.add_argument(
-        "--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
+    slides = "slide table of whole slides: slide_id, organ, path, mpp, label"
+    source.add_argument("--slides", type=Path, metavar="TABLE", help=slides)
+    tiles = "JPEG tiles as <organ>/<slide_id>/<name>.jpg, with or without slides.csv (default: draw some)"
+    source.add_argument("--tiles", type=Path, help=tiles)
+    add("--label", metavar="COLUMN", help="column of the slide table to predict (default: label, if there)")
+    add("--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says")
+    add("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_job
+from hpcssl.cli.array_arguments import add_array_arguments, array_profile, tell_array
 
 SUMMARY = "embed every slide of a store with an encoder; done slides are not computed again"
 EXAMPLE = (
@@ -18,24 +18,19 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--store", type=Path, required=True, help="tile store")
-    parser.add_argument(
-        "--encoder",
-        required=True,
-        metavar="RUN[@STEP]|timm:NAME[:stage3][:random]",
-        help="a run's newest checkpoint, or that of a step (0 is untrained); or a model of timm, a ResNet up to"
-        " a stage, random weights",
+    add = parser.add_argument
+    add("--store", type=Path, required=True, help="tile store")
+    encoder = (
+        "a run's newest checkpoint, or that of a step (0 is untrained); or a model of timm, a ResNet up to a stage,"
+        " random weights"
     )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="of a timm model; else they are looked for where timm keeps them"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FEATURES", help="folder of feature files, new or to be completed"
-    )
-    parser.add_argument(
-        "--tile-px", type=int, default=None, help="side that tiles are resized to (default: the encoder's)"
-    )
-    parser.add_argument("--threads", type=int, help="for decoding and computing (default: all cores; not on SLURM)")
+    add("--encoder", required=True, metavar="RUN[@STEP]|timm:NAME[:stage3][:random]", help=encoder)
+    weights = "of a timm model; else they are looked for where timm keeps them"
+    add("--weights", type=Path, metavar="FILE", help=weights)
+    out = "folder of feature files, new or to be completed"
+    add("--out", type=Path, required=True, metavar="FEATURES", help=out)
+    add("--tile-px", type=int, help="side that tiles are resized to (default: the encoder's)")
+    add("--threads", type=int, help="for decoding and computing (default: all cores; not on SLURM)")
     add_array_arguments(parser)
 
 
@@ -57,10 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         raise ConfigError("--threads: a task of the array has the profile's cpus_per_gpu; leave it out")
     array = submit_embedding(request, profile, num_tasks=args.array)
-    if array is None:
-        print(f"features of all slides are there: {args.out}")
-    elif not array.tasks:
-        tell_job(array.job, args.out, "is under way already; nothing is submitted beside it")
+    if array:
+        tell_array(array, args.out, f"embed what is missing in {args.out}")
     else:
-        tell_job(array.job, args.out, f"submitted: {array.tasks} tasks embed what is missing in {args.out}")
+        print(f"features of all slides are there: {args.out}")
     return 0

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcssl.cli.actions import Actions
+
 if TYPE_CHECKING:
     from hpcssl.jobs.run_states import RunState
     from hpcssl.jobs.submission import Submission
@@ -20,29 +22,21 @@ _NUMBERS = ("step", "samples seen", "tiles/s", "time left", "processes", "restar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions; without one, the runs below the current folder are listed."""
-    from hpcssl.cli.actions import Actions
-
     actions = Actions(parser, required=False)
     parser.set_defaults(run=list_, folders=[Path()])
-    listed = actions.add("list", "how runs are", example=EXAMPLE, run=list_)
-    listed.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        default=[Path()],
-        metavar="FOLDER",
-        help="run folders, or folders with runs up to two levels below (default: the current folder)",
-    )
-    logs = actions.add("logs", "what a run's newest start says", example="hpcssl jobs logs runs/a --follow", run=logs_)
+    listed = actions.add("list", list_, "how runs are", EXAMPLE)
+    text = "run folders, or folders with runs up to two levels below (default: the current folder)"
+    listed.add_argument("folders", nargs="*", type=Path, default=[Path()], metavar="FOLDER", help=text)
+    logs = actions.add("logs", logs_, "what a run's newest start says", "hpcssl jobs logs runs/a --follow")
     logs.add_argument("--rank", type=int, default=0, help="of which process (%(default)s)")
     logs.add_argument("--lines", type=int, default=40, help="how many of the last ones (%(default)s)")
     logs.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     text = "let a run save and stop; on SLURM it has the cluster's KillWait for that, 30 s as a rule"
-    cancel = actions.add("cancel", text, example="hpcssl jobs cancel runs/a", run=cancel_)
+    cancel = actions.add("cancel", cancel_, text, "hpcssl jobs cancel runs/a")
     text = "start a run's job again, from its newest checkpoint; where it is gone, submit it as it was"
-    requeue = actions.add("requeue", text, example="hpcssl jobs requeue runs/a", run=requeue_)
+    requeue = actions.add("requeue", requeue_, text, "hpcssl jobs requeue runs/a")
     text = "submit what the benchmark of a run lacks (see hpcssl pretrain --benchmark-with)"
-    benchmark = actions.add("benchmark", text, example="hpcssl jobs benchmark runs/a", run=benchmark_)
+    benchmark = actions.add("benchmark", benchmark_, text, "hpcssl jobs benchmark runs/a")
     for action in (logs, cancel, requeue, benchmark):
         action.add_argument("folder", type=Path, metavar="RUN", help="run folder")
 

@@ -17,29 +17,19 @@ _OF_SLIDES = ("mpp", "grid", "tile_px", "min_tissue", "assume_mpp")
 
 def add_online_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a store of slides."""
-    group = parser.add_argument_group(
-        "stores of slides", "example: hpcssl store build slides.csv --out STORE --online --mpp 0.25,0.5,1.0,2.0"
+    example = "example: hpcssl store build slides.csv --out STORE --online --mpp 0.25,0.5,1.0,2.0"
+    add = parser.add_argument_group("stores of slides", example).add_argument
+    online = (
+        "read tiles straight from slides, at a place that a position draws; TILES is then a slide table (slide_id,"
+        " organ, path or URL, mpp) or a folder of slides"
     )
-    group.add_argument(
-        "--online",
-        action="store_true",
-        help="read tiles straight from slides, at a place that a position draws; TILES is then a slide table (slide_id,"
-        " organ, path or URL, mpp) or a folder of slides",
-    )
-    group.add_argument(
-        "--mpp",
-        type=mpps_of,
-        metavar="LIST",
-        help="microns per pixel, one or several (default 0.5); slides count by their tiles at the first",
-    )
-    group.add_argument(
-        "--grid", action="store_true", help="draw no places: give the tiles that hpcssl tile would cut at the MPP"
-    )
-    group.add_argument("--tile-px", type=int, metavar="N", help="side of a tile (default 224)")
-    group.add_argument("--min-tissue", type=float, metavar="SHARE", help="of a tile that must be tissue (default 0.4)")
-    group.add_argument(
-        "--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says"
-    )
+    add("--online", action="store_true", help=online)
+    mpps = "microns per pixel, one or several (default 0.5); slides count by their tiles at the first"
+    add("--mpp", type=mpps_of, metavar="LIST", help=mpps)
+    add("--grid", action="store_true", help="draw no places: give the tiles that hpcssl tile would cut at the MPP")
+    add("--tile-px", type=int, metavar="N", help="side of a tile (default 224)")
+    add("--min-tissue", type=float, metavar="SHARE", help="of a tile that must be tissue (default 0.4)")
+    add("--assume-mpp", type=float, metavar="MPP", help="of slides whose MPP neither the table nor the file says")
 
 
 def mpps_of(text: str) -> tuple[float, ...]:
@@ -70,7 +60,7 @@ def check_kind(args: argparse.Namespace) -> None:
 
 def build_online(args: argparse.Namespace, profile: Profile | None) -> int:
     """Build the store, here or by a job array; slides that failed are an error, after the others are done."""
-    from hpcssl.cli.late_progress import late_progress
+    from hpcssl.cli.progress import late_progress
     from hpcssl.core.errors import ConfigError
     from hpcssl.pipelines.build_store import build_from_slides, submit_from_slides
     from hpcssl.stores.online_build import OnlineOptions

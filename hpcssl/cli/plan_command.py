@@ -24,33 +24,21 @@ _MOST_TILE_PX = 65_535  # a JPEG has no more
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     actions = Actions(parser)
-    show = actions.add(
-        "show", "print the drawn parameters, one line a view, and the plan's digest", example=EXAMPLE, run=_show
-    )
-    _add_plan(show)
+    text = "print the drawn parameters, one line a view, and the plan's digest"
+    show = actions.add("show", _show, text, EXAMPLE)
+    text = "draw a contact sheet: every tile and the views made of it"
+    draw = actions.add("draw", _draw, text, _DRAW_EXAMPLE)
+    for add in (show.add_argument, draw.add_argument):
+        add("--positions", type=range_of, required=True, metavar="A:B", help="global positions from A to below B")
+        add("--recipe", default=_DEFAULT_RECIPE, help="a training recipe that ships, or a YAML file (%(default)s)")
+        add("--seed", type=int, help="of the run (default: the recipe's)")
+        add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
     show.add_argument(
         "--tile-px", type=_tile_px, default=224, metavar="N", help="side of the tiles in pixels (%(default)s)"
     )
-    draw = actions.add(
-        "draw", "draw a contact sheet: every tile and the views made of it", example=_DRAW_EXAMPLE, run=_draw
-    )
-    _add_plan(draw)
     draw.add_argument("--store", type=Path, required=True, help="tile store")
     draw.add_argument("--schedule", type=Path, required=True, metavar="SCHED", help="schedule built for that store")
     draw.add_argument("--out", type=Path, required=True, metavar="SHEET.png", help="picture to write")
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--positions", type=range_of, required=True, metavar="A:B", help="global positions from A to below B"
-    )
-    parser.add_argument(
-        "--recipe", default=_DEFAULT_RECIPE, help="a training recipe that ships, or a YAML file (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, help="of the run (default: the recipe's)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
-    )
 
 
 def range_of(text: str) -> range:

@@ -19,51 +19,28 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe that ships, or a YAML file")
-    parser.add_argument("--store", type=Path, required=True, help="tile store")
-    parser.add_argument("--schedule", type=Path, required=True, help="schedule built for that store")
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder, new or to be continued")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=("none", "local", "slurm"),
-        default="local",
-        help="in this process, on this machine (default), or on SLURM",
-    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a recipe that ships, or a YAML file")
+    add("--store", type=Path, required=True, help="tile store")
+    add("--schedule", type=Path, required=True, help="schedule built for that store")
+    add("--out", type=Path, required=True, metavar="RUN", help="run folder, new or to be continued")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
+    cluster = "in this process, on this machine (default), or on SLURM"
+    add("--cluster", choices=("none", "local", "slurm"), default="local", help=cluster)
     machines = parser.add_mutually_exclusive_group()
     machines.add_argument("--nodes", type=int, default=1, help="machines (SLURM)")
-    machines.add_argument(
-        "--gpus",
-        metavar="MIN..MAX",
-        help="instead of --nodes: as many nodes as there are whenever the job starts, with so many GPUs in all (SLURM)",
-    )
-    parser.add_argument(
-        "--wait-min",
-        type=float,
-        default=10,
-        metavar="MINUTES",
-        help="with --gpus: how long the most GPUs are worth waiting for at first (%(default)g)",
-    )
-    parser.add_argument(
-        "--gpus-per-node",
-        type=int,
-        metavar="N",
-        help="processes on each machine, one GPU each where it has GPUs (default: the profile's, or the GPUs here)",
-    )
-    parser.add_argument("--profile", help="cluster profile: a name that ships, or a YAML file (SLURM)")
-    parser.add_argument("--partition", help="instead of the profile's (SLURM)")
-    parser.add_argument("--account", help="instead of the profile's (SLURM)")
-    parser.add_argument(
-        "--benchmark-with",
-        type=Path,
-        metavar="BENCH.yaml",
-        help="have every pseudo-epoch's checkpoint embedded and measured by SLURM jobs while the run trains",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print resources and batch script, write nothing"
-    )
+    gpus = "instead of --nodes: as many nodes as there are whenever the job starts, with so many GPUs in all (SLURM)"
+    machines.add_argument("--gpus", metavar="MIN..MAX", help=gpus)
+    wait = "with --gpus: how long the most GPUs are worth waiting for at first (%(default)g)"
+    add("--wait-min", type=float, default=10, metavar="MINUTES", help=wait)
+    processes = "processes on each machine, one GPU each where it has GPUs (default: the profile's, or the GPUs here)"
+    add("--gpus-per-node", type=int, metavar="N", help=processes)
+    add("--profile", help="cluster profile: a name that ships, or a YAML file (SLURM)")
+    add("--partition", help="instead of the profile's (SLURM)")
+    add("--account", help="instead of the profile's (SLURM)")
+    bench = "have every pseudo-epoch's checkpoint embedded and measured by SLURM jobs while the run trains"
+    add("--benchmark-with", type=Path, metavar="BENCH.yaml", help=bench)
+    add("--dry-run", action="store_true", help="check everything, print resources and batch script, write nothing")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,27 +5,32 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
-if TYPE_CHECKING:
-    from hpcssl.pipelines.display import Display
+from hpcssl.pipelines.display import Display
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-@contextmanager
-def progress(label: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]:
     """Show how far some work is; gives `advance(n)`, to be called after n more units.
 
     Without a terminal: a line at the start of longer work, every ten seconds, and at the end.
     """
-    if sys.stderr.isatty():
-        with _bar(label, total, unit) as advance:
-            yield advance
-    else:
-        with _lines(label, total, unit) as advance:
-            yield advance
+    return (_bar if sys.stderr.isatty() else _lines)(label, total, unit)
+
+
+@contextmanager
+def late_progress(label: str, unit: str) -> Iterator[dict[str, Any]]:
+    """Give `on_total` and `on_progress`, the first of which begins to show how far the work is."""
+    with ExitStack() as stack:
+        advance = [lambda n: None]
+
+        def on_total(total: int) -> None:
+            advance[0] = stack.enter_context(progress(label, total=total, unit=unit))
+
+        yield {"on_total": on_total, "on_progress": lambda n: advance[0](n)}
 
 
 def say(line: str) -> None:
@@ -35,8 +40,6 @@ def say(line: str) -> None:
 
 def display() -> Display:
     """Return how a verb of the pipelines shows on a command line what it does."""
-    from hpcssl.pipelines.display import Display
-
     return Display(progress=progress, say=say)
 
 
@@ -52,16 +55,9 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    work = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*work, *times, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)
 

@@ -16,15 +16,10 @@ EXAMPLE = "hpcssl report RESULTS RUN SCHED --out REPORT"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        type=Path,
-        metavar="FOLDER",
-        help="results of `hpcssl mccv`, runs of `hpcssl pretrain`, a schedule; in any order",
-    )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write into")
-    parser.add_argument("--title", default="Pretraining and benchmark", help="title of the page")
+    add, folders = parser.add_argument, "results of `hpcssl mccv`, runs of `hpcssl pretrain`, a schedule; in any order"
+    add("inputs", nargs="+", type=Path, metavar="FOLDER", help=folders)
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write into")
+    add("--title", default="Pretraining and benchmark", help="title of the page")
 
 
 def run(args: argparse.Namespace) -> int:

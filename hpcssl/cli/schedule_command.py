@@ -21,56 +21,38 @@ _DIFFERENT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    actions = Actions(parser)
-    _add_build(actions)
-    verify, inspect, diff, export = (
-        actions.add(name, text, example=f"hpcssl schedule {name} {example}", run=run)
-        for name, text, run, example in (
-            ("verify", "check every guarantee and checksum", _verify, "SCHED"),
-            ("inspect", "organ shares, repeats, passes, coverage", _inspect, "SCHED --out FIGURES"),
-            ("diff", "are two schedules the same, and where they part (exit 1)", _diff, "SCHED OTHER"),
-            (
-                "export",
-                "write the order as CSV files, one a pseudo-epoch",
-                _export,
-                "--csv SCHED --store STORE --out CSV",
-            ),
-        )
-    )
-    for action in (verify, inspect, export):
-        action.add_argument("schedule", type=Path, metavar="SCHED")
-    _add_jobs(verify)
-    inspect.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and their tables")
-    diff.add_argument("first", type=Path, metavar="A")
-    diff.add_argument("second", type=Path, metavar="B")
-    export.add_argument("--csv", action="store_true", required=True, help="as slide_schedule_<number>.csv")
-    export.add_argument(
-        "--store", type=Path, help="tile store that knows the files (column imgpath); else slide_id and index"
-    )
-    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: SCHED-csv)")
-    _add_only(export)
-
-
-def _add_build(actions: Actions) -> None:
-    build = actions.add("build", "write a schedule, or what is missing of it", example=EXAMPLE, run=_build)
+    actions, command = Actions(parser), "hpcssl schedule"
+    build = actions.add("build", _build, "write a schedule, or what is missing of it", EXAMPLE)
+    verify = actions.add("verify", _verify, "check every guarantee and checksum", f"{command} verify SCHED")
+    example = f"{command} inspect SCHED --out FIGURES"
+    inspect = actions.add("inspect", _inspect, "organ shares, repeats, passes, coverage", example)
+    text = "are two schedules the same, and where they part (exit 1)"
+    diff = actions.add("diff", _diff, text, f"{command} diff SCHED OTHER")
+    example = f"{command} export --csv SCHED --store STORE --out CSV"
+    export = actions.add("export", _export, "write the order as CSV files, one a pseudo-epoch", example)
     source = build.add_mutually_exclusive_group(required=True)
     source.add_argument("--store", type=Path, help="tile store to draw from")
     source.add_argument("--slides", type=Path, metavar="TABLE", help="slide table to draw from")
-    build.add_argument("--spec", required=True, help="a spec that ships, or a YAML file")
-    build.add_argument("--out", type=Path, required=True, metavar="SCHED", help="folder of the schedule, new or begun")
-    build.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the spec")
-    _add_only(build)
-    _add_jobs(build)
-
-
-def _add_only(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", type=numbers_of, metavar="3,7-9", help="only these pseudo-epochs, counted from 0")
-
-
-def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    add = build.add_argument
+    add("--spec", required=True, help="a spec that ships, or a YAML file")
+    add("--out", type=Path, required=True, metavar="SCHED", help="folder of the schedule, new or begun")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the spec")
+    for action in (verify, inspect, export):
+        action.add_argument("schedule", type=Path, metavar="SCHED")
+    inspect.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and their tables")
+    diff.add_argument("first", type=Path, metavar="A")
+    diff.add_argument("second", type=Path, metavar="B")
+    add = export.add_argument
+    add("--csv", action="store_true", required=True, help="as slide_schedule_<number>.csv")
+    add("--store", type=Path, help="tile store that knows the files (column imgpath); else slide_id and index")
+    add("--out", type=Path, metavar="DIR", help="folder to write into (default: SCHED-csv)")
+    for action in (build, export):
+        text = "only these pseudo-epochs, counted from 0"
+        action.add_argument("--only", type=numbers_of, metavar="3,7-9", help=text)
     cores = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     text = f"threads; each holds one pseudo-epoch in memory (default: {cores})"
-    parser.add_argument("--jobs", type=_positive, default=cores, metavar="N", help=text)
+    for action in (build, verify):
+        action.add_argument("--jobs", type=_positive, default=cores, metavar="N", help=text)
 
 
 def numbers_of(text: str) -> list[int]:

@@ -16,60 +16,35 @@ EXAMPLE = "hpcssl store build TILES --out STORE --slides slides.csv"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     actions = Actions(parser)
-    build = actions.add(
-        "build", "index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", example=EXAMPLE, run=_build
-    )
-    build.add_argument("tiles", type=Path, metavar="TILES", help="root of the tiles")
-    build.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="STORE",
-        help="folder of the store; must not exist (but see --append)",
-    )
-    build.add_argument(
-        "--slides", type=Path, help="slide table (default: TILES/slides.csv where there is one, else all folders)"
-    )
-    build.add_argument(
-        "--pack", action="store_true", help="copy the tiles into tar shards; TILES is not needed afterwards"
-    )
-    build.add_argument(
-        "--shard-gb",
-        type=float,
-        metavar="N",
-        help="with --pack: a shard ends with the slide that fills it (default 16)",
-    )
-    build.add_argument(
-        "--append",
-        action="store_true",
-        help="add new slides at the end of an existing store; its tiles keep their numbers",
-    )
-    build.add_argument(
-        "--no-check", action="store_true", help="take names and sizes alone; do not look at both ends of every JPEG"
-    )
-    build.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
+    build = actions.add("build", _build, "index JPEG tiles laid out as <organ>/<slide_id>/<name>.jpg", EXAMPLE)
+    text = "check the index and that every tile is as it was"
+    verify = actions.add("verify", _verify, text, "hpcssl store verify STORE")
+    text = "slides, tiles and bytes per organ, sizes of the files"
+    stats = actions.add("stats", _stats, text, "hpcssl store stats STORE")
+    add = build.add_argument
+    add("tiles", type=Path, metavar="TILES", help="root of the tiles")
+    out = "folder of the store; must not exist (but see --append)"
+    add("--out", type=Path, required=True, metavar="STORE", help=out)
+    slides = "slide table (default: TILES/slides.csv where there is one, else all folders)"
+    add("--slides", type=Path, help=slides)
+    add("--pack", action="store_true", help="copy the tiles into tar shards; TILES is not needed afterwards")
+    shard = "with --pack: a shard ends with the slide that fills it (default 16)"
+    add("--shard-gb", type=float, metavar="N", help=shard)
+    append = "add new slides at the end of an existing store; its tiles keep their numbers"
+    add("--append", action="store_true", help=append)
+    unchecked = "take names and sizes alone; do not look at both ends of every JPEG"
+    add("--no-check", action="store_true", help=unchecked)
+    for action in (verify, stats):
+        action.add_argument("store", type=Path, metavar="STORE")
+    verify.add_argument("--deep", action="store_true", help="decode every JPEG, too")
+    for action in (build, verify):
+        action.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
     add_array_arguments(build)
     add_online_arguments(build)
-    verify = actions.add(
-        "verify",
-        "check the index and that every tile is as it was",
-        example="hpcssl store verify STORE",
-        run=_verify,
-    )
-    verify.add_argument("store", type=Path, metavar="STORE")
-    verify.add_argument("--deep", action="store_true", help="decode every JPEG, too")
-    verify.add_argument("--threads", type=int, metavar="N", help="files read at a time (default 8)")
-    stats = actions.add(
-        "stats",
-        "slides, tiles and bytes per organ, sizes of the files",
-        example="hpcssl store stats STORE",
-        run=_stats,
-    )
-    stats.add_argument("store", type=Path, metavar="STORE")
 
 
 def _build(args: argparse.Namespace) -> int:
-    from hpcssl.cli.late_progress import late_progress
+    from hpcssl.cli.progress import late_progress
     from hpcssl.core.errors import StoreError
     from hpcssl.pipelines.build_store import submit_parts
     from hpcssl.stores.kinds import open_store

@@ -17,45 +17,29 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "slides", type=Path, metavar="SLIDES", help="slide table (slide_id, organ, path, mpp), or a folder of slides"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="TILES",
-        help="folder of the tiles and their store; the same command goes on where it was",
-    )
-    parser.add_argument("--mpp", type=float, default=0.5, help="microns per pixel of the tiles (%(default)s)")
-    parser.add_argument("--tile-px", type=int, default=224, metavar="N", help="side of a tile (%(default)s)")
-    parser.add_argument(
-        "--min-tissue", type=float, default=0.4, metavar="SHARE", help="of a tile that must be tissue (%(default)s)"
-    )
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, with chrominance in full (%(default)s)")
-    parser.add_argument(
-        "--assume-mpp",
-        type=float,
-        metavar="MPP",
-        help="of slides whose MPP neither the table nor the file says (default: such a slide fails)",
-    )
-    parser.add_argument("--pack", action="store_true", help="write tar shards instead of a file a tile")
-    parser.add_argument(
-        "--shard-gb",
-        type=float,
-        default=16.0,
-        metavar="N",
-        help="with --pack: a shard ends with the slide that fills it (%(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="that decode and encode (default: one a core; not on SLURM)"
-    )
+    add = parser.add_argument
+    slides = "slide table (slide_id, organ, path, mpp), or a folder of slides"
+    add("slides", type=Path, metavar="SLIDES", help=slides)
+    out = "folder of the tiles and their store; the same command goes on where it was"
+    add("--out", type=Path, required=True, metavar="TILES", help=out)
+    add("--mpp", type=float, default=0.5, help="microns per pixel of the tiles (%(default)s)")
+    add("--tile-px", type=int, default=224, metavar="N", help="side of a tile (%(default)s)")
+    tissue = "of a tile that must be tissue (%(default)s)"
+    add("--min-tissue", type=float, default=0.4, metavar="SHARE", help=tissue)
+    add("--quality", type=int, default=90, help="of the JPEGs, with chrominance in full (%(default)s)")
+    assumed = "of slides whose MPP neither the table nor the file says (default: such a slide fails)"
+    add("--assume-mpp", type=float, metavar="MPP", help=assumed)
+    add("--pack", action="store_true", help="write tar shards instead of a file a tile")
+    shard = "with --pack: a shard ends with the slide that fills it (%(default)s)"
+    add("--shard-gb", type=float, default=16.0, metavar="N", help=shard)
+    threads = "that decode and encode (default: one a core; not on SLURM)"
+    add("--threads", type=int, metavar="N", help=threads)
     add_array_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Tile the slides; slides that failed are an error, after the others are done."""
-    from hpcssl.cli.late_progress import late_progress
+    from hpcssl.cli.progress import late_progress
     from hpcssl.core.errors import ConfigError
     from hpcssl.pipelines.tile import submit_tiling, tile
     from hpcssl.slides.cutting import CutOptions
@@ -63,11 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     profile = array_profile(args)
     cut = CutOptions(
-        mpp=args.mpp,
-        tile_px=args.tile_px,
-        min_tissue=args.min_tissue,
-        quality=args.quality,
-        assume_mpp=args.assume_mpp,
+        **{name: getattr(args, name) for name in ("mpp", "tile_px", "min_tissue", "quality", "assume_mpp")}
     )
     threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
     options = TilingOptions(cut=cut, pack=args.pack, shard_gb=args.shard_gb, threads=threads)
@@ -75,12 +55,11 @@ def run(args: argparse.Namespace) -> int:
         if args.threads is not None:
             raise ConfigError("--threads: the tasks of an array have theirs; leave it out")
         jobs = submit_tiling(args.slides, args.out, options, profile=profile, num_tasks=args.array)
-        tell_stage(
-            jobs,
-            args.out,
-            array=f"cut the slides that are missing in {args.out}",
-            last="writes the store, and lists the slides that failed",
+        does, ends = (
+            f"cut the slides that are missing in {args.out}",
+            "writes the store, and lists the slides that failed",
         )
+        tell_stage(jobs, args.out, array=does, last=ends)
         return 0
     with late_progress("tiling", "slides") as shown:
         tiled = tile(args.slides, args.out, options, **shown)

@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> int:
 
     from hpcssl.cli.progress import display, say
     from hpcssl.cli.report_command import format_table
-    from hpcssl.pipelines.demo import Demo, DemoRequest
+    from hpcssl.pipelines.demo import Demo
     from hpcssl.report.summary import verdict_text
 
     started = time.monotonic()
     names = ("out", "tiles", "slides", "label", "seed", "assume_mpp")
-    demo = Demo(DemoRequest(**{name: getattr(args, name) for name in names}), display())
+    demo = Demo(**{name: getattr(args, name) for name in names}, display=display())
     demo.claim()
     say("about 5 minutes on 2 cores; stop it whenever you like: the same command goes on where it was")
     summary = demo.run_stages()

@@ -83,14 +83,16 @@ def _positive(text: str) -> int:
 def _build(args: argparse.Namespace) -> int:
     from hpcssl.cli.progress import progress
     from hpcssl.pipelines.build_schedule import plan_schedule
+    from hpcssl.schedule.build import build_schedule
 
     source = args.store or args.slides
-    plan = plan_schedule(args.spec, args.set, source=source, is_store=bool(args.store), only=args.only)
-    if plan.hold_out:
-        print(plan.hold_out)
-    with progress("building the schedule", total=plan.num_positions, unit="positions") as advance:
-        missing = plan.write(args.out, jobs=args.jobs, on_progress=advance)
-    count, positions = plan.spec.num_pseudo_epochs, plan.spec.positions_per_pseudo_epoch
+    spec, slides, hold_out = plan_schedule(args.spec, args.set, source=source, is_store=bool(args.store))
+    if hold_out:
+        print(hold_out)
+    count, positions = spec.num_pseudo_epochs, spec.positions_per_pseudo_epoch
+    total = (count if args.only is None else len(args.only)) * positions
+    with progress("building the schedule", total=total, unit="positions") as advance:
+        missing = build_schedule(spec, slides, args.out, only=args.only, jobs=args.jobs, on_progress=advance)
     written = f"{count - len(missing)} of {count} pseudo-epochs are written"
     advice = "the same command without --only writes the others and finishes the schedule"
     print(f"{args.out}: " + (f"{written}; {advice}" if missing else f"{count} pseudo-epochs of {positions} positions"))

@@ -65,17 +65,10 @@ def build_from_slides(
 def submit_from_slides(
     source: Path, out: Path, options: OnlineOptions, *, profile: Profile, num_tasks: int
 ) -> StageJobs:
-    """Submit an array that looks at the slides not looked at yet, and a job after it that writes the store.
+    """Submit at most `num_tasks` tasks that look at slides not looked at yet; a job after them writes the store.
 
-    Parameters
-    ----------
-    source, out, options : as for `build_from_slides`; threads are the profile's
-    num_tasks : of the array, at most
-
-    Raises
-    ------
-    UserError
-        For a table or folder that cannot be used, if the store exists, and where SLURM refuses a job.
+    Threads are the profile's. UserError for a table or folder that cannot be used, if the store exists, and where SLURM
+    refuses a job.
     """
     work = Looking(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
     calls, shared = share_out(work, source, num_tasks)
@@ -88,27 +81,14 @@ def submit_parts(
 ) -> StageJobs:
     """Submit an array that builds the parts of a store that are missing, and a job after it that joins them.
 
-    Parameters
-    ----------
-    tiles, out, table, options : as for `hpcssl.stores.scan.build_store`
-    num_tasks : parts, at most
-
-    Raises
-    ------
-    UserError
-        If the store exists, its parts were begun with other settings, or SLURM refuses a job.
+    There are at most `num_tasks` parts; the other parameters as for `hpcssl.stores.scan.build_store`. UserError if the
+    store exists, its parts were begun with other settings, or SLURM refuses a job.
     """
     missing = plan_parts(tiles, out, table=table, options=options, num_parts=num_tasks)
     whole = {"out": out.resolve()}
-    return submit_stage(
-        Stage(
-            kind="store-parts",
-            out=parts_folder(out),
-            calls=[Call(build_part, {**whole, "number": number}) for number in missing],
-            last=("store-join", Call(join_parts, whole)),
-        ),
-        profile,
-    )
+    calls, last = [Call(build_part, {**whole, "number": number}) for number in missing], Call(join_parts, whole)
+    stage = Stage(kind="store-parts", out=parts_folder(out), calls=calls, last=("store-join", last))
+    return submit_stage(stage, profile)
 
 
 def _write_store(source: Path, work: Looking) -> None:

@@ -48,9 +48,9 @@ _STAGES = 7
 _NO_TASK = "benchmark: no task"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoRequest:
-    """What the demo starts from.
+@dataclass(kw_only=True)
+class Demo:
+    """The stages, in order; each is a few calls of the rooms.
 
     Attributes
     ----------
@@ -63,41 +63,26 @@ class DemoRequest:
     """
 
     out: Path
+    display: Display
     tiles: Path | None = None
     slides: Path | None = None
     label: str | None = None
     seed: int = 0
     assume_mpp: float | None = None
 
-    @property
-    def source(self) -> str:
-        """Where the tiles are from, in words that `demo.json` keeps."""
-        if self.slides:
-            return f"cut from {self.slides.resolve()}"
-        return str(self.tiles.resolve()) if self.tiles else "drawn"
-
-
-class Demo:
-    """The stages, in order; each is a few calls of the rooms."""
-
-    def __init__(self, request: DemoRequest, display: Display):
-        self.request, self._display = request, display
-        out = request.out
-        self.out, self.tiles, self.run = out, request.tiles or out / "tiles", out / RECIPE
-        self.store_path, self.schedule_path = out / "store", out / "schedule"
-        self.splits, self.results = out / "splits", out / "results"
-        self._overrides = [f"seed={request.seed}"]
-        self.recipe = load_recipe(RECIPE, self._overrides)
+    def __post_init__(self) -> None:
+        self.store_path, self.schedule_path = self.out / "store", self.out / "schedule"
+        self.run, self.splits, self.results = self.out / RECIPE, self.out / "splits", self.out / "results"
+        self.recipe = load_recipe(RECIPE, [f"seed={self.seed}"])
 
     def claim(self) -> None:
         """Take `out` for these arguments; refuse a folder of something else or of other arguments."""
-        request = self.request
-        if request.tiles and not request.tiles.is_dir():
-            raise StoreError(f"{request.tiles}: no such folder of tiles")
-        if request.assume_mpp is not None and not request.slides:
+        if self.tiles and not self.tiles.is_dir():
+            raise StoreError(f"{self.tiles}: no such folder of tiles")
+        if self.assume_mpp is not None and not self.slides:
             raise ConfigError("--assume-mpp is of whole slides; give --slides, too")
-        check_label(request.label, request.slides, request.tiles)
-        arguments = {"tiles": request.source, "label": request.label, "seed": request.seed}
+        check_label(self.label, self.slides, self.tiles)
+        arguments = {"tiles": self._source, "label": self.label, "seed": self.seed}
         file = self.out / "demo.json"
         # hidden names are what a killed start left; with nothing else beside demo.json no stage was ever done
         started = self.out.exists() and any(e != file and not e.name.startswith(".") for e in self.out.iterdir())
@@ -123,28 +108,27 @@ class Demo:
 
     def prepare_tiles(self) -> None:
         """Cut tiles from the user's slides, or draw them where the user has neither."""
-        request = self.request
-        if request.slides:
-            self._begin(1, f"tiles: cutting the slides of {request.slides} at 0.5 MPP")
-            fixed, progress = self.schedule_path.exists(), self._display.progress
-            options = TilingOptions(cut=CutOptions(assume_mpp=request.assume_mpp), threads=_cores())
-            left_out = cut_tiles(request.slides, self.store_path, options, fixed=fixed, progress=progress)
+        if self.slides:
+            self._begin(1, f"tiles: cutting the slides of {self.slides} at 0.5 MPP")
+            fixed, progress = self.schedule_path.exists(), self.display.progress
+            options = TilingOptions(cut=CutOptions(assume_mpp=self.assume_mpp), threads=_cores())
+            left_out = cut_tiles(self.slides, self.store_path, options, fixed=fixed, progress=progress)
             if left_out:
-                self._display.say(left_out)
-        elif request.tiles:
-            self._begin(1, f"tiles: {request.tiles}")
+                self.display.say(left_out)
+        elif self.tiles:
+            self._begin(1, f"tiles: {self.tiles}")
         else:
-            self._begin(1, f"tiles: none given, drawing procedural tissue into {self.tiles}")
-            total = sum(slide.num_tiles for slide in plan_slides(request.seed))
-            with self._display.progress("drawing", total, "tiles") as advance:
-                draw_tiles(self.tiles, seed=request.seed, on_progress=advance)
+            self._begin(1, f"tiles: none given, drawing procedural tissue into {self._tiles_path}")
+            total = sum(slide.num_tiles for slide in plan_slides(self.seed))
+            with self.display.progress("drawing", total, "tiles") as advance:
+                draw_tiles(self._tiles_path, seed=self.seed, on_progress=advance)
 
     def build_store(self) -> None:
         """Index the tiles and check that they are as indexed."""
         self._begin(2, "tile store")
         if not self.store_path.exists():
-            build_store(self.tiles, self.store_path)
-        with self._display.progress("verifying the store", self.store.num_tiles, "tiles") as advance:
+            build_store(self._tiles_path, self.store_path)
+        with self.display.progress("verifying the store", self.store.num_tiles, "tiles") as advance:
             self.store.verify(advance)
 
     def write_splits(self) -> None:
@@ -153,13 +137,11 @@ class Demo:
             return
         shutil.rmtree(self.splits, ignore_errors=True)  # the store may have grown since
         slides, left_out = self.store.slides, {}
-        label = self.request.label or "label"
+        label = self.label or "label"
         with atomic_dir(self.splits) as folder:
             for organ, of_organ in slides.groupby("organ") if label in slides else ():
                 try:
-                    table = make_splits(
-                        of_organ.reset_index(drop=True), label, 20, 0.8, "patient_id", self.request.seed
-                    )
+                    table = make_splits(of_organ.reset_index(drop=True), label, 20, 0.8, "patient_id", self.seed)
                     write_atomic(folder / f"{organ}.csv", table.to_csv(index=False))
                 except SplitError as error:
                     left_out[organ] = str(error)
@@ -169,15 +151,15 @@ class Demo:
         if left_out:
             organ, reason = next(iter(left_out.items()))
             more = f" ({len(left_out)} organs are left out so)" if len(left_out) > 1 else ""
-            self._display.say(f"no benchmark of {organ}: {reason}{more}")
+            self.display.say(f"no benchmark of {organ}: {reason}{more}")
 
     def build_schedule(self) -> None:
         """Build the organ-balanced schedule and check its guarantees."""
         self._begin(3, "organ-balanced schedule")
-        spec = demo_spec(SPEC, self.store.slides, self.request.seed, self.recipe.global_batch)
+        spec = demo_spec(SPEC, self.store.slides, self.seed, self.recipe.global_batch)
         build_schedule(spec, self.store.slides, self.schedule_path)
         total = spec.num_pseudo_epochs * spec.positions_per_pseudo_epoch
-        with self._display.progress("verifying the schedule", total, "positions") as advance:
+        with self.display.progress("verifying the schedule", total, "positions") as advance:
             verify_schedule(self.schedule_path, on_progress=advance)
 
     def pretrain(self) -> None:
@@ -191,17 +173,17 @@ class Demo:
             store=self.store_path,
             schedule=self.schedule_path,
             out=self.run,
-            overrides=self._overrides,
+            overrides=[f"seed={self.seed}"],
             resources=Resources(processes_per_node=_PROCESSES),
         )
-        if pretrain(plan_pretraining(request), self._display).state != "finished":
+        if pretrain(plan_pretraining(request), self.display).state != "finished":
             raise RunError(f"{self.run}: training was stopped; the same command goes on where it was")
 
     def embed(self) -> None:
         """Embed every slide with the untrained weights, half-way and at the end."""
         store, steps = self.store, self._steps
         self._begin(5, f"embedding {store.num_slides} slides with {len(steps)} checkpoints")
-        with self._display.progress("embedding", store.num_slides * len(steps), "slides") as advance:
+        with self.display.progress("embedding", store.num_slides * len(steps), "slides") as advance:
             for step in steps:
                 source = source_of(f"{self.run}@{step}")
                 embed_store(store, source, self._features(step), threads=_cores(), on_progress=advance)
@@ -212,10 +194,10 @@ class Demo:
         self._begin(6, f"benchmark: {len(splits)} tasks, 20 splits × 2 replicas of each" if splits else _NO_TASK)
         if not splits:
             return
-        benchmark = Benchmark(preset=preset_named(PRESET), seed=self.request.seed)
+        benchmark = Benchmark(preset=preset_named(PRESET), seed=self.seed)
         measurements = plan_measurements([self._features(step) for step in self._steps], splits, benchmark)
         total = sum(one.num_epochs for one in measurements)
-        with self._display.progress("fitting heads", total, "epochs") as advance:
+        with self.display.progress("fitting heads", total, "epochs") as advance:
             fit_missing(measurements, self.results, Compute(threads=_cores()), on_progress=advance)
 
     def report(self) -> pd.DataFrame | None:
@@ -226,27 +208,38 @@ class Demo:
         return report(folders, self.out, title="hpcssl demo", notes=self._notes(has_results=bool(results))).summary
 
     def _notes(self, *, has_results: bool) -> dict[str, str]:
-        facts, slides, source = provenance(), self.store.slides, self.request.source
+        facts, slides, source = provenance(), self.store.slides, self._source
         left_out = json.loads((self.splits / "left_out.json").read_text(encoding="utf-8"))
         per_organ = ", ".join(f"{organ} {n}" for organ, n in slides["organ"].value_counts().sort_index().items())
         return {
-            "tiles": f"{self.tiles}, drawn by the demo" if source == "drawn" else source,
+            "tiles": f"{self._tiles_path}, drawn by the demo" if source == "drawn" else source,
             "slides": f"{self.store.num_slides} ({per_organ})",
             "number of tiles": f"{self.store.num_tiles:,}",
             "recipe": f"{RECIPE}, global batch {self.recipe.global_batch}, {_PROCESSES} processes",
             "samples seen": f"{self.timeline.stop_step * self.recipe.global_batch:,}",
             "benchmark": f"{PRESET}: gated attention, 20 Monte-Carlo splits × 2 replicas" if has_results else "none",
             **{f"no benchmark of {organ}": reason for organ, reason in list(left_out.items())[:10]},
-            "seed": str(self.request.seed),
+            "seed": str(self.seed),
             "hardware": f"{facts['cpu_count']} CPU cores ({facts['machine']})",
             "versions": ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
         }
 
     def _begin(self, number: int, stage: str) -> None:
-        self._display.say(f"[{number}/{_STAGES}] {stage}")
+        self.display.say(f"[{number}/{_STAGES}] {stage}")
 
     def _features(self, step: int) -> Path:
         return self.out / "features" / f"step-{step:06d}"
+
+    @property
+    def _source(self) -> str:
+        """Where the tiles are from, in words that `demo.json` keeps."""
+        if self.slides:
+            return f"cut from {self.slides.resolve()}"
+        return str(self.tiles.resolve()) if self.tiles else "drawn"
+
+    @property
+    def _tiles_path(self) -> Path:
+        return self.tiles or self.out / "tiles"
 
     @cached_property
     def store(self) -> Store:

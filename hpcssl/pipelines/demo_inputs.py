@@ -34,10 +34,7 @@ def check_label(label: str | None, slides: Path | None, tiles: Path | None) -> N
 def cut_tiles(table: Path, out: Path, options: TilingOptions, *, fixed: bool, progress: Progress) -> str | None:
     """Cut tiles from whole slides, unless those in `out` are `fixed`; returns what there is to say of slides left out.
 
-    Raises
-    ------
-    SlideError
-        If no slide can be used.
+    SlideError if no slide can be used.
     """
     slides = slides_to_read(table)
     if not fixed:

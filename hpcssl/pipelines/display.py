@@ -12,13 +12,7 @@ Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None
 
 @dataclass(frozen=True, kw_only=True)
 class Display:
-    """Where a verb that takes long tells what it does.
-
-    Attributes
-    ----------
-    progress : see `Progress`
-    say : tells a line
-    """
+    """Where a verb that takes long tells what it does; `say` tells a line."""
 
     progress: Progress
     say: Callable[[str], None]

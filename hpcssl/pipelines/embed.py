@@ -16,13 +16,11 @@ from hpcssl.stores.kinds import open_store
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """Which slides are embedded, by what, and where their features go.
+    """Which slides of a store are embedded, by what, and where their feature files go.
 
     Attributes
     ----------
-    store : tile store
     encoder : `RUN[@STEP]` or `timm:NAME…`
-    out : folder of feature files, new or to be completed
     weights : file of a timm model's weights; None = a run has its own, others lie where timm keeps them
     tile_px : side that tiles are resized to; None = the encoder's native size
     slides : ids of the slides; None = all of the store
@@ -39,10 +37,7 @@ class EmbedRequest:
 def embed(request: EmbedRequest, *, threads: int, progress: Progress) -> int:
     """Embed the slides of a store that have no feature file yet, in this process; returns how many slides it has.
 
-    Raises
-    ------
-    UserError
-        See `hpcssl.embed.embedding.embed_store`.
+    A UserError as of `hpcssl.embed.embedding.embed_store`.
     """
     store, source = open_store(request.store), source_of(request.encoder, request.weights)
     with progress(f"embedding {request.encoder}", store.num_slides, "slides") as advance:
@@ -59,16 +54,8 @@ def submit_embedding(request: EmbedRequest, profile: Profile, *, num_tasks: int)
     """Submit an array that embeds the slides that have no feature file yet; None where none is missing.
 
     The slides are shared out so that every task has about the same number of tiles. A task gets one GPU where the
-    profile has any. The step of a run's newest checkpoint is fixed now.
-
-    Parameters
-    ----------
-    num_tasks : of the array, at most
-
-    Raises
-    ------
-    UserError
-        For anything that a task could not do, as `embed` does, and where SLURM refuses the job.
+    profile has any; there are at most `num_tasks`. The step of a run's newest checkpoint is fixed now. UserError for
+    anything that a task could not do, as of `embed`, and where SLURM refuses the job.
     """
     store, source = open_store(request.store), source_of(request.encoder, request.weights)
     prepare(store, source, request.out, request.tile_px)

@@ -14,21 +14,10 @@ from hpcssl.schedule.inspect import organ_shares
 
 
 def export(run_and_step: str, out: Path, *, student: bool = False) -> Path:
-    """Write an encoder of `RUN[@STEP]` into `out`, and its model card beside it.
+    """Write an encoder of `RUN[@STEP]` into `out`, and its model card beside it; returns the card.
 
-    Parameters
-    ----------
-    out : a name that ends in .safetensors; its folder is made
-    student : the student instead of the encoder that makes the features
-
-    Returns
-    -------
-    The card.
-
-    Raises
-    ------
-    RunError
-        If there is no such checkpoint, it has no student, or the name ends otherwise.
+    The folder of `out` is made. RunError if the name does not end in .safetensors, there is no such checkpoint, or it
+    has no student.
     """
     if out.suffix != ".safetensors":
         raise RunError(f"--out {out}: expected a name that ends in .safetensors")

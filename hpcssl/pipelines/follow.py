@@ -13,7 +13,7 @@ what fails whenever it is tried shall not be tried ever more often.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,33 +72,11 @@ class Bench:
             raise ConfigError(f"bench: {'head' if self.splits else 'splits'} is empty; expected at least one")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskOfStep:
-    """One task of the benchmark on one checkpoint: what one task of a job array does.
-
-    Attributes
-    ----------
-    features, splits, results : folder of a checkpoint's features, split file, folder of the results
-    bench : with what it is measured
-    threads : for fitting
-    """
-
-    features: Path
-    splits: Path
-    results: Path
-    bench: Bench
-    threads: int
-
-
 def load_bench(path: Path) -> Bench:
     """Read bench.yaml and check all that can be checked before there is a checkpoint.
 
-    Relative paths in it start at its folder.
-
-    Raises
-    ------
-    UserError
-        For anything unknown in it, splits or a store that cannot be used, or where SLURM does not answer.
+    Relative paths in it start at its folder. UserError for anything unknown in it, splits or a store that cannot be
+    used, or where SLURM does not answer.
     """
     bench = config.build(Bench, config.read_yaml(path), where=f"bench {path}")
     base = path.resolve().parent
@@ -128,10 +106,7 @@ def is_followed(run: Path) -> bool:
 def attach(run: Path, bench: Bench) -> None:
     """Write what is measured into a prepared run folder; it may be extended, but not be made another benchmark.
 
-    Raises
-    ------
-    RunError
-        If the run is measured otherwise already; both values are named.
+    RunError names both values where the run is measured otherwise already.
     """
     file = _folder(run) / "bench.yaml"
     if file.exists():
@@ -145,18 +120,9 @@ def attach(run: Path, bench: Bench) -> None:
 def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitted]]:
     """Submit what the benchmark of a run lacks: per checkpoint an array over slides, after it one over tasks.
 
-    Parameters
-    ----------
-    again : also for checkpoints before the newest for which jobs were submitted once
-
-    Returns
-    -------
-    (what, job) of everything that was submitted.
-
-    Raises
-    ------
-    UserError
-        If the run has no benchmark, a file of it cannot be used, or SLURM refuses a job.
+    With `again`, also for checkpoints before the newest for which jobs were submitted once. Returns (what, job) of
+    everything that was submitted. UserError if the run has no benchmark, a file of it cannot be used, or SLURM refuses
+    a job.
     """
     bench = _bench_of(run)
     profile, slides = load_profile(bench.profile), _slides_of(bench)
@@ -195,12 +161,11 @@ def measured_steps(run: Path, *, every: int) -> list[int]:
     return [step for step in checkpoint_steps(run) if is_measured(step)]
 
 
-def measure(task: TaskOfStep) -> None:
-    """Fit the heads of one task on one checkpoint's features."""
-    bench = task.bench
+def measure(features: Path, splits: str, results: Path, bench: Bench, threads: int) -> None:
+    """Fit the heads of one task on one checkpoint's features: one task of a job array."""
     benchmark = Benchmark(preset=preset_named(bench.preset), heads=bench.head, replicas=bench.replicas, seed=bench.seed)
-    measurements = plan_measurements([task.features], [task.splits], benchmark)
-    fit_missing(measurements, task.results, Compute(threads=task.threads, device=bench.device))
+    measurements = plan_measurements([features], [Path(splits)], benchmark)
+    fit_missing(measurements, results, Compute(threads=threads, device=bench.device))
 
 
 def _missing_measurements(
@@ -208,18 +173,12 @@ def _missing_measurements(
 ) -> list[Call]:
     """Return a call for every task of which a head is missing at a step."""
     folder = _folder(run).resolve()
-    tasks = [
-        TaskOfStep(
-            features=folder / "features" / f"step-{step:09d}",
-            splits=Path(splits),
-            results=folder / "results",
-            bench=bench,
-            threads=profile.cpus_per_gpu,
-        )
+    fixed = {"results": folder / "results", "bench": bench, "threads": profile.cpus_per_gpu}
+    return [
+        Call(measure, {"features": folder / "features" / f"step-{step:09d}", "splits": splits, **fixed})
         for splits in bench.splits
         if any((task_name(Path(splits)), head, str(step)) not in done for head in bench.head)
     ]
-    return [Call(measure, {"task": task}) for task in tasks]
 
 
 def _done(results: Path) -> set[tuple[str, str, str]]:

@@ -80,13 +80,7 @@ class PretrainPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOutcome:
-    """What came of a start.
-
-    Attributes
-    ----------
-    state : `submitted` on SLURM; elsewhere how the start ended
-    job : SLURM's id; None elsewhere
-    """
+    """What came of a start: on SLURM its `job`; elsewhere how it ended."""
 
     state: Literal["finished", "stopped", "submitted"]
     job: str | None = None
@@ -95,10 +89,7 @@ class PretrainOutcome:
 def plan_pretraining(request: PretrainRequest) -> PretrainPlan:
     """Check everything that can be checked before a job waits in a queue; nothing is written.
 
-    Raises
-    ------
-    UserError
-        For a recipe, data, resources or a benchmark that cannot be used, or not together.
+    UserError for a recipe, data, resources or a benchmark that cannot be used, or not together.
     """
     check_cluster(request.cluster, request.resources, request.out)
     recipe = load_recipe(request.recipe, request.overrides)
@@ -150,10 +141,7 @@ def describe_start(plan: PretrainPlan) -> str:
 def pretrain(plan: PretrainPlan, display: Display) -> PretrainOutcome:
     """Prepare the run folder, and start the run: on SLURM submit it, here train to its end.
 
-    Raises
-    ------
-    UserError
-        If the folder holds something else or another run, the run is under way, or its start fails.
+    UserError if the folder holds something else or another run, the run is under way, or its start fails.
     """
     request, out = plan.request, plan.request.out
     was_there = out.exists()

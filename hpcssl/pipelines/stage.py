@@ -45,16 +45,9 @@ class StageJobs:
 
 
 def submit_stage(stage: Stage, profile: Profile, *, after: Sequence[str] = ()) -> StageJobs:
-    """Submit what is missing of a stage and is not under way, and what ends it.
+    """Submit what is missing of a stage and is not under way, and what ends it, `after` jobs that must have ended well.
 
-    Parameters
-    ----------
-    after : ids of jobs that must have ended well before
-
-    Raises
-    ------
-    UserError
-        With SLURM's own words where it refuses a job, or does not answer.
+    UserError with SLURM's own words where it refuses a job, or does not answer.
     """
     if stage.last:
         ending = jobs_under_way(job_name(stage.last[0], stage.out))

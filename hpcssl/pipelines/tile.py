@@ -58,17 +58,9 @@ def tile(
 
 
 def submit_tiling(source: Path, out: Path, options: TilingOptions, *, profile: Profile, num_tasks: int) -> StageJobs:
-    """Submit an array that cuts the slides that are missing, and a job after it that writes the store.
+    """Submit at most `num_tasks` tasks that cut the slides that are missing; a job after them writes the store.
 
-    Parameters
-    ----------
-    source, out, options : as for `tile`; threads are the profile's
-    num_tasks : of the array, at most
-
-    Raises
-    ------
-    UserError
-        For a table or folder that cannot be used, and where SLURM refuses a job.
+    Threads are the profile's. UserError for a table or folder that cannot be used, and where SLURM refuses a job.
     """
     work = Tiling(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
     calls, shared = share_out(work, source, num_tasks)

@@ -11,7 +11,7 @@ import pytest
 from hpcssl.cli.main import main
 from hpcssl.cli.progress import display
 from hpcssl.core.errors import ConfigError, SlideError
-from hpcssl.pipelines.demo import Demo, DemoRequest
+from hpcssl.pipelines.demo import Demo
 from hpcssl.stores.kinds import open_store
 from hpcssl.synthetic.drawn_slides import draw_slide
 
@@ -28,7 +28,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_demo(out: Path, slides: Path | None, **more: Any) -> Demo:
-    return Demo(DemoRequest(out=out, slides=slides, **more), display())
+    return Demo(out=out, slides=slides, display=display(), **more)
 
 
 def test_tiles_are_cut_once_and_what_cannot_be_read_is_told(

@@ -23,7 +23,7 @@ from hpcssl.jobs.array import Call
 from hpcssl.pipelines import follow
 from hpcssl.pipelines import following as watching
 from hpcssl.pipelines.embed import embed_share
-from hpcssl.pipelines.follow import TaskOfStep, attach, load_bench, measure, measured_steps, submit_missing
+from hpcssl.pipelines.follow import attach, load_bench, measure, measured_steps, submit_missing
 from hpcssl.pipelines.following import following
 from hpcssl.runs.checkpoint import checkpoint_path, save_checkpoint
 from hpcssl.train.pretrain_config import Timeline
@@ -307,8 +307,7 @@ def test_results_hold_every_part_though_another_task_adds_one_meanwhile(queue, b
 
     monkeypatch.setattr(mccv, "write_table", write_table)
     features = run / "benchmark" / "features" / "step-000000006"
-    splits = bench.parent / "organ.csv"
-    measure(TaskOfStep(features=features, splits=splits, results=results, bench=load_bench(bench), threads=1))
+    measure(features, str(bench.parent / "organ.csv"), results, load_bench(bench), threads=1)
     assert written.count("results.csv") == 2
     assert sorted(_results(run)["checkpoint"].unique()) == ["0", "3", "6"]
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 SUMMARY = "show what a run does to the tiles at some positions, as a table or as pictures"
 EXAMPLE = "hpcssl plan show --positions 0:4 --recipe dino-vits16-opal"
 _DRAW_EXAMPLE = "hpcssl plan draw --positions 0:8 --store STORE --schedule SCHED --out sheet.png"
-_DEFAULT_RECIPE = "dino-vits16-opal"
 _MOST_SHOWN = 10_000
 _MOST_TILE_PX = 65_535  # a JPEG has no more
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draw = actions.add("draw", _draw, text, _DRAW_EXAMPLE)
     for add in (show.add_argument, draw.add_argument):
         add("--positions", type=range_of, required=True, metavar="A:B", help="global positions from A to below B")
-        add("--recipe", default=_DEFAULT_RECIPE, help="a training recipe that ships, or a YAML file (%(default)s)")
+        add("--recipe", default="dino-vits16-opal", help="a training recipe that ships, or a YAML file (%(default)s)")
         add("--seed", type=int, help="of the run (default: the recipe's)")
         add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
     show.add_argument(
@@ -86,34 +85,29 @@ def _draw(args: argparse.Namespace) -> int:
     store, schedule = open_store(args.store), Schedule.open(args.schedule)
     check_matches(schedule, store.slides, store=args.store)
     tiles = schedule.tiles_at(args.positions.start, args.positions.stop).tolist()
+    places = list(zip(args.positions, tiles, strict=True))
     recipe, seed, plan = _drawn(args)
     store = store.drawn_by(schedule.seed, schedule.mpp_weights)
-    files = [store.file_of(tile) for tile in tiles]
-    captions = [
-        f"position {position}  ·  tile {tile}  ·  {store.name_of(position, tile)}"
-        for position, tile in zip(args.positions, tiles, strict=True)
-    ]
-    data = [store.fetch(position, tile) for position, tile in zip(args.positions, tiles, strict=True)]
+    files = [str(store.file_of(tile)) for tile in tiles]
+    captions = [f"position {p}  ·  tile {tile}  ·  {store.name_of(p, tile)}" for p, tile in places]
+    data = [store.fetch(p, tile) for p, tile in places]
     title = f"{_title(args, seed)}  ·  plan digest {plan.digest()[:16]} …"
-    sheet = contact_sheet(title, captions, data, [str(file) for file in files], recipe.augment, plan)
+    sheet = contact_sheet(title, captions, data, files, recipe.augment, plan)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(args.out) as temporary:
         sheet.save(temporary, "PNG")
-    print(
-        f"{args.out}: {len(tiles)} positions, {recipe.augment.num_views} views each, {sheet.width} x {sheet.height} px"
-    )
+    views, size = recipe.augment.num_views, f"{sheet.width} x {sheet.height} px"
+    print(f"{args.out}: {len(tiles)} positions, {views} views each, {size}")
     return 0
 
 
 def _check_count(positions: range, most: int) -> None:
     from hpcssl.core.errors import ConfigError
 
-    count = positions.stop - positions.start
+    first, count = positions.start, len(positions)
     if count > most:
-        where = f"--positions {positions.start}:{positions.stop}"
-        raise ConfigError(
-            f"{where}: {count} positions; at most {most} at a time, such as {positions.start}:{positions.start + most}"
-        )
+        where = f"--positions {first}:{positions.stop}: {count} positions"
+        raise ConfigError(f"{where}; at most {most} at a time, such as {first}:{first + most}")
 
 
 def _drawn(args: argparse.Namespace) -> tuple[PretrainConfig, int, Plan]:

@@ -24,13 +24,7 @@ from hpcssl.stores.scan import BuildOptions
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltOnline:
-    """What came of building a store of slides.
-
-    Attributes
-    ----------
-    store : of the slides that can be used
-    num_slides, num_failed : in the table, and of these, not in the store
-    """
+    """A store of the slides that can be used: all of `num_slides` but `num_failed`."""
 
     store: OnlineStore
     num_slides: int

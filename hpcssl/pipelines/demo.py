@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_dir, read_json, write_atomic
-from hpcssl.core.claim import check_same
+from hpcssl.core.atomic import atomic_dir, write_atomic
+from hpcssl.core.claim import claim
 from hpcssl.core.errors import ConfigError, RunError, SplitError, StoreError
 from hpcssl.core.provenance import provenance
 from hpcssl.embed.embedding import embed_store, source_of
@@ -88,12 +88,12 @@ class Demo:
         started = self.out.exists() and any(e != file and not e.name.startswith(".") for e in self.out.iterdir())
         if started and not file.exists():
             raise ConfigError(f"{self.out}: not empty and no demo; choose another --out")
-        if started:
-            stored = read_json(file, ConfigError(f"{file}: damaged; remove {self.out} or choose another --out"))
-            made, advice = f"{self.out}: a demo with", "choose another --out"
-            check_same(stored, arguments, made=made, advice=advice, error=ConfigError, now="asked for is")
         self.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(arguments, indent=1) + "\n")
+        if not started:
+            file.unlink(missing_ok=True)
+        made, now, advice = f"{self.out}: a demo with", "asked for is", "choose another --out"
+        damaged = f"remove {self.out} or {advice}"
+        claim(file, arguments, made=made, now=now, advice=advice, damaged=damaged, error=ConfigError)
 
     def run_stages(self) -> pd.DataFrame | None:
         """Do what is not done of all stages; returns the summary of the results, None where no label allows any."""

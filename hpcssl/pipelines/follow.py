@@ -28,7 +28,7 @@ from hpcssl.evaluate.mil.presets import HEADS, preset_named
 from hpcssl.evaluate.results import ResultsFolder, task_name
 from hpcssl.evaluate.splits import read_splits
 from hpcssl.jobs.array import Call, Submitted, jobs_under_way
-from hpcssl.jobs.profile import Profile, load_profile
+from hpcssl.jobs.profile import load_profile
 from hpcssl.pipelines.embed import EmbedRequest, is_embedded, submit_embedding
 from hpcssl.pipelines.evaluate import fit_missing
 from hpcssl.pipelines.stage import Stage, submit_stage
@@ -125,22 +125,22 @@ def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitte
     a job.
     """
     bench = _bench_of(run)
-    profile, slides = load_profile(bench.profile), _slides_of(bench)
+    profile, slides, results = load_profile(bench.profile), _slides_of(bench), _folder(run) / "results"
+    steps, tried, done = measured_steps(run, every=bench.every), _tried(run), _done(results)
+    fixed = {"results": results.resolve(), "bench": bench, "threads": profile.cpus_per_gpu}
     submitted = []
-    steps, tried = measured_steps(run, every=bench.every), _tried(run)
-    done = _done(_folder(run) / "results")
     for step in steps if again else [step for step in steps if step == steps[-1] or step not in tried]:
-        request = EmbedRequest(
-            store=Path(bench.store),
-            encoder=f"{run}@{step}",
-            out=_folder(run) / "features" / f"step-{step:09d}",
-            tile_px=bench.tile_px,
-            slides=slides,
-        )
+        features = _folder(run) / "features" / f"step-{step:09d}"
+        of_step = EmbedRequest(store=Path(bench.store), encoder=f"{run}@{step}", out=features)
+        request = replace(of_step, tile_px=bench.tile_px, slides=slides)
         embedding = None if is_embedded(request) else submit_embedding(request, profile, num_tasks=bench.array)
-        calls = _missing_measurements(run, bench, step, done, profile)
+        calls = [
+            Call(measure, {"features": features.resolve(), "splits": splits, **fixed})
+            for splits in bench.splits
+            if any((task_name(Path(splits)), head, str(step)) not in done for head in bench.head)
+        ]
         gpus = min(1, profile.gpus_per_node) if bench.device == "cuda" else 0
-        stage = Stage(kind=f"mccv-{step}", out=_folder(run) / "results", calls=calls, gpus=gpus)
+        stage = Stage(kind=f"mccv-{step}", out=results, calls=calls, gpus=gpus)
         measuring = submit_stage(stage, profile, after=[embedding.job] if embedding else []).array
         for what, job in ((f"embeds step {step}", embedding), (f"measures step {step}", measuring)):
             if job and job.tasks:
@@ -166,19 +166,6 @@ def measure(features: Path, splits: str, results: Path, bench: Bench, threads: i
     benchmark = Benchmark(preset=preset_named(bench.preset), heads=bench.head, replicas=bench.replicas, seed=bench.seed)
     measurements = plan_measurements([features], [Path(splits)], benchmark)
     fit_missing(measurements, results, Compute(threads=threads, device=bench.device))
-
-
-def _missing_measurements(
-    run: Path, bench: Bench, step: int, done: set[tuple[str, str, str]], profile: Profile
-) -> list[Call]:
-    """Return a call for every task of which a head is missing at a step."""
-    folder = _folder(run).resolve()
-    fixed = {"results": folder / "results", "bench": bench, "threads": profile.cpus_per_gpu}
-    return [
-        Call(measure, {"features": folder / "features" / f"step-{step:09d}", "splits": splits, **fixed})
-        for splits in bench.splits
-        if any((task_name(Path(splits)), head, str(step)) not in done for head in bench.head)
-    ]
 
 
 def _done(results: Path) -> set[tuple[str, str, str]]:

@@ -23,10 +23,8 @@ class Tiled:
 
     Attributes
     ----------
-    out : folder of the tiles
     store : None where no slide could be cut
-    num_slides : that were to be tiled
-    failed : rows of those that could not, with the `reason`
+    failed : rows of those of `num_slides` that could not, with the `reason`
     """
 
     out: Path

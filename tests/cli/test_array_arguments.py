@@ -1,4 +1,4 @@
-"""`--cluster slurm --array N --profile NAME` of `embed` and `store build`: what is refused before a job waits."""
+"""`--cluster slurm --array N --profile NAME` of the commands that have it: what is refused before a job waits."""
 
 from __future__ import annotations
 
@@ -6,31 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from hpcssl.cli.main import main
-
 SLURM = ("--cluster", "slurm", "--array", "2", "--profile", "local")
 
 
 @pytest.fixture
-def command(data, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs `embed` or `store build` where there is no SLURM; returns exit code and errors."""
+def refusal(refused, data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The error of a command where there is no SLURM."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    commands = {
+        "embed": ("embed", "--store", data.store_path, "--encoder", "timm:resnet18:random"),
+        "build": ("store", "build", data.tiles),
+        "online": ("store", "build", tmp_path, "--online"),
+        "tile": ("tile", data.tiles),
+    }
 
-    def run(which: str, *more: str) -> tuple[int, str]:
-        given = {
-            "embed": ("embed", "--store", data.store_path, "--encoder", "timm:resnet18:random"),
-            "build": ("store", "build", data.tiles),
-            "online": ("store", "build", tmp_path, "--online"),
-        }[which]
-        code = main([*map(str, given), "--out", str(tmp_path / "out"), *more])
-        out, err = capsys.readouterr()
-        assert out == ""
-        return code, err
-
-    return run
+    return lambda which, *more: refused(*commands[which], "--out", tmp_path / "out", *more)
 
 
-@pytest.mark.parametrize("which", ["embed", "build"])
+@pytest.mark.parametrize("which", ["embed", "build", "tile"])
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -42,11 +35,8 @@ def command(data, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (("--cluster", "slurm", "--array", "2", "--profile", "lokal"), "did you mean local?"),
     ],
 )
-def test_arguments_that_lack_each_other(command, tmp_path, which, more, words):
-    code, err = command(which, *more)
-    assert code == 2
-    assert words in err
-    assert len(err.splitlines()) == 1
+def test_arguments_that_lack_each_other(refusal, tmp_path, which, more, words):
+    assert words in refusal(which, *more)
     assert not (tmp_path / "out").exists()
 
 
@@ -59,15 +49,14 @@ def test_arguments_that_lack_each_other(command, tmp_path, which, more, words):
         ("build", ("--shard-gb", "1"), "give --pack, too"),
         ("online", ("--append",), "--append is done by one process; leave out --cluster slurm"),
         ("online", ("--threads", "2"), "the tasks of an array have theirs; leave it out"),
+        ("tile", ("--threads", "2"), "--threads: the tasks of an array have theirs"),
     ],
 )
-def test_what_an_array_cannot_do(command, tmp_path, which, more, words):
-    code, err = command(which, *SLURM, *more)
-    assert (code, words in err) == (2, True), err
+def test_what_an_array_cannot_do(refusal, tmp_path, which, more, words):
+    assert words in refusal(which, *SLURM, *more)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("which", ["embed", "build"])
-def test_without_slurm_it_says_so(command, which):
-    code, err = command(which, *SLURM)
-    assert (code, "no squeue on PATH; run this on a login node" in err) == (2, True), err
+def test_without_slurm_it_says_so(refusal, which):
+    assert "no squeue on PATH; run this on a login node" in refusal(which, *SLURM)

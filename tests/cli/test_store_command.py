@@ -78,24 +78,26 @@ def test_append(store: Callable, tiles: Path, tmp_path: Path, small: ModuleType,
     code, _, error = store("build", tiles, "--out", out, "--append")
     assert code == 2
     assert "slide lung-0 is not what it was" in error
+    code, _, error = store("verify", out)
+    assert code == 0 if pack else (code == 2 and "tile_x0_y0.jpg is missing" in error)
 
 
 REFUSED = {
-    "--shard-gb without --pack": ["--shard-gb", "4"],
-    "no shard size": ["--pack", "--shard-gb", "0"],
-    "no threads": ["--threads", "0"],
-    "--pack of a loose store": ["--pack", "--append"],
-    "exists": [],
+    "--shard-gb without --pack": (["--shard-gb", "4"], "give --pack, too"),
+    "no shard size": (["--pack", "--shard-gb", "0"], ""),
+    "no threads": (["--threads", "0"], ""),
+    "--pack of a loose store": (["--pack", "--append"], "it cannot be extended with --pack"),
+    "exists": ([], "exists already"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_makes_no_sense_is_refused(store: Callable, tiles: Path, tmp_path: Path, case: str) -> None:
-    out = tmp_path / "store"
+    out, (more, told) = tmp_path / "store", REFUSED[case]
     assert store("build", tiles, "--out", out)[0] == 0
     before = {p: p.read_bytes() for p in out.iterdir()}
-    code, _, error = store("build", tiles, "--out", out, *REFUSED[case])
-    assert code == 2
+    code, _, error = store("build", tiles, "--out", out, *more)
+    assert (code, told in error) == (2, True), error
     assert error.startswith("hpcssl: error: ")
     assert {p: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store", "tiles"]

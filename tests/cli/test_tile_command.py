@@ -53,18 +53,6 @@ def test_a_slide_that_fails_is_told_after_the_others_are_done(
     assert open_store(out).slides["slide_id"].tolist() == ["a"]
 
 
-def test_an_array_needs_its_arguments(slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["tile", str(slides), "--out", str(tmp_path / "t")]
-    for more, told in (
-        (["--array", "3"], "--array is of a job array; give --cluster slurm, too"),
-        (["--cluster", "slurm"], "--cluster slurm: no --array"),
-        (["--cluster", "slurm", "--array", "2", "--profile", "local"], "--threads: the tasks of an array have theirs"),
-    ):
-        assert main([*command, "--threads", "2", *more]) == 2
-        assert told in capsys.readouterr().err
-    assert not (tmp_path / "t").exists()
-
-
 def test_real_slides(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "t"
     assert main(["tile", str(real_data / "wsi"), "--out", str(out), "--assume-mpp", "0.5"]) == 2

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,9 @@ def test_only_marked_blocks_are_not_run(repository: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_the_walk_through_the_stages(repository: Path, demo_folder: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = partial(subprocess.run, cwd=demo_folder, env=environment, capture_output=True, text=True, timeout=900)
     for block in blocks(repository / "README.md"):
-        if block.startswith(NOT_RUN) or TWO_COMMANDS in block:
-            continue
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=demo_folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+        if not (block.startswith(NOT_RUN) or TWO_COMMANDS in block):
+            done = run(["bash", "-euo", "pipefail", "-c", block], check=False)
+            assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
     assert (demo_folder / "walk" / "report" / "report.html").is_file()

@@ -77,14 +77,8 @@ def bench(data, tmp_path) -> Path:
     """bench.yaml beside a split file of all slides, and one of the lung's alone that tells its slides apart."""
     slides = data.store.slides
     make_splits(slides, "organ", 2).to_csv(tmp_path / "organ.csv", index=False)
-    settings = {
-        "store": os.path.relpath(data.store_path, tmp_path),
-        "splits": ["organ.csv"],
-        "profile": "local",
-        "preset": "mccv-demo",
-        "array": 2,
-        "replicas": 1,
-    }
+    settings = {"store": os.path.relpath(data.store_path, tmp_path), "splits": ["organ.csv"], "profile": "local"}
+    settings |= {"preset": "mccv-demo", "array": 2, "replicas": 1}
     (tmp_path / "bench.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "bench.yaml"
 
@@ -273,18 +267,13 @@ def test_a_slide_that_the_store_lacks_is_told_at_once(queue, bench):
         load_bench(bench)
 
 
-def test_another_benchmark_of_the_same_run_is_refused(queue, bench, run):
+def test_another_benchmark_of_the_same_run_is_refused(queue, bench, run, data):
     attach(run, load_bench(bench))
     with pytest.raises(RunError, match="made with preset = mccv-demo, now gma-40"):
         attach(run, load_bench(_rewritten(bench, preset="gma-40")))
     attach(run, load_bench(_rewritten(bench, preset="mccv-demo", array=5)))
-    assert follow._bench_of(run).array == 5
-
-
-def test_a_run_without_a_benchmark_says_how_to_begin_one(small, data, tmp_path):
-    run = small.make_run(tmp_path / "run", data, small.dino_recipe())
-    with pytest.raises(RunError, match=r"--benchmark-with bench\.yaml"):
-        submit_missing(run)
+    kept, splits = follow._bench_of(run), (str(bench.parent / "organ.csv"),)
+    assert kept == replace(kept, array=5, store=str(data.store_path.resolve()), splits=splits), "whole paths"
 
 
 def test_results_hold_every_part_though_another_task_adds_one_meanwhile(queue, bench, run, monkeypatch):
@@ -357,29 +346,25 @@ def test_what_fails_is_said_and_hurts_nobody(bench, run, commands, queue):
     assert line.endswith("squeue failed: no SLURM here")
 
 
-def test_the_bench_in_the_run_holds_whole_paths(queue, bench, run, data):
-    attach(run, load_bench(bench))
-    kept = follow._bench_of(run)
-    assert kept == replace(kept, store=str(data.store_path.resolve()), splits=(str(bench.parent / "organ.csv"),))
-
-
-def test_where_there_is_no_slurm_no_run_is_begun(small, data, bench, tmp_path, monkeypatch, capsys):
-    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe())
+@pytest.fixture
+def pretraining(small, data, bench, tmp_path) -> list[str]:
+    """A pretraining for one pseudo-epoch into `new`, with the benchmark."""
+    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe(stop_after=1))
     given = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / "new")
+    return ["pretrain", *map(str, (recipe, *given)), "--cluster", "none", "--benchmark-with", str(bench)]
+
+
+def test_where_there_is_no_slurm_no_run_is_begun(pretraining, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    command = ["pretrain", str(recipe), *map(str, given), "--cluster", "none", "--benchmark-with", str(bench)]
-    assert main(command) == 2
+    assert main(pretraining) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no squeue on PATH" in line
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("own_process")
-def test_a_run_takes_its_benchmark_along(small, data, bench, tmp_path, queue, apart):
-    recipe = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe(stop_after=1))
-    given = ("--store", data.store_path, "--schedule", data.schedule_path, "--out", tmp_path / "new")
-    command = ["pretrain", str(recipe), *map(str, given), "--cluster", "none"]
-    assert main([*command, "--benchmark-with", str(bench)]) == 0
+def test_a_run_takes_its_benchmark_along(pretraining, tmp_path, queue, apart):
+    assert main(pretraining) == 0
     assert apart[-1] == 2, "at the end, untrained and after one pseudo-epoch"
     submit_missing(tmp_path / "new")
     assert set(_results(tmp_path / "new")["checkpoint"]) == {"0", "3"}
@@ -393,3 +378,4 @@ def test_the_command_submits_what_is_missing(queue, bench, run, capsys):
     assert "nothing to submit" in capsys.readouterr().out
     (run / "benchmark" / "bench.yaml").unlink()
     assert main(["jobs", "benchmark", str(run)]) == 2
+    assert "--benchmark-with bench.yaml" in capsys.readouterr().err

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from hpcssl.core.errors import ConfigError
-from hpcssl.jobs.profile import Resources
 from hpcssl.pipelines.display import Display
 from hpcssl.pipelines.pretrain import PretrainOutcome, PretrainRequest, describe_start, plan_pretraining, pretrain
 
@@ -30,5 +28,3 @@ def test_a_plan_writes_nothing_and_a_start_trains_to_the_end(small, data, tmp_pa
 
     assert pretrain(plan, Display(progress=progress, say=print)) == PretrainOutcome(state="finished")
     assert (sum(steps), labels) == (3, [("pretraining", 3, "steps")])
-    with pytest.raises(ConfigError, match="5 processes cannot share"):
-        plan_pretraining(PretrainRequest(recipe=str(recipe), resources=Resources(processes_per_node=5), **where))

@@ -37,11 +37,9 @@ def store(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
 
 def test_pack_verify_stats(store: Callable, tiles: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    assert store("build", tiles, "--out", out, "--pack", "--shard-gb", "0.00001", "--threads", 2) == (
-        0,
-        f"{out}: 4 slides, 14 tiles in 2 shards",
-        store_progress("indexing: 4 slides"),
-    )
+    code, said, shown = store("build", tiles, "--out", out, "--pack", "--shard-gb", "0.00001", "--threads", 2)
+    assert (code, said) == (0, f"{out}: 4 slides, 14 tiles in 2 shards")
+    assert shown.startswith("indexing: 4 slides")
     code, said, _ = store("verify", out)
     assert (code, said) == (0, f"{out}: index whole, all 2 shards of 14 tiles there with their sizes")
     code, said, _ = store("verify", out, "--deep", "--threads", 2)
@@ -54,13 +52,6 @@ def test_pack_verify_stats(store: Callable, tiles: Path, tmp_path: Path) -> None
     breast = sum(p.stat().st_size for p in (tiles / "breast").rglob("*.jpg"))
     assert lines[1].split() == ["breast", "2", "7", f"{breast:,}"]
     assert lines[3] == f"bytes of a tile: smallest {sizes[0]:,}, median {sizes[6]:,}, largest {sizes[-1]:,}"
-
-
-class store_progress(str):  # noqa: N801 - a text that equals every line that begins with it
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return str(other).startswith(self)
 
 
 @pytest.mark.parametrize("pack", [[], ["--pack"]])
@@ -92,13 +83,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_makes_no_sense_is_refused(store: Callable, tiles: Path, tmp_path: Path, case: str) -> None:
+def test_what_makes_no_sense_is_refused(store: Callable, refused, tiles: Path, tmp_path: Path, case: str) -> None:
     out, (more, told) = tmp_path / "store", REFUSED[case]
     assert store("build", tiles, "--out", out)[0] == 0
     before = {p: p.read_bytes() for p in out.iterdir()}
-    code, _, error = store("build", tiles, "--out", out, *more)
-    assert (code, told in error) == (2, True), error
-    assert error.startswith("hpcssl: error: ")
+    assert told in refused("store", "build", tiles, "--out", out, *more)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store", "tiles"]
 

@@ -39,10 +39,8 @@ def test_tiles_are_cut_once_and_what_cannot_be_read_is_told(
     demo.build_store()
     assert "1 of 3 slides are left out" in capsys.readouterr().err
     store = open_store(tmp_path / "demo" / "store")
-    assert store.slides[["slide_id", "organ", "label"]].to_numpy().tolist() == [
-        ["a", "skin", "benign"],
-        ["b", "colon", "malignant"],
-    ]
+    slides = store.slides[["slide_id", "organ", "label"]].to_numpy().tolist()
+    assert slides == [["a", "skin", "benign"], ["b", "colon", "malignant"]]
     before = (store.path / "store.json").stat().st_mtime_ns
     demo.prepare_tiles()
     assert (store.path / "store.json").stat().st_mtime_ns == before

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +229,7 @@ def test_a_task_and_a_head_more_are_all_that_is_done(queue, bench, run):
     assert [job["tasks"] for job in queue.jobs[-2:]] == [2, 2]
     assert submit_missing(run) == []
     found = _results(run).query("checkpoint == '6'")
-    assert set(zip(found["task"], found["encoder"])) == {
-        (t, e) for t in ("organ", "again") for e in ("run", "run, mean")
-    }
+    assert set(zip(found["task"], found["encoder"])) == set(product(("organ", "again"), ("run", "run, mean")))
 
 
 def test_gpus_are_for_embedding_and_where_asked_for_fitting(queue, bench, run, tmp_path):

@@ -25,7 +25,6 @@ from hpcssl.stores.scan import BuildOptions, build_store
 from hpcssl.stores.tiling import Tiling, TilingOptions
 
 CUT = TilingOptions(cut=CutOptions(mpp=0.5, tile_px=64), threads=2)
-KINDS = ("tile", "online", "parts")
 JOBS = {
     "tile": ("tile-cut", "tile-store"),
     "online": ("store-look", "store-write"),
@@ -76,9 +75,8 @@ def submit(request: pytest.FixtureRequest, slides: Path, small: ModuleType, onli
     out, profile = tmp_path / "out", Profile(gpus_per_node=0, cpus_per_gpu=1)
     if request.param == "parts":
         tiles = small.make_tiles(tmp_path / "tiles", slides=2)
-        return lambda num: submit_parts(
-            tiles, out, table=None, options=BuildOptions(pack=True), profile=profile, num_tasks=num
-        )
+        fixed = {"table": None, "options": BuildOptions(pack=True), "profile": profile}
+        return lambda num: submit_parts(tiles, out, **fixed, num_tasks=num)
     work, options = {"tile": (submit_tiling, CUT), "online": (submit_from_slides, online.options_of())}[request.param]
     return lambda num, source=slides: work(source, out, options, profile=profile, num_tasks=num)
 
@@ -93,7 +91,7 @@ def build(request: pytest.FixtureRequest, slides: Path, online: ModuleType, tmp_
     }[request.param]
 
 
-def parametrized(*fixtures: str, kinds: Sequence[str] = KINDS) -> Any:
+def parametrized(*fixtures: str, kinds: Sequence[str] = tuple(JOBS)) -> Any:
     return pytest.mark.parametrize(fixtures, [(kind,) * len(fixtures) for kind in kinds], indirect=True, ids=kinds)
 
 
@@ -101,10 +99,8 @@ def parametrized(*fixtures: str, kinds: Sequence[str] = KINDS) -> Any:
 def test_an_array_and_a_job_after_it_make_the_store_of_one_process(submit, build, jobs, tmp_path, request) -> None:
     kind = request.node.callspec.id
     assert submit(3) == StageJobs(array=Submitted(job="1", tasks=3), last=Submitted(job="2", tasks=1))
-    assert [(name, len(calls), after) for name, calls, after in jobs] == [
-        (JOBS[kind][0], 3, []),
-        (JOBS[kind][1], 1, ["1"]),
-    ]
+    first, second = JOBS[kind]
+    assert [(name, len(calls), after) for name, calls, after in jobs] == [(first, 3, []), (second, 1, ["1"])]
     (_, array, _), (_, (last,), _) = jobs
     for call in reversed(array):
         call()

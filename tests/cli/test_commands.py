@@ -247,6 +247,7 @@ UNTRAINABLE = {
     "no nodes": ["--cluster", "local", "--nodes", 0],
     "negative processes": ["--cluster", "local", "--gpus-per-node", -1],
     "two nodes on this machine": ["--cluster", "local", "--nodes", 2],
+    "SLURM where there is none": ["--cluster", "slurm"],
 }
 
 
@@ -256,14 +257,10 @@ def test_what_cannot_train_is_refused_before_it_is_launched(refused, small, data
     from hpcssl.pipelines import pretrain
 
     monkeypatch.setattr(pretrain, "launch", lambda *rest, **more: "finished")
+    monkeypatch.setenv("PATH", str(tmp_path))
     file = small.write_recipe(tmp_path / "recipe.yaml", small.dino_recipe())
     refused(*_pretrain(data, tmp_path / "run", *UNTRAINABLE[fault], recipe=file))
     assert not (tmp_path / "run").exists()
-
-
-def test_slurm_where_there_is_none_is_told(refused, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    refused(*_pretrain(data, tmp_path / "run", "--cluster", "slurm"))
 
 
 @pytest.mark.parametrize(

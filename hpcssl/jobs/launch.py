@@ -30,6 +30,7 @@ from hpcssl.jobs.slurm import queued
 from hpcssl.jobs.stop_signals import STOP_SIGNALS, catch_stop_signals
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
 from hpcssl.runs.history import record_end
+from hpcssl.runs.run_folder import newest_generation, read_claims
 from hpcssl.runs.trace import last_record
 
 _POLL_S = 0.2
@@ -87,14 +88,17 @@ def launch(
         With the cause in one line where it is known, else with the log to read.
     """
     begun = _Launch(run=run, work=work, on_step=on_step, on_words=on_words)
+    before = newest_generation(run)
     try:
         with _stop_signals(interrupts=cluster == "none") as received:
             write_submission(run, cluster, resources)
             outcome = begun.local(resources, received) if cluster == "local" else begun.here(received)
     except Exception as error:
-        why = str(error) if isinstance(error, UserError) else repr(error)
-        step = lifecycle.newest_step(run)
-        record_end(run, start=start_name(begun.token), job=None, state="failed", why=why, step=step)
+        claims, start = read_claims(run), start_name(begun.token)
+        newest = max(claims, default=0)
+        if newest <= before or claims[newest].get("start") == start:  # else another has taken the run over
+            why = str(error) if isinstance(error, UserError) else repr(error)
+            record_end(run, start=start, job=None, state="failed", why=why, step=lifecycle.newest_step(run))
         raise
     begun.report()
     if outcome == "stopped" and signal.SIGINT in received:

@@ -9,14 +9,15 @@ import pytest
 
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
-from hpcssl.jobs import lifecycle
+from hpcssl.jobs import lifecycle, run_start
+from hpcssl.jobs.launch import launch
 from hpcssl.jobs.lifecycle import MOST_FAILURES, afterwards, claim, finish, main, stop
 from hpcssl.jobs.profile import Profile, Resources
 from hpcssl.jobs.rank_place import RankPlace
 from hpcssl.jobs.run_start import RunStart
 from hpcssl.jobs.submission import write_submission
 from hpcssl.runs.checkpoint import checkpoint_path
-from hpcssl.runs.history import read_end, read_starts
+from hpcssl.runs.history import read_end, read_starts, record_end
 from hpcssl.runs.run_folder import Generation, record_start
 
 JOB = "7"
@@ -159,6 +160,29 @@ def test_a_start_that_another_has_overtaken_does_not_say_that_the_run_is_finishe
     assert RunStart(str(run), work, "t").on_rank([]) == "finished"
     end = read_end(run)
     assert end is None if is_overtaken else end.state == "finished"
+
+
+@pytest.mark.usefixtures("own_process")
+@pytest.mark.parametrize("moment", ["never", "before its claim", "after it"])
+def test_a_start_that_fails_says_so_only_where_no_other_has_overtaken_it(run, monkeypatch, moment):
+    def overtake(folder):
+        Generation.take(folder, start="later-0")
+        record_end(folder, start="later-0", job=None, state="finished", why="finished", step=13)
+
+    def work(rank):
+        if moment == "after it":
+            overtake(rank.run)
+        raise RunError("another start has taken over")
+
+    if moment == "before its claim":
+        monkeypatch.setattr(run_start, "claim", lambda folder, start, place: overtake(folder))
+    _begin(run, "earlier-0", RankPlace(world=World()))
+    with pytest.raises(RunError, match="taken over"):
+        launch(run, Resources(), "none", work=work, on_step=lambda step: None)
+    end = read_end(run)
+    assert (end.state, end.why) == (
+        ("failed", "another start has taken over") if moment == "never" else ("finished", "finished")
+    )
 
 
 def test_work_that_is_asked_to_stop_says_so_and_the_end_is_recorded(run):

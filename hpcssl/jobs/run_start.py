@@ -60,15 +60,10 @@ It returns True at the end of the run, and False where it has stopped before bec
 
 @dataclass(frozen=True)
 class RunStart:
-    """A start of a run; called once on every rank.
+    """A start of a run, whose prepared folder holds all that it needs; called once on every rank.
 
-    Attributes
-    ----------
-    run : the prepared run folder: all that a start needs
-    work : what is done
-    token : names this submission among those of the run
-    launcher_pid : ranks stop when this local process is gone; None = they outlive it
-    visible_gpus : the launcher's CUDA_VISIBLE_DEVICES, which the local executor overwrites; None = unset
+    `token` names this submission among those of the run. Ranks stop when the local process `launcher_pid` is gone;
+    None = they outlive it. The local executor overwrites `visible_gpus`, the launcher's CUDA_VISIBLE_DEVICES.
     """
 
     run: str

@@ -56,13 +56,7 @@ class RunState:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Return the run folders among some folders and up to two levels below them, by name.
-
-    Raises
-    ------
-    RunError
-        For a folder that is not there.
-    """
+    """Return the run folders among some folders and up to two levels below; RunError for a folder that is not there."""
     runs = []
     for folder in folders:
         if not folder.is_dir():
@@ -92,9 +86,8 @@ def newest_log(run: Path, rank: int) -> Path:
     """Return the newest log of a rank; RunError where there is none."""
     logs = sorted(run.glob(f"logs/{log_file(run, '*', rank).name}"), key=lambda file: file.stat().st_mtime)
     if not logs:
-        raise RunError(
-            f"{run}: no log of rank {rank}; it has not started yet, or has fewer processes: hpcssl jobs list"
-        )
+        advice = "it has not started yet, or has fewer processes: hpcssl jobs list"
+        raise RunError(f"{run}: no log of rank {rank}; {advice}")
     return logs[-1]
 
 
@@ -167,10 +160,8 @@ def _newest_records(run: Path) -> list[dict[str, Any]]:
     """Return the newest whole lines of the trace."""
     records = []
     for line in tail(run / FILE_NAME, _RECENT + 1) if (run / FILE_NAME).exists() else ():
-        try:
+        with suppress(json.JSONDecodeError):  # it is being written, or its beginning is beyond the tail
             records.append(json.loads(line))
-        except json.JSONDecodeError:  # it is being written, or its beginning is beyond the tail
-            continue
     return records
 
 

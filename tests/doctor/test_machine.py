@@ -19,14 +19,6 @@ CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
 @pytest.mark.parametrize(
-    ("version", "status"),
-    [((3, 9, 18), FAIL), ((3, 10, 0), PASS), ((3, 13, 9), PASS), ((3, 14, 0), WARN), ((2, 7, 18), FAIL)],
-)
-def test_python(version: tuple, status: str) -> None:
-    assert checks.check_python(version).status == status
-
-
-@pytest.mark.parametrize(
     ("capability", "archs", "status", "precision"),
     [
         ((7, 0), CU126, PASS, "fp16 with loss scaling"),
@@ -57,21 +49,6 @@ def test_volta_without_code_names_the_pins() -> None:
     assert "get_arch_list" in checks.check_gpu(0, "B200", (10, 0), 180.0, CU126).fix
 
 
-def test_no_gpu_says_why() -> None:
-    assert checks.check_no_gpu(None, driver=False).detail.startswith("none")
-    assert "built for the CPU" in checks.check_no_gpu(None, driver=True).detail
-    assert "CUDA 13.0" in checks.check_no_gpu("13.0", driver=True).detail
-    assert {checks.check_no_gpu(c, d).status for c in (None, "13.0") for d in (True, False)} == {WARN}
-
-
-@pytest.mark.parametrize(
-    ("version", "status"), [(None, FAIL), ("1.0.8", FAIL), ("1.0.9", PASS), ("1.0.31", PASS), ("1.1.0.dev0", PASS)]
-)
-def test_required_package(version: str | None, status: str) -> None:
-    check = checks.check_package("timm", version, "the encoders")
-    assert (check.status, bool(check.fix)) == (status, status == FAIL)
-
-
 @pytest.mark.parametrize(
     ("name", "version", "words"),
     [
@@ -93,6 +70,20 @@ def test_torch_tells_its_threads() -> None:
 @pytest.mark.parametrize(
     ("check", "status", "word"),
     [
+        (checks.check_python((2, 7, 18)), FAIL, "too old"),
+        (checks.check_python((3, 9, 18)), FAIL, "too old"),
+        (checks.check_python((3, 10, 0)), PASS, "3.10.0"),
+        (checks.check_python((3, 13, 9)), PASS, "3.13.9"),
+        (checks.check_python((3, 14, 0)), WARN, "not tested with it"),
+        (checks.check_no_gpu(None, driver=False), WARN, "none; not needed for the demo"),
+        (checks.check_no_gpu("13.0", driver=False), WARN, "none; not needed for the demo"),
+        (checks.check_no_gpu(None, driver=True), WARN, "built for the CPU"),
+        (checks.check_no_gpu("13.0", driver=True), WARN, "CUDA 13.0"),
+        *(
+            (checks.check_package("timm", version, "the encoders"), status, version or "not installed")
+            for status, versions in ((FAIL, (None, "1.0.8")), (PASS, ("1.0.9", "1.0.31", "1.1.0.dev0")))
+            for version in versions
+        ),
         (checks.check_dali(None, "no module nvidia"), WARN, "not installed"),
         (checks.check_dali("nvidia-dali-cuda130 2.4", "libcuda missing"), WARN, "libcuda missing"),
         (checks.check_dali("nvidia-dali-cuda130 2.4", None), PASS, "without a GPU"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from hpcssl.jobs.profile import Resources
 from hpcssl.jobs.run_start import RunStart
 from hpcssl.pipelines.pretrain_rank import train_rank
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps
+from hpcssl.runs.history import read_starts
 from hpcssl.runs.trace import last_record, read_metrics
 
 PSEUDO_EPOCHS = 30
@@ -28,10 +28,16 @@ TWO = Resources(processes_per_node=2)
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+def _train(run: Path, resources: Resources = TWO) -> str:
+    return launch(run, resources, "local", work=train_rank, on_step=lambda step: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_two_ranks_finish_and_equal_one(small, data, tmp_path):
     traces = [read_metrics(run) for run in runs]
     assert traces[1]["step"].tolist() == list(range(1, 14))
     np.testing.assert_allclose(traces[1]["loss"], traces[0]["loss"], rtol=1e-5)
-    assert [json.loads(line)["world_size"] for line in (runs[1] / "restarts.jsonl").read_text().splitlines()] == [2]
+    assert [start["world_size"] for start in read_starts(runs[1])] == [2]
     assert (runs[1] / "tensorboard").is_dir()
     assert not small.ranks_below(os.getpid())
 
@@ -87,7 +93,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_cause_in_one_line(small, tmp_p
     unwatched = replace(recipe, train=replace(recipe.train, watch_every_steps=0))
     run = small.make_run(tmp_path / "run", own, unwatched)
     with small.within(60), pytest.raises(RunError) as caught:
-        launch(run, TWO, "local", work=train_rank, on_step=lambda step: None)
+        _train(run)
     assert str(gone) in str(caught.value)
     assert "cannot be read, tried 4 times" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -99,7 +105,7 @@ def test_an_error_that_is_no_users_names_the_log(small, data, tmp_path):
     run = small.make_run(tmp_path / "run", data, small.dino_recipe())
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("store_digest:", "store_digst:"))
     with pytest.raises(RunError, match=r"training failed \(KeyError.*on rank 0\); the log is") as caught:
-        launch(run, Resources(), "local", work=train_rank, on_step=lambda step: None)
+        _train(run, Resources())
     assert "\n" not in str(caught.value)
     log = Path(str(caught.value).partition("the log is ")[2].partition(";")[0])
     assert "Traceback" in log.read_text()
@@ -158,20 +164,17 @@ def start(small, longer, recipe, tmp_path):
 def reference(small, longer, recipe, tmp_path_factory):
     """An uninterrupted run."""
     run = small.make_run(tmp_path_factory.mktemp("reference") / "run", longer, recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert launch(run, TWO, "local", work=train_rank, on_step=lambda step: None) == "finished"
+    assert _train(run) == "finished"
     return run
 
 
 @pytest.mark.long
 def test_the_same_seed_twice_gives_the_same_bits_and_another_does_not(small, longer, recipe, reference, tmp_path):
     run = small.make_run(tmp_path / "again", longer, recipe)
-    assert launch(run, TWO, "local", work=train_rank, on_step=lambda step: None) == "finished"
+    assert _train(run) == "finished"
     small.assert_same_run(run, reference, STEPS)
     other = small.make_run(tmp_path / "other", longer, replace(recipe, seed=1, stop_after=1))
-    assert launch(other, TWO, "local", work=train_rank, on_step=lambda step: None) == "finished"
+    assert _train(other) == "finished"
     assert not set(read_metrics(other)["loss"]) & set(read_metrics(reference)["loss"])
 
 
@@ -189,8 +192,7 @@ def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, referenc
     assert not any(map(small.alive, ranks))
     assert start(run).wait(120) == 0
     small.assert_same_run(run, reference, STEPS)
-    lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
-    assert [line["generation"] for line in lines] == [1, 2]
+    assert [start["generation"] for start in read_starts(run)] == [1, 2]
 
 
 @pytest.mark.parametrize(

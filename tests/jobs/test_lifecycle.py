@@ -22,6 +22,7 @@ from hpcssl.runs.run_folder import Generation, record_start
 
 JOB = "7"
 PLACE = RankPlace(world=World(), nodes=("node1",), slurm_job=JOB)
+HERE = RankPlace(world=World())
 
 
 @pytest.fixture
@@ -68,9 +69,8 @@ def test_failures_without_progress_end_the_job_with_the_cause(run, requeued):
         _begin(run, f"a-{failure}")
         assert f"failure {failure} of at most {MOST_FAILURES}" in afterwards(run, f"a-{failure}", JOB)
     _begin(run, "a-9")
-    with pytest.raises(
-        RunError, match=f"failed {MOST_FAILURES} times without getting beyond step 0; the last time: a-9"
-    ):
+    words = f"failed {MOST_FAILURES} times without getting beyond step 0; the last time: a-9"
+    with pytest.raises(RunError, match=words):
         afterwards(run, "a-9", JOB)
     assert len(requeued) == MOST_FAILURES - 1
 
@@ -131,14 +131,6 @@ def test_a_requeue_that_slurm_refuses_is_recorded_as_a_failure(run, requeued, mo
     assert (end.state, end.why, end.failures) == ("failed", f"b-0 died; {words}", 1)
 
 
-def test_without_slurm_a_stop_is_recorded_and_no_more(run, requeued):
-    here = RankPlace(world=World())
-    _begin(run, "a-0", here)
-    stop(run, "a-0", here, "stopped by a signal")
-    assert (read_end(run).state, _begin(run, "b-0", here)) == ("stopped", "stopped by a signal")
-    assert requeued == []
-
-
 def test_the_batch_script_learns_its_exit_code(run, requeued, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
     assert main(str(run), "a", "0") == 0
@@ -176,19 +168,18 @@ def test_a_start_that_fails_says_so_only_where_no_other_has_overtaken_it(run, mo
 
     if moment == "before its claim":
         monkeypatch.setattr(run_start, "claim", lambda folder, start, place: overtake(folder))
-    _begin(run, "earlier-0", RankPlace(world=World()))
+    _begin(run, "earlier-0", HERE)
     with pytest.raises(RunError, match="taken over"):
         launch(run, Resources(), "none", work=work, on_step=lambda step: None)
-    end = read_end(run)
-    assert (end.state, end.why) == (
-        ("failed", "another start has taken over") if moment == "never" else ("finished", "finished")
-    )
+    assert read_end(run).state == ("failed" if moment == "never" else "finished")
 
 
-def test_work_that_is_asked_to_stop_says_so_and_the_end_is_recorded(run):
+def test_work_that_is_asked_to_stop_says_so_and_without_slurm_the_end_is_recorded_and_no_more(run, requeued):
     assert RunStart(str(run), lambda rank: not rank.asked_to_stop(), "t").on_rank([15]) == "stopped"
     end = read_end(run)
     assert (end.state, end.why) == ("stopped", "stopped by a signal")
+    assert _begin(run, "b-0", HERE) == "stopped by a signal"
+    assert requeued == []
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,7 @@ def check_cluster(cluster: str, resources: Resources, out: Path) -> None:
 
 def _check_name(folder: Path, misread: str) -> None:
     """Refuse what is read as something else in the names of logs."""
-    match = re.search(misread, str(folder.resolve()))
-    if match:
+    if match := re.search(misread, str(folder.resolve())):
         raise ConfigError(f"{str(folder.resolve())!r}: no logs can go to a path with {match[0]!r}; choose another")
 
 

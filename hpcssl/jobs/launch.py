@@ -103,19 +103,14 @@ def batch_of(run: Path, resources: Resources, *, work: Work, wait_min: float) ->
     RunError with SLURM's words, and what to do about them, where it would refuse the job.
     """
     run, token = run.resolve(), _new_token()
-    command, afterwards = (python(module, str(run), token) for module in (work.__module__, lifecycle.__name__))
+    start, end = (python(module, str(run), token) for module in (work.__module__, lifecycle.__name__))
     batch = Batch(
-        name=f"hpcssl-{run.name}",
-        token=token,
-        folder=run / "logs",
-        resources=resources,
-        command=command,
-        afterwards=afterwards,
+        name=f"hpcssl-{run.name}", token=token, folder=run / "logs", resources=resources, command=start, afterwards=end
     )
     return replace(batch, begin_in_s=begin_in_s(batch, wait_min=wait_min))
 
 
-def submit(run: Path, resources: Resources, *, work: Work, wait_min: float = 0.0) -> str:
+def submit(run: Path, resources: Resources, *, work: Work, wait_min: float) -> str:
     """Submit a prepared run, which is `reserved`, to SLURM; returns the job's id.
 
     RunError with SLURM's words, and what to do about them, where it refuses the job. The largest number of nodes is

@@ -31,24 +31,14 @@ Outcome = Literal["finished", "stopped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """What work on a rank is given.
-
-    Attributes
-    ----------
-    run : the prepared run folder
-    place : of this rank among the others
-    generation : the claim on the run folder; rank 0 alone has one
-    all_reduce_sum : sums a tensor over the ranks, in place
-    asked_to_stop : returns whether the work is to save and stop
-    say : tells something in the log, and through rank 0 to whoever waits for the run
-    """
+    """What work on a rank of a prepared run is given."""
 
     run: Path
     place: RankPlace
-    generation: Generation | None
-    all_reduce_sum: Callable[[Any], None]
-    asked_to_stop: Callable[[], bool]
-    say: Callable[[str], None]
+    generation: Generation | None  # the claim on the run folder; rank 0 alone has one
+    all_reduce_sum: Callable[[Any], None]  # sums a tensor over the ranks, in place
+    asked_to_stop: Callable[[], bool]  # returns whether the work is to save and stop
+    say: Callable[[str], None]  # tells something in the log, and through rank 0 to whoever waits for the run
 
 
 Work = Callable[[Rank], bool]

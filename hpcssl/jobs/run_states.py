@@ -27,32 +27,22 @@ _RECENT = 50  # steps whose speed is the run's
 class RunState:
     """How a run is.
 
-    Attributes
-    ----------
-    state : `pending`, `running` and other words of SLURM's queue; `finished`, `stopped`, `requeued` or `failed`, as its
-        newest start ended; `not started`; `lost` where nobody left a word; `unknown` where SLURM does not answer
-    why : why it waits, stopped or failed; empty while it runs
-    job : SLURM's id; None elsewhere
-    step, stop_step, samples_seen : how far it is
-    tiles_per_s : median over its newest steps; None before the first
-    eta_s : seconds to its end at this speed; None unless it runs
-    nodes : that it runs on, or ran on last
-    starts : how often it was started
-    processes : of its newest start
+    Its state is `pending`, `running` or another word of SLURM's queue; `finished`, `stopped`, `requeued` or `failed`,
+    as its newest start ended; `not started`; `lost` where nobody left a word; `unknown` where SLURM does not answer.
     """
 
     run: Path
     state: str
-    why: str
-    job: str | None
+    why: str  # it waits, stopped or failed; empty while it runs
+    job: str | None  # SLURM's id
     step: int
     stop_step: int
     samples_seen: int
-    tiles_per_s: float | None
-    eta_s: float | None
-    nodes: str
+    tiles_per_s: float | None  # median over its newest steps; None before the first
+    eta_s: float | None  # seconds to its end at this speed; None unless it runs
+    nodes: str  # that it runs on, or ran on last
     starts: int
-    processes: int | None
+    processes: int | None  # of its newest start
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:

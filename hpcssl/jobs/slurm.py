@@ -18,7 +18,6 @@ _PATIENCE_S = 60.0  # a controller under load answers late
 _PAUSE_S = 5.0
 # what asking again does not change; all else, a controller that is away above all, may
 _FOR_GOOD = re.compile(r"invalid (?:job|user)|denied|not permitted|disabled|already|is pending", re.IGNORECASE)
-_CONFIRMED = re.compile(r"to start at (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,7 @@ def could_start_in_s(script: str, nodes: int) -> float | None:
         done = _run(["sbatch", "--test-only", f"--nodes={nodes}"], script)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RunError(with_fix(f"sbatch --test-only: {error}")) from None
-    confirmed = _CONFIRMED.search(done.stderr)
-    if confirmed:
+    if confirmed := re.search(r"to start at (\S+)", done.stderr):
         return max(0.0, _seconds_until(confirmed[1]) or 0.0)
     if "configuration is not available" in done.stderr:
         return None

@@ -139,15 +139,11 @@ class Job:
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if (
-                    pretrain_rank.__name__.encode() in words
-                    and str(self.run).encode() in words
-                    and b"srun" not in words
-                ):
-                    rank = re.search(rb"\0SLURM_PROCID=(\d+)\0", (process / "environ").read_bytes())
-                    if rank:
-                        found[int(rank[1])] = int(process.name)
+                words = set((process / "cmdline").read_bytes().split(b"\0"))
+                is_rank = {pretrain_rank.__name__.encode(), str(self.run).encode()} <= words and b"srun" not in words
+                environment = (process / "environ").read_bytes() if is_rank else b""
+                if rank := re.search(rb"\0SLURM_PROCID=(\d+)\0", environment):
+                    found[int(rank[1])] = int(process.name)
         return found
 
 

@@ -139,8 +139,9 @@ def start(small, longer, recipe, tmp_path):
         started.append((process, set()))
         return process
 
-    def running_after(run: Path, process: subprocess.Popen, step: int) -> list[int]:
-        """Wait for a step; return the ranks' processes."""
+    def until(run: Path, *, step: int) -> tuple[subprocess.Popen, list[int]]:
+        """Start, and wait for a step; return the launcher and the ranks' processes."""
+        process = begin(run)
 
         def reached() -> bool:
             assert process.poll() is None, (tmp_path / "launcher.log").read_text()
@@ -150,9 +151,9 @@ def start(small, longer, recipe, tmp_path):
         started[-1][1].update(small.descendants(process.pid))
         ranks = small.ranks_below(process.pid)
         assert len(ranks) == 2
-        return ranks
+        return process, ranks
 
-    begin.running_after = running_after
+    begin.until = until
     yield begin
     for process, below in started:
         small.kill_all([*small.descendants(process.pid), *below])
@@ -182,8 +183,7 @@ def test_the_same_seed_twice_gives_the_same_bits_and_another_does_not(small, lon
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR2])
 def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, reference, tmp_path, sent):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 5)
+    process, ranks = start.until(run, step=5)
     os.kill(ranks[1], sent)  # one is enough: ranks agree
     assert process.wait(60) == 2
     last = last_record(run)["step"]
@@ -201,8 +201,7 @@ def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, referenc
 )
 def test_a_signal_to_the_command_itself_saves_and_stops(small, start, tmp_path, sent):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 5)
+    process, ranks = start.until(run, step=5)
     process.send_signal(sent)
     assert process.wait(60) == 2
     assert not any(map(small.alive, ranks)), "it has waited for them"
@@ -231,8 +230,7 @@ def test_a_signal_while_the_ranks_start_stops_them(small, start, tmp_path, momen
 @pytest.mark.long
 def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 3)
+    process, ranks = start.until(run, step=3)
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(60) == 2
     assert not any(map(small.alive, ranks))
@@ -244,8 +242,7 @@ def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
 @pytest.mark.long
 def test_ranks_of_a_killed_launcher_end_by_themselves(small, start, tmp_path):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 3)
+    process, ranks = start.until(run, step=3)
     process.kill()
     process.wait(30)
     small.wait_until(lambda: not any(map(small.alive, ranks)), 15, "ranks end")
@@ -257,8 +254,7 @@ def test_ranks_of_a_killed_launcher_end_by_themselves(small, start, tmp_path):
 def test_a_second_start_fences_off_the_first(small, start, reference, tmp_path):
     """The first hangs, the second does the work, the first wakes up: it publishes nothing more."""
     run = tmp_path / "run"
-    first = start(run)
-    ranks = start.running_after(run, first, 2)
+    first, ranks = start.until(run, step=2)
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     second = start(run)
@@ -276,8 +272,7 @@ def test_a_second_start_fences_off_the_first(small, start, reference, tmp_path):
 
 @pytest.mark.long
 def test_ctrl_c_ends_all_ranks_and_exits_130_without_a_traceback(small, start, tmp_path):
-    process = start(tmp_path / "run")
-    ranks = start.running_after(tmp_path / "run", process, 3)
+    process, ranks = start.until(tmp_path / "run", step=3)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     small.wait_until(lambda: not any(map(small.alive, ranks)), 15, "all processes end")

@@ -24,7 +24,6 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.pipelines import pretrain_rank
-from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.history import read_starts
 from hpcssl.runs.trace import last_record
 
@@ -122,10 +121,6 @@ class Job:
     def whys(self) -> list[str]:
         """Return why every start began."""
         return [start["why"] for start in self.starts()]
-
-    def newest_checkpoint(self) -> int:
-        """Return the step of the newest checkpoint; -1 before the first."""
-        return max(checkpoint_steps(self.run), default=-1)
 
     def seconds_running(self) -> float:
         """Return since when SLURM has had the job running; if it has it no more, for ever."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpcssl.core.config import nearest
@@ -22,12 +22,9 @@ class Partition:
     name: str
     is_default: bool = False
     state: str = "UP"
-    most_min: float = math.inf
-    """Time limit of its jobs, in minutes."""
-    most_nodes: float = math.inf
-    """Nodes of a job."""
-    accounts: tuple[str, ...] = ()
-    """That may use it; none = all."""
+    most_min: float = math.inf  # time limit of its jobs, in minutes
+    most_nodes: float = math.inf  # of a job
+    accounts: tuple[str, ...] = ()  # that may use it; none = all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +35,7 @@ class Node:
     cores: int
     memory_gb: float
     gpus: int = 0
-    gpu_kinds: str = ""
-    """Kinds of its GPUs as the cluster calls them, such as `gpu:v100:4`."""
+    gpu_kinds: str = ""  # as the cluster calls them, such as `gpu:v100:4`
     features: tuple[str, ...] = ()
     state: str = "idle"
 
@@ -61,7 +57,7 @@ def read_partitions(text: str) -> list[Partition]:
                     is_default=facts.get("Default") == "YES",
                     state=facts.get("State", "UP"),
                     most_min=_minutes(facts.get("MaxTime", "UNLIMITED")),
-                    most_nodes=_number(facts.get("MaxNodes", "UNLIMITED")),
+                    most_nodes=float(facts["MaxNodes"]) if facts.get("MaxNodes", "").isdigit() else math.inf,
                     accounts=() if allowed == "ALL" else tuple(allowed.split(",")),
                 )
             )
@@ -112,41 +108,34 @@ def check_partition(profile: Profile, partitions: Sequence[Partition]) -> tuple[
 
 def check_time_limit(profile: Profile, partition: Partition) -> Check:
     """Check that the partition allows the profile's time limit."""
-    if profile.timeout_min > partition.most_min:
-        return Check.failure(
-            "time limit",
-            f"{profile.timeout_min} min; {partition.name} allows {partition.most_min:.0f}",
-            f"timeout_min: {partition.most_min:.0f} in the profile; a run requeues itself until it is done",
-        )
-    return Check.ok("time limit", f"{profile.timeout_min} min")
+    if profile.timeout_min <= partition.most_min:
+        return Check.ok("time limit", f"{profile.timeout_min} min")
+    fix = f"timeout_min: {partition.most_min:.0f} in the profile; a run requeues itself until it is done"
+    detail = f"{profile.timeout_min} min; {partition.name} allows {partition.most_min:.0f}"
+    return Check.failure("time limit", detail, fix)
 
 
 def nodes_that_fit(profile: Profile, nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes that have what a full one of the profile asks for."""
-    cores, memory_gb = _required(profile)
-    feature = _feature(profile)
-    return [
-        node
-        for node in nodes
-        if node.gpus >= profile.gpus_per_node
-        and node.cores >= cores
-        and node.memory_gb >= memory_gb
-        and (feature is None or feature in node.features)
-    ]
+    (cores, memory_gb), feature = _required(profile), _feature(profile)
+
+    def fits(node: Node) -> bool:
+        is_large = node.gpus >= profile.gpus_per_node and node.cores >= cores and node.memory_gb >= memory_gb
+        return is_large and (feature is None or feature in node.features)
+
+    return list(filter(fits, nodes))
 
 
 def check_nodes(profile: Profile, partition: Partition, nodes: Sequence[Node]) -> Check:
     """Check that nodes of the partition have what a full one of the profile asks for, and are up."""
-    fitting, plain = nodes_that_fit(profile, nodes), _feature(profile)
-    required = _amounts(profile.gpus_per_node, *_required(profile)) + (f" and {plain}" if plain else "")
+    fitting, feature = nodes_that_fit(profile, nodes), _feature(profile)
+    required = _amounts(profile.gpus_per_node, *_required(profile)) + (f" and {feature}" if feature else "")
     if not fitting:
         best = max(nodes, key=lambda n: (n.gpus, n.cores, n.memory_gb), default=None)
-        detail = f"none of the {len(nodes)} nodes of {partition.name} has {required}"
-        if best is None:
-            fix = "take another partition"
-        else:
+        detail, fix = f"none of the {len(nodes)} nodes of {partition.name} has {required}", "take another partition"
+        if best:
             has = _amounts(best.gpus, best.cores, best.memory_gb)
-            features = f" and the features {', '.join(best.features) or 'none'}" if plain else ""
+            features = f" and the features {', '.join(best.features) or 'none'}" if feature else ""
             fix = f"lower gpus_per_node, cpus_per_gpu or mem_gb_per_gpu: {best.name} has {has}{features}"
         return Check.failure("nodes", detail, fix)
     up = [node for node in fitting if not node.state.lower().startswith(_UNUSABLE)]
@@ -161,19 +150,17 @@ def check_nodes(profile: Profile, partition: Partition, nodes: Sequence[Node]) -
 def check_account(profile: Profile, partition: Partition, accounts: Sequence[str] | None) -> Check:
     """Check that this user may use the profile's account there; `accounts` None = the cluster tells none."""
     if accounts is None:
-        named = profile.account or "none named"
-        return Check.ok("account", f"{named}; not to be checked: sacctmgr tells none here")
+        return Check.ok("account", f"{profile.account or 'none named'}; not to be checked: sacctmgr tells none here")
     allowed = [a for a in accounts if not partition.accounts or a in partition.accounts]
-    listed = ", ".join(allowed)
     if not allowed:
         detail = f"this user has no account that may use {partition.name}"
         return Check.failure("account", detail, "ask the administrators for one")
     if profile.account is None:
-        return Check.ok("account", f"the cluster's default, of {listed}")
-    if profile.account not in allowed:
-        fix = f"correct account in the profile: {listed}"
-        return Check.failure("account", f"{profile.account}: not one of this user's that may use {partition.name}", fix)
-    return Check.ok("account", profile.account)
+        return Check.ok("account", f"the cluster's default, of {', '.join(allowed)}")
+    if profile.account in allowed:
+        return Check.ok("account", profile.account)
+    detail = f"{profile.account}: not one of this user's that may use {partition.name}"
+    return Check.failure("account", detail, f"correct account in the profile: {', '.join(allowed)}")
 
 
 def check_accepted(refusal: str | None, answer: str) -> Check:
@@ -230,8 +217,7 @@ def _gpu_checks(profile: Profile, facts: Mapping[str, Any]) -> list[Check]:
         fix = "install a torch for CUDA that suits the node's driver; see that the partition has GPUs"
         return [Check.failure("gpu on a node", detail, fix)]
     kind, capability, memory_gib = facts["gpus"][0]
-    check = check_gpu(0, kind, tuple(capability), memory_gib, facts["archs"])
-    return [Check(name="gpu on a node", status=check.status, detail=check.detail, fix=check.fix)]
+    return [replace(check_gpu(0, kind, tuple(capability), memory_gib, facts["archs"]), name="gpu on a node")]
 
 
 def _required(profile: Profile) -> tuple[int, float]:
@@ -261,7 +247,3 @@ def _minutes(text: str) -> float:
         return math.inf
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + minutes + seconds / 60
-
-
-def _number(text: str) -> float:
-    return float(text) if text.isdigit() else math.inf

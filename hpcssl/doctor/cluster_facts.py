@@ -11,19 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcssl.doctor.cluster_checks import (
-    check_accepted,
-    check_account,
-    check_no_probe,
-    check_nodes,
-    check_partition,
-    check_probe,
-    check_stack,
-    check_time_limit,
-    nodes_that_fit,
-    read_nodes,
-    read_partitions,
-)
+from hpcssl.doctor import cluster_checks as checks
 from hpcssl.doctor.machine_checks import FAIL, Check
 from hpcssl.jobs.profile import Profile
 
@@ -54,36 +42,27 @@ print(json.dumps(facts))
 
 
 def diagnose_cluster(profile: Profile, name: str, out: Path) -> list[Check]:
-    """Return all checks of a profile against the cluster of this machine.
-
-    Parameters
-    ----------
-    name : of the profile
-    out : folder that the nodes must see
-    """
+    """Return all checks of a profile of this name against the cluster of this machine, whose nodes must see `out`."""
     import torch
 
     answer = _ask("scontrol", "show", "partition", "--oneliner")
     if isinstance(answer, Check):
         return [answer]
-    check, partition = check_partition(profile, read_partitions(answer))
-    checks = [check]
+    check, partition = checks.check_partition(profile, checks.read_partitions(answer))
     if partition is None:
-        return checks
-    checks.append(check_time_limit(profile, partition))
+        return [check]
+    report = [check, checks.check_time_limit(profile, partition)]
     answer = _ask("sinfo", "--noheader", "--Node", f"--partition={partition.name}", f"--format={_NODES_FORMAT}")
     if isinstance(answer, Check):
-        return [*checks, answer]
-    nodes = read_nodes(answer)
-    checks.append(check_nodes(profile, partition, nodes))
-    checks.append(check_account(profile, partition, _accounts()))
+        return [*report, answer]
+    nodes = checks.read_nodes(answer)
+    report.append(checks.check_nodes(profile, partition, nodes))
+    report.append(checks.check_account(profile, partition, _accounts()))
     accepted = _would_be_accepted(profile)
-    checks.append(accepted)
-    meant = " ".join(
-        [name, partition.name, profile.constraint or "", *{node.gpu_kinds for node in nodes_that_fit(profile, nodes)}]
-    )
-    checks += check_stack(meant, torch.__version__, torch.version.cuda)
-    return checks if accepted.status == FAIL else [*checks, *_probe(profile, out)]
+    kinds = {node.gpu_kinds for node in checks.nodes_that_fit(profile, nodes)}
+    names = " ".join([name, partition.name, profile.constraint or "", *kinds])
+    report += [accepted, *checks.check_stack(names, torch.__version__, torch.version.cuda)]
+    return report if accepted.status == FAIL else [*report, *_probe(profile, out)]
 
 
 def _ask(*command: str) -> str | Check:
@@ -103,8 +82,7 @@ def _ask(*command: str) -> str | Check:
 def _accounts() -> list[str] | None:
     """Return this user's accounts; None where the cluster tells none."""
     who = f"user={getpass.getuser()}"
-    command = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", "where", who, "format=account"]
-    answer = _ask(*command)
+    answer = _ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", "where", who, "format=account")
     return None if isinstance(answer, Check) else sorted({line.strip("|") for line in answer.split()})
 
 
@@ -125,9 +103,9 @@ def _would_be_accepted(profile: Profile) -> Check:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_S)
     except (subprocess.TimeoutExpired, OSError) as error:
-        return check_accepted(_words(str(error)), "")
+        return checks.check_accepted(_words(str(error)), "")
     words = _words(done.stderr)
-    return check_accepted(words if done.returncode else None, words)
+    return checks.check_accepted(words if done.returncode else None, words)
 
 
 def _probe(profile: Profile, out: Path) -> list[Check]:
@@ -146,12 +124,13 @@ def _probe(profile: Profile, out: Path) -> list[Check]:
         file.unlink(missing_ok=True)
     facts = re.search(r"^\{.*\}$", output, re.MULTILINE)
     if facts:
-        return check_probe(profile, json.loads(facts[0]), str(folder))
+        return checks.check_probe(profile, json.loads(facts[0]), str(folder))
     if code is None:
-        return [check_no_probe(f"no answer within {_PROBE_S:.0f} s {words}".strip(), busy=True)]
+        return [checks.check_no_probe(f"no answer within {_PROBE_S:.0f} s {words}".strip(), busy=True)]
     if "Immediate" in words or "busy" in words:
-        return [check_no_probe(f"no node was free for {_FREE_NODE_S} s ({words})", busy=True)]
-    return [check_no_probe(f"a process on a node ended with exit code {code}; {words or 'without a word'}", busy=False)]
+        return [checks.check_no_probe(f"no node was free for {_FREE_NODE_S} s ({words})", busy=True)]
+    why = f"a process on a node ended with exit code {code}; {words or 'without a word'}"
+    return [checks.check_no_probe(why, busy=False)]
 
 
 def _run(command: Sequence[str]) -> tuple[int | None, str, str]:

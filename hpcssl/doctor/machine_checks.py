@@ -59,13 +59,10 @@ def check_python(version: Sequence[int]) -> Check:
     detail = ".".join(map(str, version))
     if (3, 10) <= tuple(version[:2]) <= (3, 13):
         return Check.ok("python", detail)
-    newer = tuple(version[:2]) > (3, 13)
-    return Check(
-        name="python",
-        status=WARN if newer else FAIL,
-        detail=f"{detail}, {'not tested with it' if newer else 'too old'}; expected 3.10 to 3.13",
-        fix="make the environment with python3.10, 3.11, 3.12 or 3.13",
-    )
+    is_newer = tuple(version[:2]) > (3, 13)
+    judge, why = (Check.warning, "not tested with it") if is_newer else (Check.failure, "too old")
+    fix = "make the environment with python3.10, 3.11, 3.12 or 3.13"
+    return judge("python", f"{detail}, {why}; expected 3.10 to 3.13", fix)
 
 
 def check_package(name: str, version: str | None, purpose: str) -> Check:
@@ -76,8 +73,7 @@ def check_package(name: str, version: str | None, purpose: str) -> Check:
     # of a development version, the release that it leads to
     if not requirement.specifier.contains(Version(version).base_version):
         allowed = re.sub(r"^>=([^,]+)$", r"\1 or newer", str(requirement.specifier))
-        detail, fix = f"{version}; expected {allowed}", f"pip install -U '{requirement}'"
-        return Check.failure(name, detail, fix)
+        return Check.failure(name, f"{version}; expected {allowed}", f"pip install -U '{requirement}'")
     return Check.ok(name, version)
 
 
@@ -96,11 +92,8 @@ def check_no_gpu(cuda_build: str | None, driver: bool) -> Check:
     if cuda_build is None:
         fix = "pip install --force-reinstall torch torchvision, builds for CUDA (see pytorch.org)"
         return Check.warning("gpu", "the machine has a driver, but this torch is built for the CPU", fix)
-    return Check.warning(
-        "gpu",
-        f"torch (CUDA {cuda_build}) cannot use the driver; nothing will run on a GPU",
-        "compare the CUDA version of nvidia-smi with torch's, and look at CUDA_VISIBLE_DEVICES",
-    )
+    fix = "compare the CUDA version of nvidia-smi with torch's, and look at CUDA_VISIBLE_DEVICES"
+    return Check.warning("gpu", f"torch (CUDA {cuda_build}) cannot use the driver; nothing will run on a GPU", fix)
 
 
 def check_gpu(index: int, name: str, capability: tuple[int, int], memory_gib: float, arch_list: Sequence[str]) -> Check:
@@ -166,13 +159,10 @@ def check_disk(folder: Path, free_gib: float, writable: bool) -> Check:
     """Check that results can be written: under 1 GiB fails, under 20 GiB warns."""
     detail = f"{free_gib:.1f} GiB free in {folder}"
     if not writable:
-        fix = "choose another folder with --out"
-        return Check.failure("disk", f"{detail}, not writable for this user", fix)
+        return Check.failure("disk", f"{detail}, not writable for this user", "choose another folder with --out")
     if free_gib < 20:
-        status = FAIL if free_gib < 1 else WARN
-        return Check(
-            name="disk", status=status, detail=detail, fix="free some space, or choose another folder with --out"
-        )
+        judge = Check.failure if free_gib < 1 else Check.warning
+        return judge("disk", detail, "free some space, or choose another folder with --out")
     return Check.ok("disk", detail)
 
 
@@ -219,13 +209,5 @@ def _holds_code(capability: tuple[int, int], arch_list: Iterable[str]) -> bool:
 
     Machine code runs on the same major version from its minor version on; PTX (compute_) on everything later.
     """
-    for arch in arch_list:
-        kind, _, number = arch.partition("_")
-        match = re.match(r"(\d+)(\d)", number)
-        if not match:
-            continue
-        major, minor = int(match[1]), int(match[2])
-        same_major = major == capability[0] and minor <= capability[1]
-        if same_major or (kind == "compute" and (major, minor) <= capability):
-            return True
-    return False
+    builds = [(m[1], (int(m[2]), int(m[3]))) for arch in arch_list if (m := re.match(r"([a-z]+)_(\d+)(\d)", arch))]
+    return any(code <= capability and (code[0] == capability[0] or kind == "compute") for kind, code in builds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,24 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpcssl.core.provenance import version_of
-from hpcssl.doctor.machine_checks import (
-    SLURM_TIMEOUT_S,
-    Check,
-    check_dali,
-    check_disk,
-    check_gpu,
-    check_no_gpu,
-    check_open_files,
-    check_openslide,
-    check_package,
-    check_pillow,
-    check_processes,
-    check_python,
-    check_shared_memory,
-    check_slurm,
-    check_temp_folder,
-    check_torch,
-)
+from hpcssl.doctor import machine_checks as checks
+from hpcssl.doctor.machine_checks import SLURM_TIMEOUT_S, Check
 
 _GIB = 1 << 30
 
@@ -38,22 +23,22 @@ _GIB = 1 << 30
 def diagnose(out: Path) -> list[Check]:
     """Return all checks of this machine; `out` is where results would go."""
     gatherers: tuple[tuple[str, Callable[[], Check | list[Check]]], ...] = (
-        ("python", lambda: check_python(sys.version_info[:3])),
+        ("python", lambda: checks.check_python(sys.version_info[:3])),
         ("torch", _torch),
         ("gpu", _gpus),
-        ("torchvision", lambda: check_package("torchvision", _import("torchvision"), "the encoders")),
-        ("timm", lambda: check_package("timm", version_of("timm"), "the encoders")),
+        ("torchvision", lambda: checks.check_package("torchvision", _import("torchvision"), "the encoders")),
+        ("timm", lambda: checks.check_package("timm", version_of("timm"), "the encoders")),
         ("processes", _processes),
         ("pillow", _pillow),
-        ("dali", lambda: check_dali(_dali_package(), _failure("nvidia.dali"))),
-        ("openslide", lambda: check_openslide(version_of("openslide-python"), _failure("openslide"))),
-        ("hdf5", lambda: check_package("h5py", _import("h5py"), "feature files")),
-        ("parquet", lambda: check_package("pyarrow", _import("pyarrow"), "slide tables")),
-        ("submitit", lambda: check_package("submitit", version_of("submitit"), "launching jobs")),
-        ("slurm", lambda: check_slurm(*_slurm())),
+        ("dali", lambda: checks.check_dali(_dali_package(), _failure("nvidia.dali"))),
+        ("openslide", lambda: checks.check_openslide(version_of("openslide-python"), _failure("openslide"))),
+        ("hdf5", lambda: checks.check_package("h5py", _import("h5py"), "feature files")),
+        ("parquet", lambda: checks.check_package("pyarrow", _import("pyarrow"), "slide tables")),
+        ("submitit", lambda: checks.check_package("submitit", version_of("submitit"), "launching jobs")),
+        ("slurm", lambda: checks.check_slurm(*_slurm())),
         ("disk", lambda: _disk(out)),
         ("shared memory", _shared_memory),
-        ("open files", _open_files),
+        ("open files", lambda: checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))),
         ("temp folder", _temp_folder),
     )
     return [check for name, gather in gatherers for check in guarded(name, gather)]
@@ -72,7 +57,7 @@ def guarded(name: str, gather: Callable[[], Check | list[Check]]) -> list[Check]
 def _torch() -> Check:
     import torch
 
-    return check_torch(torch.__version__, torch.get_num_threads(), os.cpu_count() or 1)
+    return checks.check_torch(torch.__version__, torch.get_num_threads(), os.cpu_count() or 1)
 
 
 def _gpus() -> list[Check]:
@@ -80,13 +65,13 @@ def _gpus() -> list[Check]:
 
     if not torch.cuda.is_available():
         driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-        return [check_no_gpu(torch.version.cuda, driver)]
+        return [checks.check_no_gpu(torch.version.cuda, driver)]
     arch_list = torch.cuda.get_arch_list()
-    checks = []
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        checks.append(check_gpu(i, gpu.name, (gpu.major, gpu.minor), gpu.total_memory / _GIB, arch_list))
-    return checks
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        checks.check_gpu(i, gpu.name, (gpu.major, gpu.minor), gpu.total_memory / _GIB, arch_list)
+        for i, gpu in enumerate(gpus)
+    ]
 
 
 def _processes() -> Check:
@@ -101,7 +86,7 @@ def _processes() -> Check:
             dist.destroy_process_group()
         except (RuntimeError, OSError) as error:
             failure = _one_line(error)
-    return check_processes(multiprocessing.get_all_start_methods(), failure)
+    return checks.check_processes(multiprocessing.get_all_start_methods(), failure)
 
 
 def _pillow() -> Check:
@@ -109,7 +94,7 @@ def _pillow() -> Check:
     from PIL import features
 
     turbo = bool(features.check_feature("libjpeg_turbo"))
-    return check_pillow(version_of("pillow"), version_of("pillow-simd"), PIL.__version__, turbo)
+    return checks.check_pillow(version_of("pillow"), version_of("pillow-simd"), PIL.__version__, turbo)
 
 
 def _dali_package() -> str | None:
@@ -133,18 +118,12 @@ def _disk(out: Path) -> Check:
     folder = out.absolute()
     while not folder.is_dir():
         folder = folder.parent
-    return check_disk(folder, shutil.disk_usage(folder).free / _GIB, os.access(folder, os.W_OK | os.X_OK))
+    return checks.check_disk(folder, shutil.disk_usage(folder).free / _GIB, os.access(folder, os.W_OK | os.X_OK))
 
 
 def _shared_memory() -> Check:
     shm = Path("/dev/shm")
-    return check_shared_memory(shutil.disk_usage(shm).total / _GIB if shm.is_dir() else None)
-
-
-def _open_files() -> Check:
-    import resource
-
-    return check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    return checks.check_shared_memory(shutil.disk_usage(shm).total / _GIB if shm.is_dir() else None)
 
 
 def _temp_folder() -> Check:
@@ -154,8 +133,8 @@ def _temp_folder() -> Check:
         with tempfile.TemporaryFile() as stream:
             stream.write(bytes(1 << 16))
     except OSError as error:
-        return check_temp_folder(folder, error.strerror or _one_line(error))
-    return check_temp_folder(folder, None)
+        return checks.check_temp_folder(folder, error.strerror or _one_line(error))
+    return checks.check_temp_folder(folder, None)
 
 
 def _import(module: str) -> str | None:

@@ -17,7 +17,6 @@ from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs.cluster import as_it_is, submit_array
 from hpcssl.jobs.profile import Profile
-from hpcssl.jobs.refusal import with_fix
 
 _UNDER_WAY = "PENDING,RUNNING,SUSPENDED"  # not COMPLETING: its processes are gone or going
 _SQUEUE_S = 60.0
@@ -25,13 +24,7 @@ _SQUEUE_S = 60.0
 
 @dataclass(frozen=True)
 class Call:
-    """A function and its arguments; pickled by submitit, called by one task of an array.
-
-    Attributes
-    ----------
-    function : of a module, so that it is pickled by its name
-    arguments : by name; values that can be pickled
-    """
+    """What a task of an array calls: a function of a module, pickled by its name, and arguments, pickled as well."""
 
     function: Callable[..., Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -47,13 +40,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What came of a submission.
-
-    Attributes
-    ----------
-    job : SLURM's id of the array
-    tasks : of the array; 0 where the job was under way already
-    """
+    """What came of a submission: SLURM's id of the array, and its tasks, 0 where the job was under way already."""
 
     job: str
     tasks: int
@@ -65,6 +52,7 @@ def submit_calls(
     """Submit a job array, one call a task, unless one of this kind and folder is under way.
 
     Two submissions at the very same moment may not see each other; their tasks write the same files, whole, twice.
+    RunError with SLURM's own words where it refuses the job, or does not answer.
 
     Parameters
     ----------
@@ -72,20 +60,11 @@ def submit_calls(
     kind : one word for what is done; with `out` it names the job
     gpus : of each task
     after : jobs that must have ended well before; where one fails, this one is taken out of the queue
-
-    Raises
-    ------
-    RunError
-        With SLURM's own words where it refuses the job, or does not answer.
     """
     name = job_name(kind, out)
-    under_way = jobs_under_way(name)
-    if under_way:
+    if under_way := jobs_under_way(name):
         return Submitted(job=under_way[0], tasks=0)
-    try:
-        job = submit_array(calls, out / "logs", profile, name=name, gpus=gpus, after=after)
-    except RunError as error:
-        raise RunError(with_fix(str(error))) from None
+    job = submit_array(calls, out / "logs", profile, name=name, gpus=gpus, after=after)
     return Submitted(job=job, tasks=len(calls))
 
 
@@ -114,14 +93,10 @@ def jobs_under_way(name: str) -> list[str]:
 
 
 def shares(weights: Sequence[int], num_tasks: int) -> list[list[int]]:
-    """Share items out to at most `num_tasks` tasks so that their sums are near each other; heaviest first.
+    """Share items out to at most `num_tasks` tasks, heaviest first; return each task's items, in order, none empty.
 
     >>> shares([5, 1, 1, 1, 4], 2)
     [[0, 2], [1, 3, 4]]
-
-    Returns
-    -------
-    The items' numbers, in order; no share is empty.
     """
     if num_tasks < 1:
         raise ConfigError(f"--array {num_tasks}; expected at least 1")

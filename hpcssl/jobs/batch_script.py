@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from hpcssl.jobs.profile import Profile, Resources
 
@@ -65,12 +65,10 @@ def choose_nodes(resources: Resources) -> list[str]:
     ]
 
 
-@contextmanager
-def outside_of_a_job() -> Iterator[None]:
+def outside_of_a_job() -> AbstractContextManager[None]:
     """Keep from what is submitted meanwhile the settings of the job that this process is in, if it is in one."""
     of_the_job = ("SLURM_", "SLURMD_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    with _hidden({name for name in os.environ if name.startswith(of_the_job) and name != "SLURM_CONF"}):
-        yield
+    return _hidden({name for name in os.environ if name.startswith(of_the_job) and name != "SLURM_CONF"})
 
 
 @contextmanager

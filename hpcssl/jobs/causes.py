@@ -54,37 +54,31 @@ def why_warned(run: Path, job: str) -> str:
 def why_ended(run: Path, start: Mapping[str, Any], *, by_slurm: bool) -> tuple[str, bool]:
     """Return why a start that left no word has ended, and whether that is a failure.
 
-    Parameters
-    ----------
-    start : its line in the restart history
-    by_slurm : SLURM has started the same job again
+    `start` is its line in the restart history; `by_slurm`: SLURM has started the same job again.
     """
     job = start.get("job")
     if not job:
         return WITHOUT_A_WORD, True
     log = _log(run, start["start"], job)
-    node = _NODE.search(log)
-    if node:
+    if node := _NODE.search(log):
         return _failed([node[1]]), True
     if OUT_OF_TIME in log:
         return TIME_LIMIT, True
     # the words of several steps; what gives no reason came along with one that does
-    said = sorted(_CANCELLED.findall(log), key=lambda reason: not reason)
-    if not said or said[0] == _NODE_FAILURE:
-        begun = datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-        failed = failed_nodes(start["nodes"], begun)
-        if failed or said:
+    reasons = sorted(_CANCELLED.findall(log), key=lambda reason: not reason)
+    if not reasons or reasons[0] == _NODE_FAILURE:
+        failed = failed_nodes(start["nodes"], datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp())
+        if failed or reasons:
             return _failed(failed), True
         return (REQUEUED, False) if by_slurm else (WITHOUT_A_WORD, True)
-    why = _SLURMS_WORDS.get(said[0], said[0].lower())
+    why = _SLURMS_WORDS.get(reasons[0], reasons[0].lower())
     return (REQUEUED if why == CANCELLED and by_slurm else why), why == TIME_LIMIT
 
 
 def why_died(run: Path, start: str, job: str) -> str:
     """Return why the ranks of a start on SLURM have ended in failure, in one line."""
     words, file, log = read_words(run, start), log_file(run, job), _log(run, start, job)
-    node = _NODE.search(log)
-    if node:
+    if node := _NODE.search(log):
         return _failed([node[1]])
     if words and words[0]["told"]:
         return f"rank {words[0]['rank']}: {words[0]['message']}"

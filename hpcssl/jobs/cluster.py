@@ -18,6 +18,7 @@ from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs.batch_script import choose_nodes, heeding, mark_start, requeue_before_the_limit
 from hpcssl.jobs.local_processes import ignoring_interrupts
 from hpcssl.jobs.profile import Profile, Resources
+from hpcssl.jobs.refusal import with_fix
 
 _TIMEOUTS = 1_000_000  # a task of an array may run out of time so often: what it has done stays done
 _MISREAD = {"slurm": r"[%\\\n]", "local": "%[jtAa]"}  # in the names of logs: `%j` is a job, and `\` no character
@@ -38,12 +39,9 @@ def as_it_is(work: Any) -> Any:
 
 
 def check_cluster(cluster: str, resources: Resources, out: Path) -> None:
-    """Refuse what cannot be started from here, before anything is written.
+    """Refuse, before anything is written, what cannot be started from here.
 
-    Raises
-    ------
-    ConfigError
-        For several machines without SLURM, SLURM on a machine that has no `srun`, or `out` of a name that is misread.
+    ConfigError for machines without SLURM, GPUs or `srun` that are lacking, or an `out` of a name that is misread.
     """
     if cluster != "slurm" and resources.nodes > 1:
         raise ConfigError(f"--nodes {resources.nodes} needs --cluster slurm; --cluster {cluster} is this machine alone")
@@ -58,8 +56,7 @@ def check_cluster(cluster: str, resources: Resources, out: Path) -> None:
 
 def _check_name(folder: Path, misread: str) -> None:
     """Refuse what is read as something else in the names of logs."""
-    match = re.search(misread, str(folder.resolve()))
-    if match:
+    if match := re.search(misread, str(folder.resolve())):
         raise ConfigError(f"{str(folder.resolve())!r}: no logs can go to a path with {match[0]!r}; choose another")
 
 
@@ -81,16 +78,8 @@ class Batch:
     """A batch script: a command on every rank, and one on the first node when all ranks have ended.
 
     The ranks start from these words alone, so that nothing of submitit's needs to be kept until the job starts again.
-
-    Attributes
-    ----------
-    name : of the job
-    token : names the submission
-    folder : for script and logs
-    resources : see there
-    command : what every rank runs
-    afterwards : what runs when the ranks have ended; the exit code of `command` is added to it, its own is the job's
-    begin_in_s : do not start earlier than in so many seconds
+    The exit code of `command` is added to `afterwards`, whose own is the job's. `token` names the submission, script
+    and logs go to `folder`, and the job starts no earlier than in `begin_in_s` seconds.
     """
 
     name: str
@@ -106,13 +95,7 @@ class Batch:
         return str(self._executor()._make_submission_file_text(shlex.join(self.command), ""))
 
     def submit(self) -> str:
-        """Submit it; returns the job's id.
-
-        Raises
-        ------
-        RunError
-            With SLURM's own words where it refuses the job.
-        """
+        """Submit it; returns the job's id."""
         with _submitting(self.resources.profile):
             return str(self._executor()._submit_command(shlex.join(self.command)).job_id)
 
@@ -132,28 +115,16 @@ class Batch:
             "constraint": profile.constraint,
             "signal_delay_s": profile.signal_lead_s,
         }
+        timer = requeue_before_the_limit(profile)
+        end = ("hpcssl_code=$?", "kill $hpcssl_timer 2>/dev/null", "exit $hpcssl_code")
         executor.update_parameters(
             **{key: value for key, value in requested.items() if value},
             wckey=None,  # else submitit's own, which a cluster that tracks them refuses
             additional_parameters=self._more(),
-            setup=[
-                mark_start(self.token),
-                *requeue_before_the_limit(profile),
-                *profile.batch_setup,
-                *choose_nodes(resources),
-            ],
+            setup=[mark_start(self.token), *timer, *profile.batch_setup, *choose_nodes(resources)],
             # the ranks of a step end together; and since SLURM 22.05 a step does not inherit its job's cores
-            srun_args=[
-                "--kill-on-bad-exit=1",
-                f"--ntasks-per-node={ranks}",
-                f"--cpus-per-task={profile.cpus_per_gpu}",
-            ],
-            teardown=[
-                f'{shlex.join(self.afterwards)} "$?"',
-                "hpcssl_code=$?",
-                "kill $hpcssl_timer 2>/dev/null",
-                "exit $hpcssl_code",
-            ],
+            srun_args=["--kill-on-bad-exit=1", f"--ntasks-per-node={ranks}", f"--cpus-per-task={profile.cpus_per_gpu}"],
+            teardown=[f'{shlex.join(self.afterwards)} "$?"', *end],
         )
         return executor
 
@@ -172,32 +143,19 @@ class Batch:
 
 @contextmanager
 def _submitting(profile: Profile) -> Iterator[None]:
-    """Submit something meanwhile; RunError with the words of SLURM, or of submitit, where that does not succeed."""
+    """Submit something meanwhile; RunError with SLURM's or submitit's words, and what to do, where that fails."""
     try:
         # submitit prints SLURM's refusal, too; the error tells it
         with heeding(profile), redirect_stderr(io.StringIO()):
             yield
     except RuntimeError as error:  # what submitit's own errors all are
-        raise RunError(" ".join(str(error).split())) from None
+        raise RunError(with_fix(str(error))) from None
 
 
 def submit_array(
     calls: Sequence[Any], folder: Path, profile: Profile, *, name: str, gpus: int, after: Sequence[str]
 ) -> str:
-    """Submit a job array, one process a call, and return SLURM's id; logs and pickles go to `folder`.
-
-    Parameters
-    ----------
-    gpus : of each task
-    after : ids of jobs that must have ended well before; SLURM drops this one where that can no longer be
-
-    Raises
-    ------
-    ConfigError
-        For a folder of a name that SLURM misreads.
-    RunError
-        With SLURM's own words where it refuses the job.
-    """
+    """Submit a job array as `hpcssl.jobs.array.submit_calls` does, and return SLURM's id; all files go to `folder`."""
     _check_name(folder, _MISREAD["slurm"])
     requested = {
         "mem_gb": profile.mem_gb_per_gpu,

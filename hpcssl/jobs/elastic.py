@@ -12,10 +12,8 @@ from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.jobs.batch_script import heeding
 from hpcssl.jobs.cluster import Batch
 from hpcssl.jobs.profile import Resources
+from hpcssl.jobs.refusal import with_fix
 from hpcssl.jobs.slurm import could_start_in_s
-
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_UNAVAILABLE = "Requested node configuration is not available"
 
 
 def parse_gpus(text: str) -> tuple[int, int]:
@@ -24,7 +22,7 @@ def parse_gpus(text: str) -> tuple[int, int]:
     >>> parse_gpus("8..24")
     (8, 24)
     """
-    match = _RANGE.fullmatch(text)
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--gpus {text}: expected MIN..MAX, such as 8..24")
     return int(match[1]), int(match[2])
@@ -32,11 +30,6 @@ def parse_gpus(text: str) -> tuple[int, int]:
 
 def with_gpus(resources: Resources, fewest: int, most: int, *, global_batch: int) -> Resources:
     """Return resources with every number of nodes whose processes are within the limits and share the global batch.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such number.
 
     >>> with_gpus(Resources(processes_per_node=4), 8, 24, global_batch=1080).nodes
     6
@@ -56,12 +49,7 @@ def with_gpus(resources: Resources, fewest: int, most: int, *, global_batch: int
 def begin_in_s(batch: Batch, *, wait_min: float) -> float:
     """Return how long to hold a job back so that it starts on the most nodes that SLURM can give it within the wait.
 
-    0 where that is now, and where SLURM expects the wait to bring nothing.
-
-    Raises
-    ------
-    RunError
-        With SLURM's words, if it would refuse the job.
+    0 where that is now, and where SLURM expects the wait to bring nothing; RunError where it would refuse the job.
     """
     if not batch.resources.fewer_nodes:
         return 0.0
@@ -73,5 +61,5 @@ def begin_in_s(batch: Batch, *, wait_min: float) -> float:
             return seconds
         expected.append(seconds)
     if all(seconds is None for seconds in expected):
-        raise RunError(_UNAVAILABLE)
+        raise RunError(with_fix("Requested node configuration is not available"))
     return 0.0

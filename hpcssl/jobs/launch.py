@@ -24,12 +24,12 @@ from hpcssl.jobs.elastic import begin_in_s
 from hpcssl.jobs.local_processes import ask_to_stop, live_ranks, stop_local
 from hpcssl.jobs.profile import Resources
 from hpcssl.jobs.rank_place import start_name
-from hpcssl.jobs.refusal import with_fix
 from hpcssl.jobs.run_start import WORDS, Outcome, RunStart, Work
 from hpcssl.jobs.slurm import queued
 from hpcssl.jobs.stop_signals import STOP_SIGNALS, catch_stop_signals
 from hpcssl.jobs.submission import FILE, read_submission, write_submission
 from hpcssl.runs.history import record_end
+from hpcssl.runs.run_folder import newest_generation, read_claims
 from hpcssl.runs.trace import last_record
 
 _POLL_S = 0.2
@@ -45,11 +45,8 @@ _STOPPING = "asked to stop: ends the step, writes a checkpoint"
 def reserved(run: Path) -> Iterator[None]:
     """Hold the right to prepare and submit a run, of which no job of SLURM's is under way.
 
-    Raises
-    ------
-    UserError
-        If another process prepares or submits it at this moment, a job of it waits or runs, or SLURM does not answer.
-        Without SLURM's commands here, its jobs cannot be asked for, and are taken to be over.
+    UserError where another process prepares or submits it at this moment, a job of it waits or runs, or SLURM does not
+    answer. Without SLURM's commands here, its jobs cannot be asked for, and are taken to be over.
     """
     run.mkdir(parents=True, exist_ok=True)
     with alone(run / FILE):
@@ -72,7 +69,7 @@ def launch(
     """Start a prepared run on this machine, and wait for its end.
 
     SIGUSR1, SIGUSR2 and SIGTERM have it save and stop. Ctrl-C does the same and then raises KeyboardInterrupt; a second
-    Ctrl-C raises it at once.
+    Ctrl-C raises it at once. RunError with the cause in one line where it is known, else with the log to read.
 
     Parameters
     ----------
@@ -80,23 +77,21 @@ def launch(
     on_step : called while waiting with the number of steps done so far
     on_words : called with every line that the run says through rank 0, such as a damaged checkpoint that it passed
         over; in this process (`none`) these lines go to stderr by themselves
-
-    Raises
-    ------
-    RunError
-        With the cause in one line where it is known, else with the log to read.
     """
-    begun = _Launch(run=run, work=work, on_step=on_step, on_words=on_words)
+    attempt = _Launch(run=run, work=work, on_step=on_step, on_words=on_words)
+    before = newest_generation(run)
     try:
         with _stop_signals(interrupts=cluster == "none") as received:
             write_submission(run, cluster, resources)
-            outcome = begun.local(resources, received) if cluster == "local" else begun.here(received)
+            outcome = attempt.local(resources, received) if cluster == "local" else attempt.here(received)
     except Exception as error:
-        why = str(error) if isinstance(error, UserError) else repr(error)
-        step = lifecycle.newest_step(run)
-        record_end(run, start=start_name(begun.token), job=None, state="failed", why=why, step=step)
+        claims, start = read_claims(run), start_name(attempt.token)
+        newest = max(claims, default=0)
+        if newest <= before or claims[newest].get("start") == start:  # else another has taken the run over
+            why = str(error) if isinstance(error, UserError) else repr(error)
+            record_end(run, start=start, job=None, state="failed", why=why, step=lifecycle.newest_step(run))
         raise
-    begun.report()
+    attempt.report()
     if outcome == "stopped" and signal.SIGINT in received:
         raise KeyboardInterrupt
     return outcome
@@ -105,55 +100,29 @@ def launch(
 def batch_of(run: Path, resources: Resources, *, work: Work, wait_min: float) -> Batch:
     """Return the batch job of a run; asks SLURM when it could start where several numbers of nodes will do.
 
-    Raises
-    ------
-    RunError
-        With SLURM's words and what to do about them, where it would refuse the job.
+    RunError with SLURM's words, and what to do about them, where it would refuse the job.
     """
     run, token = run.resolve(), _new_token()
+    start, end = (python(module, str(run), token) for module in (work.__module__, lifecycle.__name__))
     batch = Batch(
-        name=f"hpcssl-{run.name}",
-        token=token,
-        folder=run / "logs",
-        resources=resources,
-        command=python(work.__module__, str(run), token),
-        afterwards=python(lifecycle.__name__, str(run), token),
+        name=f"hpcssl-{run.name}", token=token, folder=run / "logs", resources=resources, command=start, afterwards=end
     )
-    with _advising():
-        return replace(batch, begin_in_s=begin_in_s(batch, wait_min=wait_min))
+    return replace(batch, begin_in_s=begin_in_s(batch, wait_min=wait_min))
 
 
-def submit(run: Path, resources: Resources, *, work: Work, wait_min: float = 0.0) -> str:
+def submit(run: Path, resources: Resources, *, work: Work, wait_min: float) -> str:
     """Submit a prepared run, which is `reserved`, to SLURM; returns the job's id.
 
-    Parameters
-    ----------
-    work : what every rank does
-    wait_min : how long the largest number of nodes is worth waiting for, where fewer will do
-
-    Raises
-    ------
-    RunError
-        With SLURM's words and what to do about them, where it refuses the job.
+    RunError with SLURM's words, and what to do about them, where it refuses the job. The largest number of nodes is
+    worth `wait_min` minutes of waiting, where fewer will do.
     """
-    batch = batch_of(run, resources, work=work, wait_min=wait_min)
-    with _advising():
-        job = batch.submit()
+    job = batch_of(run, resources, work=work, wait_min=wait_min).submit()
     write_submission(run, "slurm", resources, wait_min=wait_min, job=job)
     return job
 
 
 def _new_token() -> str:
     return uuid.uuid4().hex[:12]
-
-
-@contextmanager
-def _advising() -> Iterator[None]:
-    """Add to what SLURM says when it refuses a job what to do about it."""
-    try:
-        yield
-    except RunError as error:
-        raise RunError(with_fix(str(error))) from None
 
 
 @contextmanager

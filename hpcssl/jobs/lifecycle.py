@@ -29,25 +29,15 @@ _REFUSED = "; SLURM has not started it again: "
 def claim(run: Path, start: str, place: RankPlace) -> Generation:
     """Take the run over for a start, which the restart history will explain by the end of the one before.
 
-    Raises
-    ------
-    RunError
-        If SLURM starts a job again that has failed too often without progress.
+    RunError where SLURM starts a job again that has failed too often without progress.
     """
     starts, end = read_starts(run), read_end(run)
     if end is None and starts:
         last = starts[-1]
         job = last.get("job")
         why, is_failure = why_ended(run, last, by_slurm=job is not None and job == place.slurm_job)
-        end = record_end(
-            run,
-            start=last.get("start", ""),
-            job=job,
-            state="failed" if is_failure else "stopped",
-            why=why,
-            step=newest_step(run),
-            is_failure=is_failure,
-        )
+        state, step, before = "failed" if is_failure else "stopped", newest_step(run), last.get("start", "")
+        end = record_end(run, start=before, job=job, state=state, why=why, step=step, is_failure=is_failure)
     if end and end.job and end.job == place.slurm_job and end.failures >= MOST_FAILURES:
         raise RunError(_in_vain(run, end))
     why = end.why if end else "first start"
@@ -62,10 +52,7 @@ def finish(run: Path, start: str, place: RankPlace) -> None:
 def stop(run: Path, start: str, place: RankPlace, why: str) -> None:
     """Record that a start has stopped, and why; on SLURM let it start again, unless SLURM is ending it already.
 
-    Raises
-    ------
-    RunError
-        If SLURM does not start it again.
+    RunError where SLURM does not start it again.
     """
     job = place.slurm_job
     if job is None:
@@ -78,16 +65,10 @@ def stop(run: Path, start: str, place: RankPlace, why: str) -> None:
 
 
 def afterwards(run: Path, start: str, job: str) -> str:
-    """Requeue a job whose ranks have not all ended well; called by its batch script.
+    """Requeue a job whose ranks have not all ended well, and return what to tell; called by its batch script.
 
-    Returns
-    -------
-    What to tell; empty where there is nothing to be done: the run is finished after all, or SLURM ends the job already.
-
-    Raises
-    ------
-    RunError
-        With the cause, if the job has failed too often without progress, or SLURM does not requeue it.
+    Empty where there is nothing to be done: the run is finished after all, or SLURM ends the job already. RunError with
+    the cause where the job has failed too often without progress, or SLURM does not requeue it.
     """
     if not is_still(job, restart_count(), retry_s=_END_RETRY_S):
         return ""

@@ -45,10 +45,8 @@ class Profile:
 
     def __post_init__(self) -> None:
         if self.signal_lead_s >= 60 * self.timeout_min:
-            raise ConfigError(
-                f"profile: signal_lead_s = {self.signal_lead_s}; expected less than timeout_min ="
-                f" {self.timeout_min}, which are {60 * self.timeout_min} s"
-            )
+            limit = f"timeout_min = {self.timeout_min}, which are {60 * self.timeout_min} s"
+            raise ConfigError(f"profile: signal_lead_s = {self.signal_lead_s}; expected less than {limit}")
         unfit = next((name for name in self.environment if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)), None)
         if unfit is not None:
             raise ConfigError(f"profile: environment names {unfit!r}; expected letters, digits and _")
@@ -86,10 +84,7 @@ class Resources:
 def load_profile(name_or_path: str) -> Profile:
     """Load a profile that ships (`a100`, `h100`, `v100`, `local`) or a YAML file.
 
-    Raises
-    ------
-    ConfigError
-        For anything unknown in it, naming the nearest, or a value that cannot be.
+    ConfigError for anything unknown in it, naming the nearest, or a value that cannot be.
     """
     path = resources.locate("profile", name_or_path)
     return config.build(Profile, config.read_yaml(path), where=f"profile {path.stem}")

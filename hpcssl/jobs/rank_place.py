@@ -12,21 +12,12 @@ from hpcssl.jobs.cluster import job_environment
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """The place of this process among the ranks of its job.
-
-    Attributes
-    ----------
-    world : rank and number of ranks
-    local_rank : rank on this node
-    nodes : names of the job's nodes
-    cores : that the ranks of this node share
-    slurm_job : SLURM's job id; None elsewhere
-    """
+    """The place of this process among the ranks of its job, and of this node among the job's nodes."""
 
     world: World
     local_rank: int = 0
     nodes: tuple[str, ...] = field(default_factory=lambda: (platform.node(),))
-    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))  # that the ranks of this node share
     slurm_job: str | None = None
 
     @classmethod

@@ -29,7 +29,8 @@ _FIXES = (
 
 def with_fix(words: str) -> str:
     """Return one line for a refusal: SLURM's words, what to change, and what there is."""
-    message = f"SLURM refused the job: {' '.join(words.split())}"
+    words = " ".join(words.split())
+    message = f"SLURM refused the job: {words}"
     for pattern, advice, form in _FIXES:
         if re.search(pattern, words, re.IGNORECASE):
             return f"{message}; {advice} {_listed(form) if form else ''}".rstrip()

@@ -26,17 +26,9 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @contextmanager
 def process_group(folder: Path, token: str, world: World, *, one_node: bool) -> Iterator[None]:
-    """Join the process group of one start; leaves it on the way out.
+    """Join the process group of one start, and leave it on the way out; RunError where rank 0 does not appear.
 
-    Parameters
-    ----------
-    folder : shared between the ranks
-    token : the same on all ranks of this start, and on no other's
-
-    Raises
-    ------
-    RunError
-        If rank 0 does not appear within five minutes.
+    The ranks share `folder`; `token` is the same on all ranks of this start, and on no other's.
     """
     import torch
     import torch.distributed as dist

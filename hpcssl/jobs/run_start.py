@@ -31,24 +31,14 @@ Outcome = Literal["finished", "stopped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """What work on a rank is given.
-
-    Attributes
-    ----------
-    run : the prepared run folder
-    place : of this rank among the others
-    generation : the claim on the run folder; rank 0 alone has one
-    all_reduce_sum : sums a tensor over the ranks, in place
-    asked_to_stop : returns whether the work is to save and stop
-    say : tells something in the log, and through rank 0 to whoever waits for the run
-    """
+    """What work on a rank of a prepared run is given."""
 
     run: Path
     place: RankPlace
-    generation: Generation | None
-    all_reduce_sum: Callable[[Any], None]
-    asked_to_stop: Callable[[], bool]
-    say: Callable[[str], None]
+    generation: Generation | None  # the claim on the run folder; rank 0 alone has one
+    all_reduce_sum: Callable[[Any], None]  # sums a tensor over the ranks, in place
+    asked_to_stop: Callable[[], bool]  # returns whether the work is to save and stop
+    say: Callable[[str], None]  # tells something in the log, and through rank 0 to whoever waits for the run
 
 
 Work = Callable[[Rank], bool]
@@ -60,15 +50,10 @@ It returns True at the end of the run, and False where it has stopped before bec
 
 @dataclass(frozen=True)
 class RunStart:
-    """A start of a run; called once on every rank.
+    """A start of a run, whose prepared folder holds all that it needs; called once on every rank.
 
-    Attributes
-    ----------
-    run : the prepared run folder: all that a start needs
-    work : what is done
-    token : names this submission among those of the run
-    launcher_pid : ranks stop when this local process is gone; None = they outlive it
-    visible_gpus : the launcher's CUDA_VISIBLE_DEVICES, which the local executor overwrites; None = unset
+    `token` names this submission among those of the run. Ranks stop when the local process `launcher_pid` is gone;
+    None = they outlive it. The local executor overwrites `visible_gpus`, the launcher's CUDA_VISIBLE_DEVICES.
     """
 
     run: str

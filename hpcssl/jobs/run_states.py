@@ -27,42 +27,26 @@ _RECENT = 50  # steps whose speed is the run's
 class RunState:
     """How a run is.
 
-    Attributes
-    ----------
-    state : `pending`, `running` and other words of SLURM's queue; `finished`, `stopped`, `requeued` or `failed`, as its
-        newest start ended; `not started`; `lost` where nobody left a word; `unknown` where SLURM does not answer
-    why : why it waits, stopped or failed; empty while it runs
-    job : SLURM's id; None elsewhere
-    step, stop_step, samples_seen : how far it is
-    tiles_per_s : median over its newest steps; None before the first
-    eta_s : seconds to its end at this speed; None unless it runs
-    nodes : that it runs on, or ran on last
-    starts : how often it was started
-    processes : of its newest start
+    Its state is `pending`, `running` or another word of SLURM's queue; `finished`, `stopped`, `requeued` or `failed`,
+    as its newest start ended; `not started`; `lost` where nobody left a word; `unknown` where SLURM does not answer.
     """
 
     run: Path
     state: str
-    why: str
-    job: str | None
+    why: str  # it waits, stopped or failed; empty while it runs
+    job: str | None  # SLURM's id
     step: int
     stop_step: int
     samples_seen: int
-    tiles_per_s: float | None
-    eta_s: float | None
-    nodes: str
+    tiles_per_s: float | None  # median over its newest steps; None before the first
+    eta_s: float | None  # seconds to its end at this speed; None unless it runs
+    nodes: str  # that it runs on, or ran on last
     starts: int
-    processes: int | None
+    processes: int | None  # of its newest start
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Return the run folders among some folders and up to two levels below them, by name.
-
-    Raises
-    ------
-    RunError
-        For a folder that is not there.
-    """
+    """Return the run folders among some folders and up to two levels below; RunError for a folder that is not there."""
     runs = []
     for folder in folders:
         if not folder.is_dir():
@@ -92,9 +76,8 @@ def newest_log(run: Path, rank: int) -> Path:
     """Return the newest log of a rank; RunError where there is none."""
     logs = sorted(run.glob(f"logs/{log_file(run, '*', rank).name}"), key=lambda file: file.stat().st_mtime)
     if not logs:
-        raise RunError(
-            f"{run}: no log of rank {rank}; it has not started yet, or has fewer processes: hpcssl jobs list"
-        )
+        advice = "it has not started yet, or has fewer processes: hpcssl jobs list"
+        raise RunError(f"{run}: no log of rank {rank}; {advice}")
     return logs[-1]
 
 
@@ -167,10 +150,8 @@ def _newest_records(run: Path) -> list[dict[str, Any]]:
     """Return the newest whole lines of the trace."""
     records = []
     for line in tail(run / FILE_NAME, _RECENT + 1) if (run / FILE_NAME).exists() else ():
-        try:
+        with suppress(json.JSONDecodeError):  # it is being written, or its beginning is beyond the tail
             records.append(json.loads(line))
-        except json.JSONDecodeError:  # it is being written, or its beginning is beyond the tail
-            continue
     return records
 
 

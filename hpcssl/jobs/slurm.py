@@ -7,29 +7,22 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from hpcssl.core.errors import RunError
+from hpcssl.jobs.refusal import with_fix
 
 _PATIENCE_S = 60.0  # a controller under load answers late
 _PAUSE_S = 5.0
 # what asking again does not change; all else, a controller that is away above all, may
 _FOR_GOOD = re.compile(r"invalid (?:job|user)|denied|not permitted|disabled|already|is pending", re.IGNORECASE)
-_CONFIRMED = re.compile(r"to start at (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """A job that SLURM has not done with.
-
-    Attributes
-    ----------
-    state : SLURM's word, such as `RUNNING`
-    reason : why it waits, such as `Priority`; `None` where it does not
-    nodes : that it runs on, as SLURM writes them
-    """
+    """A job that SLURM has not done with: its state, why it waits, and its nodes, all as SLURM writes them."""
 
     state: str
     reason: str
@@ -98,36 +91,26 @@ def failed_nodes(nodes: Iterable[str], since: float) -> list[str]:
 def could_start_in_s(script: str, nodes: int) -> float | None:
     """Return in how many seconds SLURM expects to start a batch script on so many nodes; None if never, as things are.
 
-    Nothing is submitted.
-
-    Raises
-    ------
-    RunError
-        With SLURM's words, if it would refuse the job on any number of nodes.
+    Nothing is submitted; RunError with SLURM's words, and what to do, if it would refuse any number of nodes.
     """
     try:
-        done = subprocess.run(
-            ["sbatch", "--test-only", f"--nodes={nodes}"],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_S,
-            check=False,
-            env=_environment(),
-        )
+        done = _run(["sbatch", "--test-only", f"--nodes={nodes}"], script)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RunError(f"sbatch --test-only: {error}") from None
-    confirmed = _CONFIRMED.search(done.stderr)
-    if confirmed:
+        raise RunError(with_fix(f"sbatch --test-only: {error}")) from None
+    if confirmed := re.search(r"to start at (\S+)", done.stderr):
         return max(0.0, _seconds_until(confirmed[1]) or 0.0)
     if "configuration is not available" in done.stderr:
         return None
-    raise RunError(" ".join(done.stderr.split()) or f"sbatch --test-only: exit code {done.returncode}, without a word")
+    words = done.stderr.strip() or f"sbatch --test-only: exit code {done.returncode}, without a word"
+    raise RunError(with_fix(words))
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment in which SLURM's commands write times as they are read here."""
-    return {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+def _run(command: Sequence[str], script: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands, which writes times as they are read here."""
+    env = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    return subprocess.run(
+        command, input=script, capture_output=True, text=True, timeout=_PATIENCE_S, check=False, env=env
+    )
 
 
 def _seconds_until(moment: str) -> float | None:
@@ -139,18 +122,11 @@ def _seconds_until(moment: str) -> float | None:
 
 
 def _ask(*command: str, retry_s: float = 0.0) -> str:
-    """Run one of SLURM's commands and return its words; RunError with its complaint.
-
-    Parameters
-    ----------
-    retry_s : for how long to ask again where SLURM does not answer, in seconds
-    """
+    """Run one of SLURM's commands, for `retry_s` again where SLURM does not answer; RunError with its complaint."""
     until, pause_s = time.monotonic() + retry_s, _PAUSE_S
     while True:
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False, env=_environment()
-            )
+            done = _run(command)
             why = "" if not done.returncode else " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         except subprocess.TimeoutExpired as error:
             why = str(error)

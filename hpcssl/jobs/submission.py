@@ -17,15 +17,9 @@ FILE = "submission.json"
 
 @settings
 class Submission:
-    """The last command that started a run.
+    """The last command that started a run on a `cluster` (`none`, `local` or `slurm`), and the process that it was.
 
-    Attributes
-    ----------
-    cluster : `none`, `local` or `slurm`
-    resources : what was asked for
-    wait_min : how long the largest number of nodes was worth waiting for, in minutes
-    job : SLURM's job id; None elsewhere
-    host, pid : the process that was told to start the run
+    The largest number of nodes was worth `wait_min` minutes of waiting; `job` is SLURM's id, None elsewhere.
     """
 
     cluster: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,15 +29,10 @@ PARTITIONS = checks.read_partitions(SCONTROL)
 NODES = checks.read_nodes(SINFO)
 GPU, VOLTA, OLD = PARTITIONS
 A100 = Profile(gpus_per_node=4, cpus_per_gpu=8, mem_gb_per_gpu=120)
+BEST = "g1 has 4 GPUs, 64 cores, 503 GB"
 PROBED: dict[str, Any] = {
-    "host": "g1",
-    "python": "3.11.4",
-    "hpcssl": "0.1.0",
-    "torch": "2.15.0",
-    "cuda": "13.0",
-    "archs": ["sm_80", "sm_90"],
-    "gpus": [["NVIDIA A100", [8, 0], 40.0]],
-    "folder": True,
+    **{"host": "g1", "python": "3.11.4", "hpcssl": "0.1.0", "torch": "2.15.0", "cuda": "13.0", "folder": True},
+    **{"archs": ["sm_80", "sm_90"], "gpus": [["NVIDIA A100", [8, 0], 40.0]]},
 }
 
 
@@ -52,58 +48,63 @@ def test_answers_are_read() -> None:
         ("g3", 2, 32, ("v100",)),
         ("c1", 0, 128, ()),
     ]
+    assert checks.read_partitions("No partitions in the system\n") == []
+
+
+def _partition(name: str | None, partitions: Sequence[checks.Partition] = PARTITIONS) -> Check:
+    return checks.check_partition(Profile(partition=name), partitions)[0]
+
+
+def _time_limit(minutes: int, partition: checks.Partition) -> Check:
+    return checks.check_time_limit(Profile(timeout_min=minutes), partition)
+
+
+def _nodes(nodes: Sequence[checks.Node] = NODES, **changes: Any) -> Check:
+    return checks.check_nodes(replace(A100, **changes), GPU, nodes)
+
+
+def _account(account: str | None, accounts: list[str] | None) -> Check:
+    return checks.check_account(Profile(account=account), VOLTA, accounts)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "status", "word", "fix"),
+    ("check", "status", "word", "fix"),
     [
-        (None, PASS, "gpu, the cluster's default", ""),
-        ("volta", PASS, "volta", ""),
-        ("vlta", FAIL, "no such partition", "did you mean volta?"),
-        ("old", FAIL, "its state is DRAIN", "another partition"),
+        (_partition(None), PASS, "gpu, the cluster's default", ""),
+        (_partition("volta"), PASS, "volta", ""),
+        (_partition("vlta"), FAIL, "no such partition", "did you mean volta?"),
+        (_partition("old"), FAIL, "its state is DRAIN", "another partition"),
+        (_partition(None, [VOLTA, OLD]), FAIL, "no default among volta, old", "fill in partition"),
+        (_partition(None, []), FAIL, "no default among none at all", "fill in partition"),
+        (_time_limit(1440, GPU), PASS, "1440 min", ""),
+        (_time_limit(99999, VOLTA), PASS, "99999 min", ""),
+        (_time_limit(1441, GPU), FAIL, "1441 min; gpu allows 1440", "timeout_min: 1440"),
+        (_nodes(), PASS, "2 of 4 in gpu have 4 GPUs, 32 cores, 480 GB; a job may have 8, 1 up", ""),
+        (_nodes(constraint="a100"), PASS, "and a100", ""),
+        (_nodes(constraint="h100"), FAIL, "none of the 4 nodes of gpu has 4 GPUs, 32 cores, 480 GB and h100", BEST),
+        (_nodes(constraint="a100|h100"), PASS, "2 of 4", ""),  # an expression is SLURM's to judge
+        (_nodes(gpus_per_node=8), FAIL, "8 GPUs, 64 cores, 960 GB", BEST),
+        (_nodes(cpus_per_gpu=17), FAIL, "68 cores", BEST),
+        (_nodes(mem_gb_per_gpu=130), FAIL, "520 GB", BEST),
+        (_nodes(gpus_per_node=0, mem_gb_per_gpu=None), PASS, "4 of 4 in gpu have 8 cores; a job may have 8, 3 up", ""),
+        (_nodes(NODES[1:]), WARN, "none is up (drained*)", "wait"),
+        (_nodes([]), FAIL, "none of the 0 nodes", "take another partition"),
+        (_account("bio", ["bio", "chem"]), PASS, "bio", ""),
+        (_account("chem", ["bio", "chem"]), FAIL, "chem: not one of this user's that may use volta", "profile: bio"),
+        (_account(None, ["bio", "path"]), PASS, "the cluster's default, of bio, path", ""),
+        (_account("bio", None), PASS, "bio; not to be checked", ""),
+        (_account(None, []), FAIL, "no account that may use volta", "ask"),
+        (checks.check_accepted("Batch job submission failed: Invalid qos", ""), FAIL, "Invalid qos", "correct"),
+        (checks.check_accepted(None, "Job 3 to start at …"), PASS, "Job 3", ""),
+        (checks.check_no_probe("no node was free for 60 s", busy=True), WARN, "no node was free", "again"),
+        (checks.check_no_probe("bash: /opt/python: No such file", busy=False), FAIL, "No such file", "Python"),
     ],
 )
-def test_partition(wanted: str | None, status: str, word: str, fix: str) -> None:
-    check, _ = checks.check_partition(Profile(partition=wanted), PARTITIONS)
+def test_checks_of_a_profile(check: Check, status: str, word: str, fix: str) -> None:
     assert check.status == status
     assert word in check.detail
     assert fix in check.fix
-
-
-def test_without_a_default_the_profile_must_name_a_partition() -> None:
-    check, found = checks.check_partition(Profile(), [VOLTA, OLD])
-    assert (check.status, found) == (FAIL, None)
-    assert "volta, old" in check.detail
-
-
-def test_time_limit() -> None:
-    assert checks.check_time_limit(Profile(timeout_min=1440), GPU).status == PASS
-    assert checks.check_time_limit(Profile(timeout_min=99999), VOLTA).status == PASS
-    check = checks.check_time_limit(Profile(timeout_min=1441), GPU)
-    assert (check.status, check.detail) == (FAIL, "1441 min; gpu allows 1440")
-    assert "timeout_min: 1440" in check.fix
-
-
-@pytest.mark.parametrize(
-    ("changes", "status", "word"),
-    [
-        ({}, PASS, "2 of 4 in gpu have 4 GPUs, 32 cores, 480 GB; a job may have 8, 1 up"),
-        ({"constraint": "a100"}, PASS, "and a100"),
-        ({"constraint": "h100"}, FAIL, "none of the 4 nodes of gpu has 4 GPUs, 32 cores, 480 GB and h100"),
-        ({"constraint": "a100|h100"}, PASS, "2 of 4"),  # an expression is SLURM's to judge
-        ({"gpus_per_node": 8}, FAIL, "8 GPUs, 64 cores, 960 GB"),
-        ({"cpus_per_gpu": 17}, FAIL, "68 cores"),
-        ({"mem_gb_per_gpu": 130}, FAIL, "520 GB"),
-        ({"gpus_per_node": 0, "mem_gb_per_gpu": None}, PASS, "4 of 4 in gpu have 8 cores; a job may have 8, 3 up"),
-    ],
-)
-def test_nodes_have_what_is_asked_for(changes: dict[str, Any], status: str, word: str) -> None:
-    check = checks.check_nodes(replace(A100, **changes), GPU, NODES)
-    assert check.status == status
-    assert word in check.detail
-    assert bool(check.fix) == (status == FAIL)
-    if status == FAIL:
-        assert "g1 has 4 GPUs, 64 cores, 503 GB" in check.fix
+    assert bool(check.fix) == (status != PASS)
 
 
 def test_only_nodes_that_fit_say_what_stack_is_needed() -> None:
@@ -111,34 +112,6 @@ def test_only_nodes_that_fit_say_what_stack_is_needed() -> None:
     for gpus, kinds in ((4, {"gpu:a100:4(S:0-1)"}), (2, {"gpu:a100:4(S:0-1)", "gpu:v100:2,shard:8"})):
         profile = replace(A100, gpus_per_node=gpus)
         assert {node.gpu_kinds for node in checks.nodes_that_fit(profile, NODES)} == kinds
-
-
-def test_nodes_that_are_all_down() -> None:
-    check = checks.check_nodes(A100, GPU, NODES[1:])
-    assert (check.status, "none is up (drained*)" in check.detail) == (WARN, True)
-    assert checks.check_nodes(A100, GPU, []).status == FAIL
-
-
-@pytest.mark.parametrize(
-    ("account", "accounts", "status", "word"),
-    [
-        ("bio", ["bio", "chem"], PASS, "bio"),
-        ("chem", ["bio", "chem"], FAIL, "chem: not one of this user's that may use volta"),
-        (None, ["bio", "path"], PASS, "the cluster's default, of bio, path"),
-        ("bio", None, PASS, "bio; not to be checked"),
-        (None, [], FAIL, "no account that may use volta"),
-    ],
-)
-def test_account(account: str | None, accounts: list[str] | None, status: str, word: str) -> None:
-    check = checks.check_account(Profile(account=account), VOLTA, accounts)
-    assert check.status == status
-    assert word in check.detail
-
-
-def test_a_refusal_is_told_in_slurms_words() -> None:
-    check = checks.check_accepted("Batch job submission failed: Invalid qos", "")
-    assert (check.status, "Invalid qos" in check.detail) == (FAIL, True)
-    assert checks.check_accepted(None, "Job 3 to start at …").status == PASS
 
 
 @pytest.mark.parametrize(
@@ -188,14 +161,7 @@ def test_what_is_missing_on_a_node_is_told_with_its_fix(changes: dict[str, Any],
     assert check.fix
 
 
-def test_a_busy_cluster_is_no_fault_of_the_profile() -> None:
-    assert checks.check_no_probe("no node was free for 60 s", busy=True).status == WARN
-    assert checks.check_no_probe("bash: /opt/python: No such file", busy=False).status == FAIL
-
-
-def test_without_slurm_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
-) -> None:
+def test_without_slurm_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["doctor", "--profile", "local"]) == 2
     line, summary = capsys.readouterr().out.splitlines()
@@ -213,8 +179,3 @@ def test_a_controller_that_hangs_is_given_up(commands: Any, monkeypatch: pytest.
 def test_an_unknown_profile_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--profile", "a10"]) == 2
     assert "did you mean a100?" in capsys.readouterr().err
-
-
-def test_partitions_are_found_in_an_empty_answer() -> None:
-    assert checks.read_partitions("No partitions in the system\n") == []
-    assert checks.check_partition(Profile(), [])[0].status == FAIL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,58 +19,15 @@ CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
-@pytest.mark.parametrize(
-    ("version", "status"),
-    [((3, 9, 18), FAIL), ((3, 10, 0), PASS), ((3, 13, 9), PASS), ((3, 14, 0), WARN), ((2, 7, 18), FAIL)],
-)
-def test_python(version: tuple, status: str) -> None:
-    assert checks.check_python(version).status == status
-
-
-@pytest.mark.parametrize(
-    ("capability", "archs", "status", "precision"),
-    [
-        ((7, 0), CU126, PASS, "fp16 with loss scaling"),
-        ((7, 5), CU130, PASS, "fp16 with loss scaling"),
-        ((8, 0), CU126, PASS, "bf16"),
-        ((8, 9), CU130, PASS, "bf16"),  # sm_86 code runs on sm_89
-        ((9, 0), CU130, PASS, "bf16"),
-        ((12, 1), CU130, PASS, "bf16"),  # through the PTX
-        ((7, 0), CU130, FAIL, None),
-        ((10, 0), CU126, FAIL, None),
-        ((8, 0), [], FAIL, None),
-    ],
-)
-def test_gpu_precision_and_builds(capability: tuple, archs: list, status: str, precision: str | None) -> None:
-    check = checks.check_gpu(0, "GPU", capability, 16.0, archs)
-    assert check.status == status
-    if precision:
-        assert f"precision: {precision}" in check.detail
-    else:
-        assert f"sm_{capability[0]}{capability[1]}" in check.detail
-        assert check.fix
+def _gpu(capability: tuple[int, int], archs: list[str]) -> Check:
+    return checks.check_gpu(0, "GPU", capability, 16.0, archs)
 
 
 def test_volta_without_code_names_the_pins() -> None:
-    fix = checks.check_gpu(0, "Tesla V100", (7, 0), 32.0, CU130).fix
+    fix = _gpu((7, 0), CU130).fix
     for pin in ("torch<=2.14", "cu126", "nvidia-dali-cuda120"):
         assert pin in fix
-    assert "get_arch_list" in checks.check_gpu(0, "B200", (10, 0), 180.0, CU126).fix
-
-
-def test_no_gpu_says_why() -> None:
-    assert checks.check_no_gpu(None, driver=False).detail.startswith("none")
-    assert "built for the CPU" in checks.check_no_gpu(None, driver=True).detail
-    assert "CUDA 13.0" in checks.check_no_gpu("13.0", driver=True).detail
-    assert {checks.check_no_gpu(c, d).status for c in (None, "13.0") for d in (True, False)} == {WARN}
-
-
-@pytest.mark.parametrize(
-    ("version", "status"), [(None, FAIL), ("1.0.8", FAIL), ("1.0.9", PASS), ("1.0.31", PASS), ("1.1.0.dev0", PASS)]
-)
-def test_required_package(version: str | None, status: str) -> None:
-    check = checks.check_package("timm", version, "the encoders")
-    assert (check.status, bool(check.fix)) == (status, status == FAIL)
+    assert "get_arch_list" in _gpu((10, 0), CU126).fix
 
 
 @pytest.mark.parametrize(
@@ -85,14 +43,34 @@ def test_what_the_installation_refuses_fails(name: str, version: str, words: str
     assert (check.status, check.detail) == (FAIL, words)
 
 
-def test_torch_tells_its_threads() -> None:
-    assert checks.check_torch("2.15.0+cpu", 2, 8) == Check.ok("torch", "2.15.0+cpu, 2 threads on 8 CPUs")
-    assert checks.check_torch("2.3.1", 2, 8).status == FAIL
-
-
 @pytest.mark.parametrize(
     ("check", "status", "word"),
     [
+        (checks.check_python((2, 7, 18)), FAIL, "too old"),
+        (checks.check_python((3, 9, 18)), FAIL, "too old"),
+        (checks.check_python((3, 10, 0)), PASS, "3.10.0"),
+        (checks.check_python((3, 13, 9)), PASS, "3.13.9"),
+        (checks.check_python((3, 14, 0)), WARN, "not tested with it"),
+        (checks.check_torch("2.15.0+cpu", 2, 8), PASS, "2.15.0+cpu, 2 threads on 8 CPUs"),
+        (checks.check_torch("2.3.1", 2, 8), FAIL, "2.3.1; expected 2.5 or newer"),
+        (_gpu((7, 0), CU126), PASS, "precision: fp16 with loss scaling"),
+        (_gpu((7, 5), CU130), PASS, "precision: fp16 with loss scaling"),
+        (_gpu((8, 0), CU126), PASS, "precision: bf16"),
+        (_gpu((8, 9), CU130), PASS, "precision: bf16"),  # sm_86 code runs on sm_89
+        (_gpu((9, 0), CU130), PASS, "precision: bf16"),
+        (_gpu((12, 1), CU130), PASS, "precision: bf16"),  # through the PTX
+        (_gpu((7, 0), CU130), FAIL, "sm_70; this torch holds no code for it"),
+        (_gpu((10, 0), CU126), FAIL, "sm_100; this torch holds no code for it"),
+        (_gpu((8, 0), []), FAIL, "sm_80; this torch holds no code for it"),
+        (checks.check_no_gpu(None, driver=False), WARN, "none; not needed for the demo"),
+        (checks.check_no_gpu("13.0", driver=False), WARN, "none; not needed for the demo"),
+        (checks.check_no_gpu(None, driver=True), WARN, "built for the CPU"),
+        (checks.check_no_gpu("13.0", driver=True), WARN, "CUDA 13.0"),
+        *(
+            (checks.check_package("timm", version, "the encoders"), status, version or "not installed")
+            for status, versions in ((FAIL, (None, "1.0.8")), (PASS, ("1.0.9", "1.0.31", "1.1.0.dev0")))
+            for version in versions
+        ),
         (checks.check_dali(None, "no module nvidia"), WARN, "not installed"),
         (checks.check_dali("nvidia-dali-cuda130 2.4", "libcuda missing"), WARN, "libcuda missing"),
         (checks.check_dali("nvidia-dali-cuda130 2.4", None), PASS, "without a GPU"),
@@ -122,7 +100,7 @@ def test_torch_tells_its_threads() -> None:
         (checks.check_temp_folder("/tmp", "Read-only file system"), FAIL, "Read-only"),
     ],
 )
-def test_other_checks(check: Check, status: str, word: str) -> None:
+def test_checks_of_a_machine(check: Check, status: str, word: str) -> None:
     assert check.status == status
     assert word in check.detail
     assert bool(check.fix) == (status != PASS)
@@ -170,12 +148,8 @@ def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
 
 
 def test_exit_code_follows_the_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    import argparse
-
     def outcome(*statuses: str) -> int:
-        lines = [
-            Check(name=f"c{i}", status=s, detail="d", fix="" if s == PASS else "f") for i, s in enumerate(statuses)
-        ]
+        lines = [Check(name=f"c{i}", status=s, detail="d", fix="f" * (s != PASS)) for i, s in enumerate(statuses)]
         monkeypatch.setattr(facts, "diagnose", lambda out: lines)
         return doctor_command.run(argparse.Namespace(out=Path(), profile=None))
 

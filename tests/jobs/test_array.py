@@ -27,10 +27,10 @@ def test_every_item_is_in_one_share_and_shares_weigh_alike(num_tasks: int) -> No
     sums = [sum(weights[item] for item in share) for share in found]
     assert max(sums) - min(sums) <= max(weights)
     assert found == shares(weights, num_tasks), "of the weights alone"
+    assert shares([], num_tasks) == []
 
 
-def test_shares_of_nothing_and_for_nobody() -> None:
-    assert shares([], 3) == []
+def test_shares_for_nobody() -> None:
     with pytest.raises(ConfigError, match="--array 0; expected at least 1"):
         shares([1], 0)
 
@@ -48,8 +48,6 @@ def test_a_jobs_name_is_its_folders_alone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_jobs_under_way_are_asked_for_by_name(commands) -> None:
     commands(squeue="[ $2 = --name=hpcssl-x ] && printf '17\\n17\\n9\\n'")
     assert jobs_under_way("hpcssl-x") == ["17", "9"]
-    commands(squeue="exit 0")
-    assert jobs_under_way("hpcssl-x") == []
 
 
 def test_a_slurm_that_does_not_answer_is_told(commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,9 +63,7 @@ def test_a_slurm_that_does_not_answer_is_told(commands, monkeypatch: pytest.Monk
         jobs_under_way("x")
 
 
-def test_nothing_is_submitted_beside_what_is_under_way(
-    commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_submitted_beside_what_is_under_way(commands, monkeypatch, tmp_path: Path) -> None:
     given = []
     monkeypatch.setattr(array, "submit_array", lambda calls, *rest, **more: given.append(list(calls)) or "42")
     call = Call(print)

@@ -38,81 +38,78 @@ def _word(run, rank: int, message: str, *, told: bool = False, time: float = 0.0
     failure_file(run, "t-1", rank).write_text(json.dumps(word))
 
 
+FAILED = "a node failed"
+PEER = "RuntimeError('Connection closed by peer')"
 SAID = "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{} ***\n"
 
 
+DIED = "srun: error: {}\n"
+
+
 @pytest.mark.parametrize(
-    ("said", "why", "is_failure"),
+    ("said", "by_slurm", "why", "is_failure"),
     [
-        (SAID.format(" DUE TO TIME LIMIT"), causes.TIME_LIMIT, True),
-        (SAID.format(" DUE TO PREEMPTION"), causes.PREEMPTED, False),
-        (SAID.format(" DUE TO JOB REQUEUE"), causes.REQUEUED, False),
-        (
-            SAID.format(" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"),
-            "a node failed: SLURM does not say which",
-            True,
-        ),
-        (SAID.format(" DUE TO task-launch failure (2)"), "task-launch failure (2)", False),
-        (SAID.format(""), causes.REQUEUED, False),  # the job is back
+        (SAID.format(" DUE TO TIME LIMIT"), True, causes.TIME_LIMIT, True),
+        (SAID.format(" DUE TO PREEMPTION"), True, causes.PREEMPTED, False),
+        (SAID.format(" DUE TO JOB REQUEUE"), True, causes.REQUEUED, False),
+        (SAID.format(" DUE TO NODE FAILURE, SEE LOG FOR DETAILS"), True, f"{FAILED}: SLURM does not say which", True),
+        (SAID.format(" DUE TO task-launch failure (2)"), True, "task-launch failure (2)", False),
+        (SAID.format(""), True, causes.REQUEUED, False),  # the job is back
+        (SAID.format(""), False, causes.CANCELLED, False),  # and then submitted again
         # the batch script asks for another start at the limit
-        (f"{OUT_OF_TIME}\n{SAID.format(' DUE TO JOB REQUEUE')}", causes.TIME_LIMIT, True),
+        (f"{OUT_OF_TIME}\n{SAID.format(' DUE TO JOB REQUEUE')}", True, causes.TIME_LIMIT, True),
         # a reason outweighs words without one
-        (SAID.format("") + SAID.format(" DUE TO PREEMPTION").replace("STEP 42.0", "JOB 42"), causes.PREEMPTED, False),
+        (SAID.format("") + SAID.format(" DUE TO PREEMPTION").replace("STEP 42.0", "JOB 42"), True, "preempted", False),
+        ("", True, causes.REQUEUED, False),
+        ("", False, causes.WITHOUT_A_WORD, True),
     ],
 )
-def test_slurms_last_words_in_the_log(run, said, why, is_failure):
+def test_slurms_last_words_in_the_log(run, said, by_slurm, why, is_failure):
     _write(run, said)
-    assert why_ended(run, START, by_slurm=True) == (why, is_failure)
-
-
-def test_cancelled_and_then_submitted_again(run):
-    _write(run, SAID.format(""))
-    assert why_ended(run, START, by_slurm=False) == (causes.CANCELLED, False)
+    assert why_ended(run, START, by_slurm=by_slurm) == (why, is_failure)
 
 
 def test_nodes_that_failed_are_named(run, monkeypatch):
     _write(run, "")
     monkeypatch.setattr(causes, "failed_nodes", lambda nodes, since: [nodes[1]])
-    assert why_ended(run, START, by_slurm=True) == ("a node failed: node2", True)
+    assert why_ended(run, START, by_slurm=True) == (f"{FAILED}: node2", True)
 
 
-def test_without_any_word(run):
-    assert why_ended(run, START, by_slurm=True) == (causes.REQUEUED, False)
-    assert why_ended(run, START, by_slurm=False) == (causes.WITHOUT_A_WORD, True)
+def test_without_slurm_there_is_no_word(run):
     assert why_ended(run, {**START, "job": None}, by_slurm=False) == (causes.WITHOUT_A_WORD, True)
 
 
-def test_the_rank_that_was_killed_first_is_the_cause(run):
-    """The others fail because of it, or are killed with it."""
-    _write(
-        run,
-        "srun: error: node1: task 1: Exited with exit code 1\n"
-        "srun: error: node2: task 2: Killed\n"
-        "srun: error: node1: tasks 0,3: Terminated",
-    )
-    _word(run, 1, "RuntimeError('Connection closed by peer')")
-    assert why_died(run, "t-1", JOB) == "rank 2 died on node2: Killed"
-
-
-def test_what_a_rank_tells_its_user_comes_first(run):
-    _write(run, "srun: error: node2: task 2: Killed")
-    _word(run, 3, "RuntimeError('Connection closed by peer')", time=1)
-    _word(run, 0, "tile.jpg cannot be read", told=True, time=2)
-    assert why_died(run, "t-1", JOB) == "rank 0: tile.jpg cannot be read"
-
-
-def test_the_first_error_of_several(run):
-    _write(run, "srun: error: node1: tasks 0-1: Exited with exit code 1")
-    _word(run, 0, "RuntimeError('Connection closed by peer')", time=2)
-    _word(run, 1, "KeyError('data')", time=1)
-    assert why_died(run, "t-1", JOB) == f"rank 1 failed: KeyError('data'); see {log_file(run, JOB)}"
-
-
-def test_exit_codes_where_there_is_nothing_better(run):
-    _write(run, "srun: error: node1: task 1: Exited with exit code 120")
-    assert why_died(run, "t-1", JOB) == "rank 1 died on node1: Exited with exit code 120"
-    _write(run, "")
-    assert why_died(run, "t-1", JOB) == f"a process ended without a word; see {log_file(run, JOB)}"
+@pytest.mark.parametrize(
+    ("said", "words", "why"),
+    [
+        # the rank that was killed first: the others fail because of it, or are killed with it
+        (
+            ["node1: task 1: Exited with exit code 1", "node2: task 2: Killed", "node1: tasks 0,3: Terminated"],
+            [(1, PEER, False)],
+            "rank 2 died on node2: Killed",
+        ),
+        # what a rank tells its user
+        (
+            ["node2: task 2: Killed"],
+            [(3, PEER, False), (0, "no a.jpg", True)],
+            "rank 0: no a.jpg",
+        ),
+        # the first error of several
+        (
+            ["node1: tasks 0-1: Exited with exit code 1"],
+            [(1, "KeyError('data')", False), (0, PEER, False)],
+            "rank 1 failed: KeyError('data'); see {}",
+        ),
+        # an exit code where there is nothing better
+        (["node1: task 1: Exited with exit code 120"], [], "rank 1 died on node1: Exited with exit code 120"),
+        ([], [], "a process ended without a word; see {}"),
+    ],
+)
+def test_the_cause_of_a_death_in_one_line(run, said, words, why):
+    _write(run, "".join(map(DIED.format, said)))
+    for time, (rank, message, is_told) in enumerate(words):
+        _word(run, rank, message, told=is_told, time=time)
+    assert why_died(run, "t-1", JOB) == why.format(log_file(run, JOB))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from hpcssl.core.errors import ConfigError, RunError
@@ -21,13 +23,10 @@ def test_what_is_no_range_is_refused(text):
 @pytest.mark.parametrize("limits", [(1, 1), (2, 7), (8, 24), (1, 100)])
 def test_every_number_that_will_do_and_no_other(each, limits):
     fewest, most = limits
-    wanted = [n for n in range(1, 101) if fewest <= n * each <= most and 1080 % (n * each) == 0]
-    if not wanted:
-        with pytest.raises(ConfigError, match="choose another range"):
-            with_gpus(Resources(processes_per_node=each), fewest, most, global_batch=1080)
-        return
-    found = with_gpus(Resources(processes_per_node=each), fewest, most, global_batch=1080)
-    assert [*found.fewer_nodes, found.nodes] == wanted
+    expected = [n for n in range(1, 101) if fewest <= n * each <= most and 1080 % (n * each) == 0]
+    with nullcontext() if expected else pytest.raises(ConfigError, match="choose another range"):
+        resources = with_gpus(Resources(processes_per_node=each), fewest, most, global_batch=1080)
+        assert [*resources.fewer_nodes, resources.nodes] == expected
 
 
 @pytest.fixture

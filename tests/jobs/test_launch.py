@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from hpcssl.jobs.profile import Resources
 from hpcssl.jobs.run_start import RunStart
 from hpcssl.pipelines.pretrain_rank import train_rank
 from hpcssl.runs.checkpoint import checkpoint_path, checkpoint_steps
+from hpcssl.runs.history import read_starts
 from hpcssl.runs.trace import last_record, read_metrics
 
 PSEUDO_EPOCHS = 30
@@ -28,10 +28,16 @@ TWO = Resources(processes_per_node=2)
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+def _train(run: Path, resources: Resources = TWO) -> str:
+    return launch(run, resources, "local", work=train_rank, on_step=lambda step: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_two_ranks_finish_and_equal_one(small, data, tmp_path):
     traces = [read_metrics(run) for run in runs]
     assert traces[1]["step"].tolist() == list(range(1, 14))
     np.testing.assert_allclose(traces[1]["loss"], traces[0]["loss"], rtol=1e-5)
-    assert [json.loads(line)["world_size"] for line in (runs[1] / "restarts.jsonl").read_text().splitlines()] == [2]
+    assert [start["world_size"] for start in read_starts(runs[1])] == [2]
     assert (runs[1] / "tensorboard").is_dir()
     assert not small.ranks_below(os.getpid())
 
@@ -87,7 +93,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_cause_in_one_line(small, tmp_p
     unwatched = replace(recipe, train=replace(recipe.train, watch_every_steps=0))
     run = small.make_run(tmp_path / "run", own, unwatched)
     with small.within(60), pytest.raises(RunError) as caught:
-        launch(run, TWO, "local", work=train_rank, on_step=lambda step: None)
+        _train(run)
     assert str(gone) in str(caught.value)
     assert "cannot be read, tried 4 times" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -99,7 +105,7 @@ def test_an_error_that_is_no_users_names_the_log(small, data, tmp_path):
     run = small.make_run(tmp_path / "run", data, small.dino_recipe())
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("store_digest:", "store_digst:"))
     with pytest.raises(RunError, match=r"training failed \(KeyError.*on rank 0\); the log is") as caught:
-        launch(run, Resources(), "local", work=train_rank, on_step=lambda step: None)
+        _train(run, Resources())
     assert "\n" not in str(caught.value)
     log = Path(str(caught.value).partition("the log is ")[2].partition(";")[0])
     assert "Traceback" in log.read_text()
@@ -133,8 +139,9 @@ def start(small, longer, recipe, tmp_path):
         started.append((process, set()))
         return process
 
-    def running_after(run: Path, process: subprocess.Popen, step: int) -> list[int]:
-        """Wait for a step; return the ranks' processes."""
+    def until(run: Path, *, step: int) -> tuple[subprocess.Popen, list[int]]:
+        """Start, and wait for a step; return the launcher and the ranks' processes."""
+        process = begin(run)
 
         def reached() -> bool:
             assert process.poll() is None, (tmp_path / "launcher.log").read_text()
@@ -144,9 +151,9 @@ def start(small, longer, recipe, tmp_path):
         started[-1][1].update(small.descendants(process.pid))
         ranks = small.ranks_below(process.pid)
         assert len(ranks) == 2
-        return ranks
+        return process, ranks
 
-    begin.running_after = running_after
+    begin.until = until
     yield begin
     for process, below in started:
         small.kill_all([*small.descendants(process.pid), *below])
@@ -158,20 +165,17 @@ def start(small, longer, recipe, tmp_path):
 def reference(small, longer, recipe, tmp_path_factory):
     """An uninterrupted run."""
     run = small.make_run(tmp_path_factory.mktemp("reference") / "run", longer, recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert launch(run, TWO, "local", work=train_rank, on_step=lambda step: None) == "finished"
+    assert _train(run) == "finished"
     return run
 
 
 @pytest.mark.long
 def test_the_same_seed_twice_gives_the_same_bits_and_another_does_not(small, longer, recipe, reference, tmp_path):
     run = small.make_run(tmp_path / "again", longer, recipe)
-    assert launch(run, TWO, "local", work=train_rank, on_step=lambda step: None) == "finished"
+    assert _train(run) == "finished"
     small.assert_same_run(run, reference, STEPS)
     other = small.make_run(tmp_path / "other", longer, replace(recipe, seed=1, stop_after=1))
-    assert launch(other, TWO, "local", work=train_rank, on_step=lambda step: None) == "finished"
+    assert _train(other) == "finished"
     assert not set(read_metrics(other)["loss"]) & set(read_metrics(reference)["loss"])
 
 
@@ -179,8 +183,7 @@ def test_the_same_seed_twice_gives_the_same_bits_and_another_does_not(small, lon
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR2])
 def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, reference, tmp_path, sent):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 5)
+    process, ranks = start.until(run, step=5)
     os.kill(ranks[1], sent)  # one is enough: ranks agree
     assert process.wait(60) == 2
     last = last_record(run)["step"]
@@ -189,8 +192,7 @@ def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, referenc
     assert not any(map(small.alive, ranks))
     assert start(run).wait(120) == 0
     small.assert_same_run(run, reference, STEPS)
-    lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
-    assert [line["generation"] for line in lines] == [1, 2]
+    assert [start["generation"] for start in read_starts(run)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -199,8 +201,7 @@ def test_stopped_by_a_signal_to_a_rank_it_goes_on_bitwise(small, start, referenc
 )
 def test_a_signal_to_the_command_itself_saves_and_stops(small, start, tmp_path, sent):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 5)
+    process, ranks = start.until(run, step=5)
     process.send_signal(sent)
     assert process.wait(60) == 2
     assert not any(map(small.alive, ranks)), "it has waited for them"
@@ -229,8 +230,7 @@ def test_a_signal_while_the_ranks_start_stops_them(small, start, tmp_path, momen
 @pytest.mark.long
 def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 3)
+    process, ranks = start.until(run, step=3)
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(60) == 2
     assert not any(map(small.alive, ranks))
@@ -242,8 +242,7 @@ def test_a_killed_rank_ends_the_job_within_seconds(small, start, tmp_path):
 @pytest.mark.long
 def test_ranks_of_a_killed_launcher_end_by_themselves(small, start, tmp_path):
     run = tmp_path / "run"
-    process = start(run)
-    ranks = start.running_after(run, process, 3)
+    process, ranks = start.until(run, step=3)
     process.kill()
     process.wait(30)
     small.wait_until(lambda: not any(map(small.alive, ranks)), 15, "ranks end")
@@ -255,8 +254,7 @@ def test_ranks_of_a_killed_launcher_end_by_themselves(small, start, tmp_path):
 def test_a_second_start_fences_off_the_first(small, start, reference, tmp_path):
     """The first hangs, the second does the work, the first wakes up: it publishes nothing more."""
     run = tmp_path / "run"
-    first = start(run)
-    ranks = start.running_after(run, first, 2)
+    first, ranks = start.until(run, step=2)
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     second = start(run)
@@ -274,8 +272,7 @@ def test_a_second_start_fences_off_the_first(small, start, reference, tmp_path):
 
 @pytest.mark.long
 def test_ctrl_c_ends_all_ranks_and_exits_130_without_a_traceback(small, start, tmp_path):
-    process = start(tmp_path / "run")
-    ranks = start.running_after(tmp_path / "run", process, 3)
+    process, ranks = start.until(tmp_path / "run", step=3)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     small.wait_until(lambda: not any(map(small.alive, ranks)), 15, "all processes end")

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from hpcssl.core.errors import RunError
 from hpcssl.core.world import World
-from hpcssl.jobs import lifecycle
+from hpcssl.jobs import lifecycle, run_start
+from hpcssl.jobs.launch import launch
 from hpcssl.jobs.lifecycle import MOST_FAILURES, afterwards, claim, finish, main, stop
 from hpcssl.jobs.profile import Profile, Resources
 from hpcssl.jobs.rank_place import RankPlace
 from hpcssl.jobs.run_start import RunStart
 from hpcssl.jobs.submission import write_submission
 from hpcssl.runs.checkpoint import checkpoint_path
-from hpcssl.runs.history import read_end, read_starts
+from hpcssl.runs.history import read_end, read_starts, record_end
 from hpcssl.runs.run_folder import Generation, record_start
 
 JOB = "7"
 PLACE = RankPlace(world=World(), nodes=("node1",), slurm_job=JOB)
+HERE = RankPlace(world=World())
 
 
 @pytest.fixture
@@ -67,9 +70,8 @@ def test_failures_without_progress_end_the_job_with_the_cause(run, requeued):
         _begin(run, f"a-{failure}")
         assert f"failure {failure} of at most {MOST_FAILURES}" in afterwards(run, f"a-{failure}", JOB)
     _begin(run, "a-9")
-    with pytest.raises(
-        RunError, match=f"failed {MOST_FAILURES} times without getting beyond step 0; the last time: a-9"
-    ):
+    words = f"failed {MOST_FAILURES} times without getting beyond step 0; the last time: a-9"
+    with pytest.raises(RunError, match=words):
         afterwards(run, "a-9", JOB)
     assert len(requeued) == MOST_FAILURES - 1
 
@@ -130,14 +132,6 @@ def test_a_requeue_that_slurm_refuses_is_recorded_as_a_failure(run, requeued, mo
     assert (end.state, end.why, end.failures) == ("failed", f"b-0 died; {words}", 1)
 
 
-def test_without_slurm_a_stop_is_recorded_and_no_more(run, requeued):
-    here = RankPlace(world=World())
-    _begin(run, "a-0", here)
-    stop(run, "a-0", here, "stopped by a signal")
-    assert (read_end(run).state, _begin(run, "b-0", here)) == ("stopped", "stopped by a signal")
-    assert requeued == []
-
-
 def test_the_batch_script_learns_its_exit_code(run, requeued, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
     assert main(str(run), "a", "0") == 0
@@ -149,22 +143,35 @@ def test_the_batch_script_learns_its_exit_code(run, requeued, monkeypatch, capsy
     assert said[-1].startswith("[hpcssl] error: ")
 
 
-@pytest.mark.parametrize("is_overtaken", [False, True])
-def test_a_start_that_another_has_overtaken_does_not_say_that_the_run_is_finished(run, is_overtaken):
+@pytest.mark.usefixtures("own_process")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("moment", ["never", "before its claim", "after it"])
+def test_a_start_that_another_has_overtaken_does_not_say_how_it_ended(run, monkeypatch, moment, fails):
+    def overtake(folder):
+        Generation.take(folder, start="later-0")
+        record_end(folder, start="later-0", job=None, state="stopped", why="by a signal", step=13)
+
     def work(rank):
-        if is_overtaken:
-            Generation.take(rank.run, start="later-0")
+        if moment == "after it":
+            overtake(rank.run)
+        if fails:
+            raise RunError("another start has taken over")
         return True
 
-    assert RunStart(str(run), work, "t").on_rank([]) == "finished"
-    end = read_end(run)
-    assert end is None if is_overtaken else end.state == "finished"
+    if moment == "before its claim":
+        monkeypatch.setattr(run_start, "claim", lambda folder, start, place: overtake(folder))
+    _begin(run, "earlier-0", HERE)
+    with pytest.raises(RunError, match="taken over") if fails else nullcontext():
+        assert launch(run, Resources(), "none", work=work, on_step=lambda step: None) == "finished"
+    assert read_end(run).state == ("stopped" if moment != "never" else "failed" if fails else "finished")
 
 
-def test_work_that_is_asked_to_stop_says_so_and_the_end_is_recorded(run):
+def test_work_that_is_asked_to_stop_says_so_and_without_slurm_the_end_is_recorded_and_no_more(run, requeued):
     assert RunStart(str(run), lambda rank: not rank.asked_to_stop(), "t").on_rank([15]) == "stopped"
     end = read_end(run)
     assert (end.state, end.why) == ("stopped", "stopped by a signal")
+    assert _begin(run, "b-0", HERE) == "stopped by a signal"
+    assert requeued == []
 
 
 @pytest.mark.parametrize(

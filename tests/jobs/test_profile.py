@@ -13,26 +13,18 @@ from hpcssl.core.errors import ConfigError
 from hpcssl.jobs.profile import Profile, load_profile
 
 
-def test_profiles_of_four_kinds_ship() -> None:
-    assert resources.names("profile") == ["a100", "h100", "local", "v100"]
-
-
-@pytest.mark.parametrize("name", ["a100", "h100", "local", "v100"])
-def test_a_shipped_profile_names_every_setting_and_what_to_fill_in(name: str) -> None:
-    path = resources.locate("profile", name)
-    assert list(read_yaml(path)) == list(to_mapping(Profile())), "in the order of the documentation"
-    text = path.read_text(encoding="utf-8")
-    assert "Copy this file, fill in" in text
-    assert f"hpcssl doctor --profile my-{name}.yaml" in text
-    assert load_profile(name).partition is None, "nobody's cluster"
-
-
-def test_what_a_precision_needs_is_said() -> None:
-    texts = {name: resources.locate("profile", name).read_text() for name in ("a100", "h100", "v100")}
-    assert "trains in bf16" in texts["a100"]
-    assert "trains in bf16" in texts["h100"]
-    assert "trains in fp16" in texts["v100"]
-    assert "4 or 8" in texts["v100"]
+def test_shipped_profiles_name_every_setting_what_to_fill_in_and_what_a_precision_needs() -> None:
+    words = {"a100": "trains in bf16", "h100": "trains in bf16", "local": "without GPUs", "v100": "trains in fp16"}
+    assert resources.names("profile") == list(words)
+    for name in words:
+        path = resources.locate("profile", name)
+        assert list(read_yaml(path)) == list(to_mapping(Profile())), "in the order of the documentation"
+        text = path.read_text(encoding="utf-8")
+        assert "Copy this file, fill in" in text
+        assert f"hpcssl doctor --profile my-{name}.yaml" in text
+        assert words[name] in text
+        assert load_profile(name).partition is None, "nobody's cluster"
+    assert "4 or 8" in text, "GPUs of a V100 node"
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,20 @@ def test_the_stand_alone_entry_submits_as_the_command_does(slurm, small, data, t
     assert "#SBATCH --nodes=3" in (tmp_path / "script").read_text().splitlines()
 
 
+def _array(folder: Path, profile: Profile | None = None) -> str:
+    return submit_array([print, print], folder, profile or Profile(), name="n", gpus=0, after=())
+
+
+def _batch(folder: Path, profile: Profile | None = None) -> Batch:
+    resources = Resources(profile=profile or Profile(gpus_per_node=0))
+    return Batch(name="n", token="t", folder=folder, resources=resources, command=("a",), afterwards=("b",))
+
+
 def _content(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_of_a_new_run_that_is_refused_nothing_is_left(slurm, pretrain, tmp_path):
+def test_of_a_new_run_that_is_refused_nothing_is_left_and_one_that_was_there_outlives_it(slurm, pretrain, tmp_path):
     slurm(sbatch=REFUSES)
     assert pretrain() == 2
     assert not (tmp_path / "run").exists()
@@ -70,6 +79,9 @@ def test_of_a_new_run_that_is_refused_nothing_is_left(slurm, pretrain, tmp_path)
     slurm(sbatch=ACCEPTS)
     assert pretrain() == 0
     assert read_submission(tmp_path / "run").job == "7"
+    slurm(sbatch=REFUSES)
+    assert pretrain() == 2
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_one_says_how_many_nodes_or_gpus_and_not_both(slurm, pretrain, tmp_path, capsys):
@@ -78,13 +90,6 @@ def test_one_says_how_many_nodes_or_gpus_and_not_both(slurm, pretrain, tmp_path,
     assert caught.value.code == 2
     assert "--gpus: not allowed with argument --nodes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_was_there_outlives_a_refusal(slurm, pretrain, tmp_path):
-    assert pretrain() == 0
-    slurm(sbatch=REFUSES)
-    assert pretrain() == 2
-    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("cluster", ["slurm", "local", "none"])
@@ -134,7 +139,7 @@ def test_a_path_that_slurm_misreads_is_refused_in_one_line(slurm, data, tmp_path
     assert "no logs can go to a path with" in line
     assert not (tmp_path / name).exists()
     with pytest.raises(ConfigError, match="no logs can go to"):
-        submit_array([], tmp_path / name, Profile(), name="n", gpus=0, after=())
+        _array(tmp_path / name)
 
 
 def test_a_path_with_a_percent_sign_is_refused_on_this_machine_only_where_it_is_misread(tmp_path):
@@ -150,21 +155,20 @@ def test_what_slurm_says_that_submitit_does_not_understand_is_told(slurm, pretra
     assert pretrain() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "accepted, but no number" in line
-    with pytest.raises(RunError, match="accepted, but no number"):
-        submit_array([print], tmp_path / "array", Profile(), name="n", gpus=0, after=())
+    with pytest.raises(RunError, match=r"SLURM refused the job: .*accepted, but no number"):
+        _array(tmp_path / "array")
 
 
 def test_no_job_has_a_workload_key_of_submitits(slurm, tmp_path):
     slurm(sbatch=f"cp $1 {tmp_path}/script; {ACCEPTS}")
-    assert submit_array([print, print], tmp_path / "array", Profile(), name="n", gpus=0, after=()) == "7"
-    batch = Batch(name="n", token="t", folder=tmp_path, resources=Resources(), command=("a",), afterwards=("b",))
-    for script in ((tmp_path / "script").read_text(), batch.script()):
+    assert _array(tmp_path / "array") == "7"
+    for script in ((tmp_path / "script").read_text(), _batch(tmp_path).script()):
         assert "#SBATCH --job-name=n" in script
         assert "wckey" not in script
 
 
 def test_tasks_of_an_array_go_on_however_often_they_run_out_of_time(slurm, tmp_path):
-    submit_array([print, print], tmp_path / "array", Profile(), name="n", gpus=0, after=())
+    _array(tmp_path / "array")
     files = sorted((tmp_path / "array").glob("*_submitted.pkl"))
     assert len(files) == 2
     assert all(DelayedSubmission.load(file)._timeout_countdown > 10_000 for file in files)
@@ -177,10 +181,7 @@ def test_what_a_job_asks_for_is_not_outranked_by_the_environment(slurm, monkeypa
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
     profile = Profile(partition="main", gpus_per_node=0, cpus_per_gpu=1)
-    batch = Batch(
-        name="n", token="t", folder=tmp_path, resources=Resources(profile=profile), command=("a",), afterwards=("b",)
-    )
-    for submit in (batch.submit, lambda: submit_array([print], tmp_path, profile, name="n", gpus=0, after=())):
+    for submit in (_batch(tmp_path, profile).submit, lambda: _array(tmp_path, profile)):
         assert submit() == "7"
         seen = {line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SBATCH_")}
         assert seen == {"SBATCH_ACCOUNT=bio", "SBATCH_MEM_PER_CPU=1"}

@@ -24,7 +24,6 @@ import pytest
 
 from hpcssl.cli.main import main
 from hpcssl.pipelines import pretrain_rank
-from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.history import read_starts
 from hpcssl.runs.trace import last_record
 
@@ -123,10 +122,6 @@ class Job:
         """Return why every start began."""
         return [start["why"] for start in self.starts()]
 
-    def newest_checkpoint(self) -> int:
-        """Return the step of the newest checkpoint; -1 before the first."""
-        return max(checkpoint_steps(self.run), default=-1)
-
     def seconds_running(self) -> float:
         """Return since when SLURM has had the job running; if it has it no more, for ever."""
         facts = self.facts()
@@ -139,15 +134,11 @@ class Job:
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if (
-                    pretrain_rank.__name__.encode() in words
-                    and str(self.run).encode() in words
-                    and b"srun" not in words
-                ):
-                    rank = re.search(rb"\0SLURM_PROCID=(\d+)\0", (process / "environ").read_bytes())
-                    if rank:
-                        found[int(rank[1])] = int(process.name)
+                words = set((process / "cmdline").read_bytes().split(b"\0"))
+                is_rank = {pretrain_rank.__name__.encode(), str(self.run).encode()} <= words and b"srun" not in words
+                environment = (process / "environ").read_bytes() if is_rank else b""
+                if rank := re.search(rb"\0SLURM_PROCID=(\d+)\0", environment):
+                    found[int(rank[1])] = int(process.name)
         return found
 
 

@@ -65,9 +65,7 @@ def test_preempted_or_requeued_it_saves_and_makes_room_and_comes_back(small, sub
         assert job.wait_for_end() == "COMPLETED", job.log()
         assert job.whys() == ["first start", "preempted", "requeued by an administrator or by hand"]
         saved = [start["newest_checkpoint"] for start in job.starts()[1:]]
-        assert all(held.step <= step < job.STEPS for held, step in zip(reached, saved, strict=True)), (
-            "all that was done"
-        )
+        assert all(held.step <= step < job.STEPS for held, step in zip(reached, saved, strict=True)), "all of it"
         assert "Traceback" not in job.log(), job.log()
         assert not list(job.run.glob("logs/failure-*")), "nothing has failed"
         small.assert_same_run(job.run, undisturbed, job.STEPS)

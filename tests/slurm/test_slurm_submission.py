@@ -11,7 +11,10 @@ from dataclasses import replace
 
 import pytest
 
+from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.trace import read_metrics
+
+UNAVAILABLE = "node configuration is not available"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -42,16 +45,8 @@ def test_names_with_blanks_and_quotes_by_the_stand_alone_entry(submit, pretraini
     [
         (("--partition", "nowhere"), "nvalid partition", "there are main, "),
         (("--partition", "team", "--account", "wrong"), "nvalid account", "set account in the profile, or --account"),
-        (
-            ("--profile", "gpus.yaml", "--gpus-per-node", 3),
-            "node configuration is not available",
-            "main has 2 nodes of 2 cores",
-        ),
-        (
-            ("--gpus", "6..12", "--gpus-per-node", 6),
-            "node configuration is not available",
-            "GPUs gpu:2",
-        ),
+        (("--profile", "gpus.yaml", "--gpus-per-node", 3), UNAVAILABLE, "main has 2 nodes of 2 cores"),
+        (("--gpus", "6..12", "--gpus-per-node", 6), UNAVAILABLE, "GPUs gpu:2"),
         (("--profile", "h900.yaml"), "nvalid feature", "set constraint in the profile"),
     ],
 )
@@ -69,9 +64,8 @@ def test_a_refusal_is_told_in_slurms_words_with_the_fix(pretrain, pretraining, a
 
 def test_a_dry_run_prints_the_batch_script_and_writes_nothing(pretrain, pretraining):
     before = sorted(pretraining.rglob("*"))
-    done = pretrain(
-        "dry", "--cluster", "slurm", "--profile", "profile.yaml", "--nodes", 2, "--gpus-per-node", 2, "--dry-run"
-    )
+    size = ("--nodes", 2, "--gpus-per-node", 2)
+    done = pretrain("dry", "--cluster", "slurm", "--profile", "profile.yaml", *size, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "2 nodes x 2 processes, 3 tiles of the global batch of 12 each" in done.stdout
     for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=2", "#SBATCH --requeue", "#SBATCH --time=60"):
@@ -110,7 +104,7 @@ def test_cancelled_it_stays_away_until_it_is_wanted_again(hpcssl_in, submit, hol
     assert jobs("cancel", "listed").returncode == 0
     thaw(held)
     assert job.wait_for_end() == "CANCELLED", job.log()
-    saved = job.newest_checkpoint()
+    saved = max(checkpoint_steps(job.run))
     assert saved >= held.step
     assert "Traceback" not in job.log(), job.log()
     time.sleep(1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -26,14 +24,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
     [(("tile",), ("--pack",), "cut the slides that are missing"), (("store", "build"), ("--online",), "look at the")],
     ids=["tile", "online"],
 )
-def test_an_array_over_slides_makes_the_store_of_one_process(
-    hpcssl_in: Callable,
-    slurm: dict[str, str],
-    tmp_path: Path,
-    command: tuple[str, ...],
-    options: tuple[str, ...],
-    does: str,
-) -> None:
+def test_an_array_over_slides_makes_the_store_of_one_process(hpcssl_in, slurm, tmp_path, command, options, does):
     slides = tmp_path / "slides" / "skin"
     slides.mkdir(parents=True)
     for seed in range(4):

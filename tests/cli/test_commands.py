@@ -286,7 +286,7 @@ def test_an_error_of_ours_shows_its_traceback(monkeypatch):
 def test_ctrl_c_exits_130_with_one_line(small, data, tmp_path):
     """A real SIGINT, while a schedule of many positions is built."""
     command = small.commandline(
-        *_schedule(data, tmp_path / "s", "num_groups=1", "positions_per_pseudo_epoch=15000000", "max_repeats=90000000")
+        *_schedule(data, tmp_path / "s", "num_groups=1", "positions_per_pseudo_epoch=40000000", "max_repeats=90000000")
     )
     process = subprocess.Popen(command, env=small.environment(), stderr=subprocess.PIPE, text=True)
     try:

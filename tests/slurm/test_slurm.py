@@ -138,7 +138,7 @@ def test_it_stops_with_the_cause_after_three_failures_without_progress(submit):
     assert job.log().count("[hpcssl] start ") == 3
     said = job.log().splitlines()[-1]
     assert "failed 3 times without getting beyond step 0; the last time: rank 0" in said
-    assert "KeyError" in said
+    assert "global_batch is missing" in said
 
 
 @pytest.mark.long

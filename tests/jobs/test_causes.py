@@ -39,11 +39,10 @@ def _word(run, rank: int, message: str, *, told: bool = False, time: float = 0.0
 
 
 FAILED = "a node failed"
+NODE_FAILURE = " DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"
 PEER = "RuntimeError('Connection closed by peer')"
 SAID = "slurmstepd: error: *** STEP 42.0 ON node1 CANCELLED AT 2026-11-21T15:37:51{} ***\n"
-
-
-DIED = "srun: error: {}\n"
+EXITED, KILLED = "node1: task 1: Exited with exit code 120", "node2: task 2: Killed"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ DIED = "srun: error: {}\n"
         (SAID.format(" DUE TO TIME LIMIT"), True, causes.TIME_LIMIT, True),
         (SAID.format(" DUE TO PREEMPTION"), True, causes.PREEMPTED, False),
         (SAID.format(" DUE TO JOB REQUEUE"), True, causes.REQUEUED, False),
-        (SAID.format(" DUE TO NODE FAILURE, SEE LOG FOR DETAILS"), True, f"{FAILED}: SLURM does not say which", True),
+        (SAID.format(NODE_FAILURE), True, f"{FAILED}: SLURM does not say which", True),
         (SAID.format(" DUE TO task-launch failure (2)"), True, "task-launch failure (2)", False),
         (SAID.format(""), True, causes.REQUEUED, False),  # the job is back
         (SAID.format(""), False, causes.CANCELLED, False),  # and then submitted again
@@ -83,30 +82,18 @@ def test_without_slurm_there_is_no_word(run):
     ("said", "words", "why"),
     [
         # the rank that was killed first: the others fail because of it, or are killed with it
-        (
-            ["node1: task 1: Exited with exit code 1", "node2: task 2: Killed", "node1: tasks 0,3: Terminated"],
-            [(1, PEER, False)],
-            "rank 2 died on node2: Killed",
-        ),
+        ([EXITED, KILLED, "node1: tasks 0,3: Terminated"], [(1, PEER, False)], "rank 2 died on node2: Killed"),
         # what a rank tells its user
-        (
-            ["node2: task 2: Killed"],
-            [(3, PEER, False), (0, "no a.jpg", True)],
-            "rank 0: no a.jpg",
-        ),
+        ([KILLED], [(3, PEER, False), (0, "a.jpg: unreadable", True)], "rank 0: a.jpg: unreadable"),
         # the first error of several
-        (
-            ["node1: tasks 0-1: Exited with exit code 1"],
-            [(1, "KeyError('data')", False), (0, PEER, False)],
-            "rank 1 failed: KeyError('data'); see {}",
-        ),
+        ([EXITED], [(1, "KeyError('a')", False), (0, PEER, False)], "rank 1 failed: KeyError('a'); see {}"),
         # an exit code where there is nothing better
-        (["node1: task 1: Exited with exit code 120"], [], "rank 1 died on node1: Exited with exit code 120"),
+        ([EXITED], [], "rank 1 died on node1: Exited with exit code 120"),
         ([], [], "a process ended without a word; see {}"),
     ],
 )
 def test_the_cause_of_a_death_in_one_line(run, said, words, why):
-    _write(run, "".join(map(DIED.format, said)))
+    _write(run, "".join(f"srun: error: {line}\n" for line in said))
     for time, (rank, message, is_told) in enumerate(words):
         _word(run, rank, message, told=is_told, time=time)
     assert why_died(run, "t-1", JOB) == why.format(log_file(run, JOB))

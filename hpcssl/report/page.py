@@ -100,12 +100,7 @@ def _page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     header, rows = ([], []) if summary is None else summary_rows(summary)
+    verdicts = [] if summary is None else verdict(summary)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        notes=notes,
-        sections=sections.items(),
-        tables=tables,
-        header=header,
-        rows=rows,
-        verdicts=[] if summary is None else verdict(summary),
+        title=title, notes=notes, sections=sections.items(), tables=tables, header=header, rows=rows, verdicts=verdicts
     )

@@ -39,16 +39,11 @@ def test_every_cause_is_told_where_it_struck(make_run):
     assert part.png.startswith(b"\x89PNG")
 
 
-def test_runs_that_were_never_started_again_need_no_figure(make_run):
-    run = make_run()
-    assert _part(run) is None
-    _write(run, {"newest_checkpoint": None, "why": "first start", "world_size": 1})
-    assert _part(run) is None
-
-
-def test_of_several_runs_each_is_told_and_old_lines_without_a_cause_are_unknown(make_run):
+def test_of_several_runs_those_started_again_are_told_and_old_lines_without_a_cause_are_unknown(make_run):
     quiet, restarted = make_run("quiet"), make_run("restarted")
+    assert _part(quiet) is None
     _write(quiet, {"newest_checkpoint": None, "world_size": 1})
+    assert _part(quiet) is None
     _write(restarted, {"newest_checkpoint": None, "world_size": 1}, {"newest_checkpoint": 7, "world_size": 2})
     part = _part(quiet, restarted)
     assert part.alt == "restarted was started again once: at step 7 (unknown; 2 processes)."

@@ -51,12 +51,8 @@ class Report:
 def write_report(out: Path, inputs: Inputs, *, title: str, notes: Mapping[str, str] | None = None) -> Report:
     """Write `report.html`, its figures and its tables into `out`; the same inputs give the same bytes.
 
-    Parameters
-    ----------
-    inputs : what is missing of them is left out
-    notes : rows of the table "What was run"
-
-    UserError if an input cannot be used; nothing is written then.
+    A part without its input is left out; `notes` are the rows of the table "What was run". UserError if an input cannot
+    be used; nothing is written then.
     """
     if out.exists() and not out.is_dir():
         raise ReportError(f"{out}: is a file; expected a folder, new or old, for the report")

@@ -98,9 +98,9 @@ def looks(arms: Sequence[Arm]) -> dict[tuple[str, str], Look]:
             elif name == "":
                 dash = _FIXED_DASH
             elif len(trained) == 1:
-                colour = _along_plasma(later.index(name), len(later))
-            else:
-                colour = _mixed(base, 1.0 if len(later) == 1 else 0.65 + 0.35 * later.index(name) / (len(later) - 1))
+                colour = to_hex(mpl.colormaps["plasma"](0.03 + 0.69 * (later.index(name) / max(len(later) - 1, 1))))
+            elif len(later) > 1:
+                colour = _mixed(base, 0.65 + 0.35 * later.index(name) / (len(later) - 1))
             label = arm_label(encoder, name, alone=len(checkpoints) == 1)
             chosen[encoder, name] = Look(colour=colour, dash=dash, marker=marker, label=label)
     return chosen
@@ -148,10 +148,6 @@ def add_run_legend(figure: Figure, lines: Mapping[str, dict[str, Any]]) -> None:
 def say_empty(axes: Axes, words: str = "no values") -> None:
     """Write into an empty panel that it is empty."""
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=GREY)
-
-
-def _along_plasma(index: int, count: int) -> str:
-    return to_hex(mpl.colormaps["plasma"](0.03 + 0.69 * (index / (count - 1) if count > 1 else 0.0)))
 
 
 def _mixed(colour: str, strength: float) -> str:

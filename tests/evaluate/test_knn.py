@@ -84,16 +84,13 @@ def test_results_join_those_of_the_heads(inputs, capsys):
     assert "made with k = 5, now 6" in capsys.readouterr().err
 
 
-def test_settings_and_targets_that_cannot_be_used(inputs):
+def test_settings_and_targets_that_cannot_be_used_and_numbers_that_are_named_classes(inputs, capsys):
     with pytest.raises(ConfigError, match="k = 0"):
         Neighbours(k=0)
     table = pd.read_csv(inputs / "organ.csv").assign(target=np.arange(24) / 2)
     table.to_csv(inputs / "organ.csv", index=False)
     with pytest.raises(SplitError, match="k-NN tells classes only"):
         find_neighbours(pairs(inputs), Neighbours())
-
-
-def test_numbers_that_are_classes_can_be_told_to_be(inputs, capsys):
     grades = [str(i % 3 + (i % 2) / 2) for i in range(24)]  # 0, 0.5 … 2.5
     table = pd.DataFrame({"slide_id": SLIDES, "label": grades})
     make_splits(table, "label", num=2, kind="classes").to_csv(inputs / "organ.csv", index=False)

@@ -73,6 +73,10 @@ def test_another_group_column_and_a_missing_one():
     check_splits(drawn, where="x", group="case_id")
     with pytest.raises(SlideError, match="no column site"):
         make_splits(table, "label", group="site")
+    with pytest.raises(SplitError, match="no column typo to check; it has slide, target, case_id"):
+        check_splits(drawn, where="x", group="typo")
+    with pytest.raises(SplitError, match="group column slide has a name of the split file's own"):
+        make_splits(table.assign(slide="x"), "label", group="slide")
 
 
 def test_targets_that_cannot_be_split():
@@ -192,6 +196,8 @@ def test_values_are_stratified_and_patients_kept_together(per_patient):
 def test_values_need_two_groups_and_two_values_on_each_side():
     with pytest.raises(SplitError, match="values in one group only"):
         make_splits(slides(["0.5", "1.5"], ["p", "p"]), "label")
+    with pytest.raises(SplitError, match="fewer than two different targets in"):  # what a check refuses is not drawn
+        make_splits(slides(["0.5", "1.5"]), "label", num=1)
     table = slides(["0.5", "1.5", "2.5"]).set_axis(["slide", "target"], axis=1)
     with pytest.raises(SplitError, match="mccv1 has fewer than two different targets in val"):
         check_splits(table.assign(mccv1=["train", "train", "val"]), where="x")
@@ -218,12 +224,3 @@ def test_words_for_no_target_are_no_class_and_blanks_around_one_make_no_other():
     assert table["target"].value_counts().to_dict() == {"a": 8, "b": 8}
     values = make_splits(slides([*(f"{i}.5" for i in range(12)), "nan", " "]), "label", num=2)
     assert target_kind(values["target"], where="x") == "values"
-
-
-def test_a_named_group_must_be_there_and_what_a_check_refuses_is_not_drawn():
-    with pytest.raises(SplitError, match="no column typo to check; it has slide, target, patient_id"):
-        check_splits(GOOD, where="x", group="typo")
-    with pytest.raises(SplitError, match="fewer than two different targets in"):
-        make_splits(slides(["0.5", "1.5"]), "label", num=1)
-    with pytest.raises(SplitError, match="group column slide has a name of the split file's own"):
-        make_splits(slides(["a", "b"] * 6).assign(slide="x"), "label", group="slide")

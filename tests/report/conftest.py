@@ -75,15 +75,8 @@ def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A schedule folder of which only the organ shares are asked."""
     from hpcssl.report import schedules as module
 
-    shares = pd.DataFrame(
-        {
-            "organ": ["breast", "lung <left>"],
-            "num_tiles": [9000, 1000],
-            "natural_share": [0.9, 0.1],
-            "positions": [600, 400],
-            "scheduled_share": [0.6, 0.4],
-        }
-    )
+    columns = ["organ", "num_tiles", "natural_share", "positions", "scheduled_share"]
+    shares = pd.DataFrame([("breast", 9000, 0.9, 600, 0.6), ("lung <left>", 1000, 0.1, 400, 0.4)], columns=columns)
     monkeypatch.setattr(module, "organ_shares", lambda path: shares)
     folder = tmp_path / "sched"
     folder.mkdir()

@@ -70,9 +70,6 @@ def test_saturation_is_the_first_checkpoint_not_worse_than_the_best(make_results
     assert found["gpu_hours_after"] == pytest.approx(2.5)
     assert "step 200 is the first that is not worse than the best" in saturation_text(found.to_dict())
     assert "50% of the training came after it, up to step 400, 2.5 GPU-hours." in saturation_text(found.to_dict())
-
-
-def test_a_run_that_still_gains_is_not_saturated(make_results) -> None:
     levels = {("lung", "vit", str(step)): auc for step, auc in ((100, 0.7), (200, 0.8), (300, 0.9))}
     row = saturation(make_results(levels)).iloc[0]
     assert (row["first"], row["best"], row["share_after"]) == ("300", "300", 0)

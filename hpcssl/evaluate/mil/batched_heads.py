@@ -107,9 +107,7 @@ def dropout_mask(sizes: HeadSizes, key: int, step: int, num_tiles: int, device: 
     if torch.device(device).type != "cpu":
         generator = torch.Generator(device).manual_seed((key ^ (step * 0x9E3779B97F4A7C15)) & (2**63 - 1))
         bytes_NU = torch.empty(shape, dtype=torch.uint8, device=device).random_(0, DROPOUT_STEPS, generator=generator)
-        limits_U = torch.tensor(first, device=device).repeat_interleave(
-            torch.tensor([hidden, shape[1] - hidden], device=device)
-        )
+        limits_U = torch.tensor([first[0]] * hidden + [first[1]] * (shape[1] - hidden), device=device)
         return (bytes_NU >= limits_U).to(torch.uint8)
     philox = np.random.Philox(key=[key, 0], counter=[0, step, 0, 0])
     size = math.prod(shape)

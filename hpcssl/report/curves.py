@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,8 @@ def file_names(tasks: list[str]) -> list[str]:
     for task in tasks:
         stem = "curves_" + (re.sub(r"[^A-Za-z0-9_]+", "-", task).strip("-")[:60] or "task")
         taken = {name.lower() for name in names}
-        number, name = 1, stem
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
+        numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+        names.append(next(name for name in numbered if name.lower() not in taken))
     return names
 
 

@@ -155,8 +155,7 @@ def test_dropout_acts_on_every_layer_and_keeps_the_scale():
         mask = ones.clone()
         mask[:, 0, start : stop - 1] = 0
         assert not torch.allclose(stack.forward(x_RND, None, mask)[0], full)
-    mean = torch.stack(
-        [stack.forward(x_RND, None, dropout_mask(SIZES, 3, s, 4)[None])[0].clone() for s in range(3000)]
-    ).mean(dim=0)
+    masks = (dropout_mask(SIZES, 3, step, 4)[None] for step in range(3000))
+    mean = torch.stack([stack.forward(x_RND, None, mask)[0].clone() for mask in masks]).mean(dim=0)
     off = (mean - stack.forward(x_RND)[0]).abs().max()
     assert off < 0.2 * stack.forward(x_RND)[0].abs().max()  # unscaled, two layers alone would make it 0.44

@@ -29,9 +29,7 @@ def test_draws_are_a_function_of_seed_and_slide_not_of_the_tables_order():
     first = make_splits(table, "label", num=3)
     assert first.equals(make_splits(table.sample(frac=1, random_state=0), "label", num=3))
     assert not first.equals(make_splits(table, "label", num=3, seed=1))
-
-
-def test_every_slide_trains_about_equally_often():
+    # over many draws every slide trains about equally often
     table = make_splits(slides(["a"] * 10 + ["b"] * 10), "label", num=300)
     share = (table[split_columns(table)] == "train").mean(axis=1)
     assert share.between(0.7, 0.9).all()

@@ -35,16 +35,13 @@ def test_encoders_stand_by_their_last_checkpoint_the_best_first(results) -> None
     assert table.loc[0, "lung"].startswith("0.8")
 
 
-def test_every_pair_is_compared_on_the_tasks_that_both_have(results) -> None:
+def test_pairs_are_compared_on_the_tasks_that_both_have_the_winner_first(results, make_results) -> None:
     table = pairs(results, summarise(results)).set_index("task")
     assert table["outcome"].to_dict() == {"breast": "unclear", "lung": "better", "skin": "worse"}
     assert table.loc["lung", "difference"] == pytest.approx(0.1, abs=0.005)
     assert pair_verdicts(table.reset_index()) == [
         "vit_s beats resnet50 on 1 of 3 tasks (1 the other way round, undecided on 1)."
     ]
-
-
-def test_the_sentence_names_the_winner_first(make_results) -> None:
     levels = {("a", "x", ""): 0.9, ("b", "x", ""): 0.4, ("c", "x", ""): 0.6}
     levels |= {("a", "y", ""): 0.5, ("b", "y", ""): 0.5, ("c", "y", ""): 0.7}
     results = make_results(levels, noise=0.001)

@@ -58,12 +58,10 @@ def test_waiting_is_called_so_above_five_percent_only(timed_run) -> None:
         ({"read_s": 1.0, "decode_s": 3.0, "augment_s": 1.0}, "decoding", 60),
     ],
 )
-def test_the_cause_is_what_the_loader_spent_most_time_on_but_for_a_slow_beginning(
-    timed_run, spent, cause, share
-) -> None:
+def test_the_cause_is_what_took_the_loader_longest_but_for_a_slow_beginning(timed_run, spent, cause, share) -> None:
     text = wait_text(_times(timed_run("run", lambda step: 0.1, **spent)))
     assert re.search(rf"{cause}: .* \({share}% of the loader's time\)", text)
-    run = timed_run("begun", lambda step: 5.0 if step == 1 else 0.001, read_s=1.0)
+    run = timed_run("slow", lambda step: 5.0 if step == 1 else 0.001, read_s=1.0)
     assert "the beginning: most of it fell into the first 2 of 100 steps" in wait_text(_times(run))
 
 

@@ -59,8 +59,8 @@ def make_splits(
     counts = pd.crosstab(groups, strata)
     if kind == CLASSES:
         _check_possible(counts, target)
-    part = Fraction(str(train))  # of the decimal as written: in binary 0.35 · 10 + 0.5 is just below 4
-    quotas_C = np.array([min(max(int(n * part + Fraction(1, 2)), 1), n - 1) for n in counts.sum().tolist()])
+    share = Fraction(str(train))  # the decimal as written: in binary 0.35 · 10 + 0.5 is just below 4
+    quotas_C = np.array([min(max(int(n * share + Fraction(1, 2)), 1), n - 1) for n in counts.sum().tolist()])
     table = labelled[["slide_id", target]].set_axis(["slide", "target"], axis=1)
     if group in labelled.columns:
         table[group] = labelled[group]

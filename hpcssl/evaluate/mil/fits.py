@@ -174,9 +174,7 @@ class _Stack:
         self.dropout_keys = [fit.key(seed, "dropout") for fit in fits]
         self.lengths_R = np.array([len(fit.train) for fit in fits])
         self.adamw = {n: _AdamW(self.heads, preset, n, np.flatnonzero(self.lengths_R == n)) for n in {*self.lengths_R}}
-        if self.classes:
-            self.centre_R, self.spread_R = np.zeros(len(fits)), np.ones(len(fits))
-        else:
+        if not self.classes:
             trained = [targets_S[fit.train] for fit in fits]
             self.centre_R = np.array([t.mean() for t in trained])
             self.spread_R = np.array([t.std() or 1.0 for t in trained])

@@ -32,18 +32,13 @@ _ROWS = 512  # tiles whose similarities to all others are in memory at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """How tiles vote.
-
-    Attributes
-    ----------
-    k : neighbours
-    weighted : by similarity, or each neighbour alike
-    tiles_per_slide : of a slide with more, so many are taken at even distances
-    """
+    """How the k nearest tiles vote."""
 
     k: int = 20
     weighted: bool = True
+    """By similarity, or each neighbour alike."""
     tiles_per_slide: int = 100
+    """A slide with more gives so many, at even distances."""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.tiles_per_slide < 1:
@@ -55,7 +50,7 @@ class Neighbours:
             raise SplitError(
                 f"task {data.task}: a target of values; k-NN tells classes only (--kind classes, if the numbers are)"
             )
-        about = _about(data)
+        about = data.about("k-NN")
         return part_name(**about), asdict(self) | about | data.record(data.split_numbers)
 
     def measure(self, data: LabelledFeatures) -> pd.DataFrame:
@@ -81,7 +76,7 @@ class Neighbours:
                     )
         rows_of = [(split, *row) for split in trains for row in _metrics(votes[split], slide_T, labels_S).items()]
         table = pd.DataFrame(rows_of, columns=["split", "metric", "value"])
-        return table.assign(**_about(data), replica=1, epoch=0)[list(COLUMNS)]
+        return table.assign(**data.about("k-NN"), replica=1, epoch=0)[list(COLUMNS)]
 
 
 def neighbours_vote(
@@ -110,11 +105,6 @@ def sample_tiles(features: FeatureSet, slides: Sequence[str], most: int) -> tupl
         samples.append(torch.nn.functional.normalize(torch.from_numpy(tiles), dim=1))
         counts.append(len(tiles))
     return torch.cat(samples), np.repeat(np.arange(len(slides)), counts)
-
-
-def _about(data: LabelledFeatures) -> dict[str, Any]:
-    encoder = f"{data.features.encoder}, k-NN"
-    return {"task": data.task, "encoder": encoder, "checkpoint": data.features.checkpoint}
 
 
 def _metrics(votes_TK: NDArray[np.float64], slide_T: NDArray[np.int64], labels_S: NDArray[Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ class LabelledFeatures:
     @property
     def name(self) -> str:
         """Of task, encoder and checkpoint, safe in a file name."""
-        return part_name(self.task, self.features.encoder, self.features.checkpoint)
+        return part_name(**self.about())
 
     @property
     def split_numbers(self) -> list[int]:
@@ -56,6 +57,11 @@ class LabelledFeatures:
         """Return the rows of the table that train in a split, and those that validate."""
         in_train = (self.table[f"mccv{split}"] == TRAIN).to_numpy()
         return np.flatnonzero(in_train), np.flatnonzero(~in_train)
+
+    def about(self, head: str = "") -> dict[str, Any]:
+        """Return what stands in every row of results; a head other than gated attention joins the encoder's name."""
+        encoder = f"{self.features.encoder}, {head}" if head else self.features.encoder
+        return {"task": self.task, "encoder": encoder, "checkpoint": self.features.checkpoint}
 
     def record(self, splits: Iterable[int]) -> Record:
         """Return what numbers measured over some splits depend on, as far as it lies in features and labels."""
@@ -97,21 +103,14 @@ def label_features(
         shared = table["slide"]
         if allow_missing:
             shared = shared[shared.isin(set.intersection(*(set(one.slides) for one in sets)))]
+        of_task: dict[str, Any] = {"task": task_name(path), "splits": path, "kind": whole_kind}
+        of_task["table_digest"] = digest_bytes(table.to_csv(index=False).encode())
         for one in sets:
             kept = keep(one.slides, where=f"{path} with {one.folder}")
             if len(kept) > len(shared):
                 kept = keep(shared.tolist(), where=f"{path}, slides that all --features have")
-            pairs.append(
-                LabelledFeatures(
-                    task=task_name(path),
-                    splits=path,
-                    features=one,
-                    table=kept,
-                    kind=whole_kind,
-                    left_out=tuple(sorted({*table["slide"], *one.slides} - {*kept["slide"]})),
-                    table_digest=digest_bytes(table.to_csv(index=False).encode()),
-                )
-            )
+            left_out = tuple(sorted({*table["slide"], *one.slides} - {*kept["slide"]}))
+            pairs.append(LabelledFeatures(**of_task, features=one, table=kept, left_out=left_out))
     return pairs
 
 

@@ -145,13 +145,8 @@ def file_name(text: str) -> str:
 
 def check_made_with(file: Path, stored: Record, requested: Record) -> None:
     """Refuse a part that was made with other settings (ConfigError names the first, and both values)."""
-    check_same(
-        _quoted(stored),
-        _quoted(requested),
-        made=f"{file}: made with",
-        advice="delete it to compute it again, or choose another --out",
-        error=ConfigError,
-    )
+    made, advice = f"{file}: made with", "delete it to compute it again, or choose another --out"
+    check_same(stored, requested, made=made, advice=advice, error=ConfigError, show=repr)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -221,14 +216,6 @@ def _read_record(file: Path) -> Record:
     if "preset" in record:  # nearest neighbours have none
         record["preset"].setdefault("precision", "fp32")  # added after the first release
     return record
-
-
-def _quoted(record: Record) -> Record:
-    """Return a record with its texts in quotes, as errors show them."""
-    return {
-        key: _quoted(value) if isinstance(value, dict) else repr(value) if isinstance(value, str) else value
-        for key, value in record.items()
-    }
 
 
 def _val_per_train(path: Path) -> dict[str, float]:

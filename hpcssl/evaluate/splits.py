@@ -59,7 +59,8 @@ def make_splits(
     counts = pd.crosstab(groups, strata)
     if kind == CLASSES:
         _check_possible(counts, target)
-    quotas_C = np.array([_quota(int(total), train) for total in counts.sum()])
+    share = Fraction(str(train))  # the decimal as written: in binary 0.35 · 10 + 0.5 is just below 4
+    quotas_C = np.array([min(max(int(n * share + Fraction(1, 2)), 1), n - 1) for n in counts.sum().tolist()])
     table = labelled[["slide_id", target]].set_axis(["slide", "target"], axis=1)
     if group in labelled.columns:
         table[group] = labelled[group]
@@ -287,11 +288,6 @@ def _check_possible(counts: pd.DataFrame, target: str) -> None:
                 f"class {name} of column {target} has slides in one group only ({only}); a class needs two groups"
                 " to be in both train and val: leave the class out or add slides"
             )
-
-
-def _quota(total: int, train: float) -> int:
-    """Return ⌊total · train + 1/2⌋ in exact arithmetic of the decimal as written, within 1 … total - 1."""
-    return min(max(int(total * Fraction(str(train)) + Fraction(1, 2)), 1), total - 1)
 
 
 def _draw(counts: pd.DataFrame, quotas_C: NDArray[np.int64], seed: int, split: int) -> list[str]:

@@ -45,8 +45,6 @@ def read_slide(path: Path, dim: int | None = None) -> NDArray[np.float32]:
     A tensor's file is read without unpickling code. FeatureError for a missing, truncated or foreign file, no tiles,
     another feature size than `dim`, or a value that is not finite.
     """
-    if not path.is_file():
-        raise FeatureError(f"{path}: no such feature file; embed this slide first")
     features = _read(path)
     if features.ndim == 3 and features.shape[0] == 1:
         features = features[0]
@@ -62,13 +60,13 @@ def read_coords(path: Path) -> NDArray[np.int64]:
     """Return the level-0 pixel coordinates of one slide's tiles, int64 (N, 2); FeatureError as for `read_slide`."""
     if path.suffix != SUFFIX:
         raise FeatureError(f"{path}: holds no coordinates; expected an HDF5 file ({SUFFIX}) with coords")
-    if not path.is_file():
-        raise FeatureError(f"{path}: no such feature file; embed this slide first")
     return _read(path, "coords").reshape(-1, 2).astype(np.int64)
 
 
 def _read(path: Path, dataset: str = "features") -> NDArray:
     """Return what a file holds, in the precision that it is in; of an HDF5 file, one dataset."""
+    if not path.is_file():
+        raise FeatureError(f"{path}: no such feature file; embed this slide first")
     try:
         if path.suffix == ARRAY:
             return np.asarray(np.load(path, allow_pickle=False))

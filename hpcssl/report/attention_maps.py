@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -69,23 +70,19 @@ def _paint(figure: Figure, table: pd.DataFrame, title: str) -> None:
     shape = int(rows.max()) + 1, int(columns.max()) + 1
     left, top = table["x"].min(), table["y"].min()
     extent = (left, left + shape[1] * step, top + shape[0] * step, top)
-    top_colour = max(float(np.quantile(relative, 0.99)), 1.0)
+    colours: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": max(float(np.quantile(relative, 0.99)), 1.0)}
     if shape[0] * shape[1] <= _MOST_CELLS:
         total, count = np.zeros(shape), np.zeros(shape)
         np.add.at(total, (rows, columns), relative)
         np.add.at(count, (rows, columns), 1)
         with np.errstate(invalid="ignore"):
             grid = total / count
-        drawn: ScalarMappable = axes.imshow(
-            grid, extent=extent, cmap="viridis", vmin=0, vmax=top_colour, interpolation="nearest"
-        )
+        drawn: ScalarMappable = axes.imshow(grid, extent=extent, interpolation="nearest", **colours)
     else:
-        drawn = axes.scatter(table["x"], table["y"], c=relative, s=1, cmap="viridis", vmin=0, vmax=top_colour)
+        drawn = axes.scatter(table["x"], table["y"], c=relative, s=1, **colours)
         axes.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
     axes.set_facecolor("#F4F4F4")
     axes.grid(visible=False)
-    axes.set(xlabel="x, level-0 pixels", ylabel="y, level-0 pixels")
+    axes.set(xlabel="x, level-0 pixels", ylabel="y, level-0 pixels", title=elided(title, 80))
     axes.tick_params(colors=GREY)
-    axes.set_title(elided(title, 80))
-    bar = figure.colorbar(drawn, ax=axes, extend="max", shrink=0.9)
-    bar.set_label("attention ÷ mean attention")
+    figure.colorbar(drawn, ax=axes, extend="max", shrink=0.9, label="attention ÷ mean attention")

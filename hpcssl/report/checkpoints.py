@@ -31,10 +31,16 @@ def checkpoints_chart(results: pd.DataFrame, summary: pd.DataFrame) -> Chart:
     styles = looks(list(last))
     columns = 2 if len(tasks) > 1 and len(styles) <= _MAX_PER_HALF_WIDTH else 1
     height = 0.5 + 2.75 * -(-len(tasks) // columns)
+    several = summary["score_low"].notna().any()
+    mean = f"the mean with {WHAT_THE_INTERVAL_IS}" if several else "the mean; with one split there is no interval"
     return Chart(
         name="auc_by_checkpoint",
         title="AUC by checkpoint",
-        caption=_caption(several=bool(summary["score_low"].notna().any())),
+        caption=(
+            "AUC after the last epoch (R² where values are predicted; never the best one), replicas of a split "
+            "averaged. Dots: one per split; box: quartiles and median (whiskers: up to 1.5 times its height); black: "
+            f"{mean}. Dashed: mean of the untrained weights."
+        ),
         alt="Mean last-epoch AUC. " + " ".join(_describe(task, summary) for task in tasks),
         png=draw(height, lambda figure: _paint(figure, tasks, columns, last, summary, styles)),
         table=table,
@@ -45,15 +51,6 @@ def _rows(arm: Arm, values: pd.Series, counts: pd.Series) -> pd.DataFrame:
     """Return an arm's splits with their scores and how many replicas have one, 0 for a split that did not get there."""
     replicas = counts.reindex(values.index, fill_value=0)
     return pd.DataFrame({**arm._asdict(), "split": values.index, "replicas": replicas, "score": values.to_numpy()})
-
-
-def _caption(*, several: bool) -> str:
-    mean = f"the mean with {WHAT_THE_INTERVAL_IS}" if several else "the mean; with one split there is no interval"
-    return (
-        "AUC after the last epoch (R² where values are predicted; never the best one), replicas of a split averaged. "
-        f"Dots: one per split; box: quartiles and median (whiskers: up to 1.5 times its height); black: {mean}. "
-        "Dashed: mean of the untrained weights."
-    )
 
 
 def _describe(task: str, summary: pd.DataFrame) -> str:
@@ -151,12 +148,9 @@ def _dress(
     axes.set_ylim(max(low, -0.03), min(high, 1.03))
     names = _tick_names(list(places))
     crowded = len(names) > 7 or (len(names) > 4 and max(map(len, names)) > 9)
-    axes.set_xticks(list(places.values()), names)
-    if crowded:
-        for label in axes.get_xticklabels():
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlim(min(places.values()) - 0.6, max(places.values()) + 0.6)
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks(list(places.values()), names, **turned)
+    axes.set(xlim=(min(places.values()) - 0.6, max(places.values()) + 0.6), title=elided(task, 44))
     axes.grid(axis="x", visible=False)
-    axes.set_title(elided(task, 44))
     if trained:
         axes.set_xlabel("step of the checkpoint" if len(trained) > 1 else f"step of {elided(trained[0], 30)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,8 @@ def file_names(tasks: list[str]) -> list[str]:
     for task in tasks:
         stem = "curves_" + (re.sub(r"[^A-Za-z0-9_]+", "-", task).strip("-")[:60] or "task")
         taken = {name.lower() for name in names}
-        number, name = 1, stem
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
+        numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+        names.append(next(name for name in numbered if name.lower() not in taken))
     return names
 
 
@@ -115,25 +113,20 @@ def _paint(
         label, rows = METRICS[metric], points[points["metric"] == metric]
         for key, look in used.items():
             line = rows[(rows["encoder"] == key[0]) & (rows["checkpoint"] == key[1])]
-            _line(axes, line, look, band=key in banded)
+            if line.empty:
+                continue
+            marker = look.marker if len(line) <= _MAX_MARKED_EPOCHS else ""
+            z = 2.5 if look.dash == SOLID else 2.4
+            axes.plot(line["epoch"], line["mean"], **_style(look, marker), zorder=z)
+            if key in banded:
+                axes.fill_between(line["epoch"], line["low"], line["high"], color=look.colour, alpha=0.16, linewidth=0)
         if not rows["mean"].notna().any():
             say_empty(axes)
-        axes.set_title(label)
-        axes.set_xlabel("epoch")
+        axes.set(title=label, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
         if metric == "auc" and np.nanmin([*axes.get_ylim(), 1]) < 0.5 < axes.get_ylim()[1]:
             axes.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
     _legend(grid[3], used, marked=points["epoch"].nunique() <= _MAX_MARKED_EPOCHS)
-
-
-def _line(axes: Axes, line: pd.DataFrame, look: Look, *, band: bool) -> None:
-    if line.empty:
-        return
-    marker = look.marker if len(line) <= _MAX_MARKED_EPOCHS else ""
-    z = 2.5 if look.dash == SOLID else 2.4
-    axes.plot(line["epoch"], line["mean"], **_style(look, marker), zorder=z)
-    if band:
-        axes.fill_between(line["epoch"], line["low"], line["high"], color=look.colour, alpha=0.16, linewidth=0)
 
 
 def _legend(axes: Axes, used: Mapping[tuple[str, str], Look], *, marked: bool) -> None:

@@ -51,12 +51,8 @@ class Report:
 def write_report(out: Path, inputs: Inputs, *, title: str, notes: Mapping[str, str] | None = None) -> Report:
     """Write `report.html`, its figures and its tables into `out`; the same inputs give the same bytes.
 
-    Parameters
-    ----------
-    inputs : what is missing of them is left out
-    notes : rows of the table "What was run"
-
-    UserError if an input cannot be used; nothing is written then.
+    A part without its input is left out; `notes` are the rows of the table "What was run". UserError if an input cannot
+    be used; nothing is written then.
     """
     if out.exists() and not out.is_dir():
         raise ReportError(f"{out}: is a file; expected a folder, new or old, for the report")
@@ -100,12 +96,7 @@ def _page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     header, rows = ([], []) if summary is None else summary_rows(summary)
+    verdicts = [] if summary is None else verdict(summary)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        notes=notes,
-        sections=sections.items(),
-        tables=tables,
-        header=header,
-        rows=rows,
-        verdicts=[] if summary is None else verdict(summary),
+        title=title, notes=notes, sections=sections.items(), tables=tables, header=header, rows=rows, verdicts=verdicts
     )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hpcssl.core.atomic import read_json_lines
 from hpcssl.report.style import GREY, PALETTE, Chart, draw, elided, run_lines
 
-_COLUMNS = ["run", "start", "time", "step", "why", "processes", "nodes"]
-_FIRST = "first start"
 _MOST_TOLD = 12  # causes in the words beside the figure; all of them stand in the table
 
 
@@ -50,24 +47,19 @@ def kind_of(why: str) -> str:
 
 def _history(name: str, run: Path) -> pd.DataFrame:
     """Return one row a start; of a run without a history none."""
-    file, rows = run / "restarts.jsonl", list[dict[str, Any]]()
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            start: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # a kill tore it
-            continue
-        rows.append(
-            {
-                "run": name,
-                "start": len(rows) + 1,
-                "time": start.get("time", ""),
-                "step": start.get("newest_checkpoint") or 0,
-                "why": start.get("why") or ("unknown" if rows else _FIRST),
-                "processes": start.get("world_size"),
-                "nodes": " ".join(start.get("nodes") or [start.get("host", "")]),
-            }
+    rows = [
+        (
+            name,
+            number,
+            start.get("time", ""),
+            start.get("newest_checkpoint") or 0,
+            start.get("why") or ("unknown" if number > 1 else "first start"),
+            start.get("world_size"),
+            " ".join(start.get("nodes") or [start.get("host", "")]),
         )
-    return pd.DataFrame(rows, columns=_COLUMNS)
+        for number, start in enumerate(read_json_lines(run / "restarts.jsonl"), start=1)
+    ]
+    return pd.DataFrame(rows, columns=["run", "start", "time", "step", "why", "processes", "nodes"])
 
 
 def _describe(name: str, again: pd.DataFrame) -> str:
@@ -96,6 +88,5 @@ def _paint(figure: Figure, table: pd.DataFrame, last_steps: Mapping[str, int]) -
             handles.append(Line2D([], [], **look, label=elided(str(name), 30)))
     axes.set_ylim(0, 1.15 * table["processes"].max())
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axes.set_xlabel("steps")
-    axes.set_ylabel("processes")
+    axes.set(xlabel="steps", ylabel="processes")
     figure.legend(handles=handles, loc="outside lower center", ncols=3)

@@ -133,9 +133,7 @@ def _coverage(table: pd.DataFrame) -> Chart:
         for name, colour, dash in (("slides", PALETTE[1], "-"), ("tiles", PALETTE[0], "--")):  # both show if alike
             share, label = 100 * lines[f"{name}_share"], f"{name} seen"
             axes.plot(lines["samples_seen"], share, dash, color=colour, label=label, marker="o", markersize=2.5)
-        axes.set_xlabel("samples seen")
-        axes.set_ylabel("share in %")
-        axes.set_ylim(0, 104)
+        axes.set(xlabel="samples seen", ylabel="share in %", ylim=(0, 104))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(FuncFormatter(_count))
         figure.legend(loc="outside upper center", ncols=2)
@@ -156,8 +154,7 @@ def _coverage(table: pd.DataFrame) -> Chart:
 
 def _label_counts(axes: Axes, of_x: str, of_y: str) -> None:
     """Label bars that stand over whole numbers and count something."""
-    axes.set_xlabel(of_x)
-    axes.set_ylabel(of_y)
+    axes.set(xlabel=of_x, ylabel=of_y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(_count))
     axes.grid(axis="x", visible=False)

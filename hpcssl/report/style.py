@@ -30,28 +30,19 @@ _UNTRAINED_DASH: Dash = (0, (3, 1.5))
 _FIXED_DASH: Dash = (0, (5, 1.5, 1, 1.5))
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 9,
     "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    **dict.fromkeys(("font.size", "axes.labelsize"), 9),
     "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
+    "axes.titleweight": "bold",
     "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("text.parse_math", "axes.formatter.useoffset"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.6,
-    "text.parse_math": False,
-    "axes.formatter.useoffset": False,
 }
 
 
@@ -107,9 +98,9 @@ def looks(arms: Sequence[Arm]) -> dict[tuple[str, str], Look]:
             elif name == "":
                 dash = _FIXED_DASH
             elif len(trained) == 1:
-                colour = _along_plasma(later.index(name), len(later))
-            else:
-                colour = _mixed(base, 1.0 if len(later) == 1 else 0.65 + 0.35 * later.index(name) / (len(later) - 1))
+                colour = to_hex(mpl.colormaps["plasma"](0.03 + 0.69 * (later.index(name) / max(len(later) - 1, 1))))
+            elif len(later) > 1:
+                colour = _mixed(base, 0.65 + 0.35 * later.index(name) / (len(later) - 1))
             label = arm_label(encoder, name, alone=len(checkpoints) == 1)
             chosen[encoder, name] = Look(colour=colour, dash=dash, marker=marker, label=label)
     return chosen
@@ -157,10 +148,6 @@ def add_run_legend(figure: Figure, lines: Mapping[str, dict[str, Any]]) -> None:
 def say_empty(axes: Axes, words: str = "no values") -> None:
     """Write into an empty panel that it is empty."""
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=GREY)
-
-
-def _along_plasma(index: int, count: int) -> str:
-    return to_hex(mpl.colormaps["plasma"](0.03 + 0.69 * (index / (count - 1) if count > 1 else 0.0)))
 
 
 def _mixed(colour: str, strength: float) -> str:

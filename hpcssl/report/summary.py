@@ -10,8 +10,7 @@ splits, and its interval is corrected for the overlap of the splits (see `hpcssl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,8 +23,7 @@ from hpcssl.report.intervals import Difference, corrected, mean_interval
 METRICS = {"auc": "AUC", "r2": "R²"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
+class Column(NamedTuple):
     """A column of the closing table."""
 
     header: str
@@ -37,14 +35,12 @@ class Column:
 
 
 SHOWN = (
-    Column(header="task", cell=lambda row: row["task"], min_width=6),
-    Column(header="encoder", cell=lambda row: row["encoder"], min_width=10),
-    Column(header="checkpoint", cell=lambda row: _checkpoint(row["checkpoint"]), min_width=10),
-    Column(header="{score} (95 % interval)", cell=lambda row: interval_text(*triple(row, "score")), min_width=13),
-    Column(
-        header="difference to untrained", cell=lambda row: difference_text(*triple(row, "difference")), min_width=10
-    ),
-    Column(header="runs", cell=lambda row: f"{row['splits']} × {row['replicas']}", min_width=6),
+    Column("task", lambda row: row["task"], min_width=6),
+    Column("encoder", lambda row: row["encoder"], min_width=10),
+    Column("checkpoint", lambda row: _checkpoint(row["checkpoint"]), min_width=10),
+    Column("{score} (95 % interval)", lambda row: interval_text(*triple(row, "score")), min_width=13),
+    Column("difference to untrained", lambda row: difference_text(*triple(row, "difference")), min_width=10),
+    Column("runs", lambda row: f"{row['splits']} × {row['replicas']}", min_width=6),
 )
 """The closing table of page, terminal, Markdown and LaTeX."""
 
@@ -97,9 +93,7 @@ def triple(row: Any, name: str) -> tuple[float, float, float]:
 
 
 def _checkpoint(name: str) -> str:
-    if name.isdigit() and name != UNTRAINED:
-        return f"{int(name):,}"
-    return short_step(name) or "–"
+    return f"{int(name):,}" if name.isdigit() and name != UNTRAINED else short_step(name) or "–"
 
 
 def verdict(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:

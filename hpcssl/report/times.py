@@ -136,8 +136,7 @@ def _paint(figure: Figure, drawn: Mapping[str, pd.DataFrame]) -> None:
     titles = ("training loss", "tiles per second", "waiting for tiles, %")
     names = (cost.replace("_", "-"), "pseudo-epochs", "pseudo-epochs")
     for axes, title, name in zip(panels, titles, names):
-        axes.set_title(title)
-        axes.set_xlabel(name)
+        axes.set(title=title, xlabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
     for axes in panels[1:]:
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])

@@ -116,8 +116,7 @@ def _paint_losses(figure: Figure, traces: Mapping[str, pd.DataFrame]) -> None:
         else:
             say_empty(axes, "no finite loss")
         axes.set_title(elided(name, 40), pad=8)
-        axes.set_xlabel("pseudo-epochs")
-        axes.set_ylabel("training loss")
+        axes.set(xlabel="pseudo-epochs", ylabel="training loss")
         _more_axes(axes, trace)
 
 
@@ -184,9 +183,8 @@ def _paint_settings(figure: Figure, traces: Mapping[str, pd.DataFrame], recorded
         for run, trace in traces.items():
             if setting in trace:
                 axes.plot(trace["pseudo_epoch"], trace[setting], marker="o" if len(trace) == 1 else "", **lines[run])
-        axes.set_title(_SETTINGS[setting])
+        axes.set(title=_SETTINGS[setting], xlabel="pseudo-epochs")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.set_xlabel("pseudo-epochs")
         if setting == "lr":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     add_run_legend(figure, lines)

@@ -15,6 +15,7 @@ ALL = [
     replace(SIZES, hidden=(8,), dropout=0.0),
     replace(SIZES, hidden=(8, 6, 4), dropout=0.5),
 ]
+of_all_sizes = pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
 
 
 def bags(counts, num_tiles, dim=6, seed=0):
@@ -38,13 +39,10 @@ def test_the_papers_head_has_855_thousand_parameters():
     assert sizes.num_parameters - sizes.num_decayed == 512 + 512 + 2 * 384 + 1 + 2
 
 
-def test_the_weights_of_a_fit_depend_on_its_own_seed_alone():
+def test_weights_are_xavier_normal_by_the_fits_own_seed_alone_and_biases_zero():
     among = initial_weights(SIZES, [3, 4, 5])
     assert torch.equal(among[1], initial_weights(SIZES, [4])[0])
     assert not torch.equal(among[0], among[1])
-
-
-def test_weights_are_xavier_normal_and_biases_zero():
     sizes = HeadSizes(dim=300, classes=2, hidden=(200, 100), attention=150)
     weights = unpack(initial_weights(sizes, [0]), sizes)
     for name, (fan_in, fan_out) in {"hidden0": (300, 200), "hidden1": (200, 100), "branches": (100, 150)}.items():
@@ -52,7 +50,7 @@ def test_weights_are_xavier_normal_and_biases_zero():
         assert not weights[f"{name}_bias"].any()
 
 
-@pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
+@of_all_sizes
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_logits_and_gradients_equal_layers_and_autograd(plain, sizes, chunk, monkeypatch):
     """Two stacked heads with padded bags, dropout on, in chunks that end within a bag."""
@@ -86,7 +84,7 @@ def test_logits_and_gradients_equal_layers_and_autograd(plain, sizes, chunk, mon
         assert not stack.gradients["score_bias"].any()
 
 
-@pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
+@of_all_sizes
 def test_half_precision_is_near_and_adds_its_chunks_up_in_full(sizes, monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK", 64)
     x_RND, _ = bags([4000, 4000], 4000)
@@ -106,7 +104,7 @@ def test_half_precision_is_near_and_adds_its_chunks_up_in_full(sizes, monkeypatc
     torch.testing.assert_close(rounded.forward(x_RND)[0], exact.forward(x_RND)[0], rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("sizes", ALL, ids=lambda s: f"{s.pooling}-{len(s.hidden)}")
+@of_all_sizes
 def test_padding_and_tile_order_change_nothing(sizes):
     stack = heads([1, 2], sizes)
     x_RND, valid_RN = bags([5, 3], 5)
@@ -157,8 +155,7 @@ def test_dropout_acts_on_every_layer_and_keeps_the_scale():
         mask = ones.clone()
         mask[:, 0, start : stop - 1] = 0
         assert not torch.allclose(stack.forward(x_RND, None, mask)[0], full)
-    mean = torch.stack(
-        [stack.forward(x_RND, None, dropout_mask(SIZES, 3, s, 4)[None])[0].clone() for s in range(3000)]
-    ).mean(dim=0)
+    masks = (dropout_mask(SIZES, 3, step, 4)[None] for step in range(3000))
+    mean = torch.stack([stack.forward(x_RND, None, mask)[0].clone() for mask in masks]).mean(dim=0)
     off = (mean - stack.forward(x_RND)[0]).abs().max()
     assert off < 0.2 * stack.forward(x_RND)[0].abs().max()  # unscaled, two layers alone would make it 0.44

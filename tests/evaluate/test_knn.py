@@ -23,9 +23,8 @@ def inputs(tmp_path, write_features):
     rng = np.random.default_rng(0)
     labels = [f"c{i % 3}" for i in range(24)]
     write_features("uni", SLIDES, lambda i: rng.normal(size=(rng.integers(1, 10), 8)) + 1.5 * (np.arange(8) == i % 3))
-    make_splits(pd.DataFrame({"slide_id": SLIDES, "label": labels}), "label", num=3).to_csv(
-        tmp_path / "organ.csv", index=False
-    )
+    table = pd.DataFrame({"slide_id": SLIDES, "label": labels})
+    make_splits(table, "label", num=3).to_csv(tmp_path / "organ.csv", index=False)
     return tmp_path
 
 
@@ -50,9 +49,8 @@ def test_tiles_are_told_as_by_scikit_learn(inputs, monkeypatch, rows):
         by_slide = pd.DataFrame(votes).groupby(of[~train]).mean()
         expected = roc_auc_score(labels[by_slide.index], by_slide.to_numpy(), multi_class="ovr")
         assert values[split, "auc"] == pytest.approx(expected, abs=1e-6)
-        assert values[split, "accuracy"] == pytest.approx(
-            (by_slide.to_numpy().argmax(axis=1) == [int(name[1]) for name in labels[by_slide.index]]).mean()
-        )
+        right = by_slide.to_numpy().argmax(axis=1) == [int(name[1]) for name in labels[by_slide.index]]
+        assert values[split, "accuracy"] == pytest.approx(right.mean())
 
 
 def test_near_neighbours_weigh_more():
@@ -84,16 +82,13 @@ def test_results_join_those_of_the_heads(inputs, capsys):
     assert "made with k = 5, now 6" in capsys.readouterr().err
 
 
-def test_settings_and_targets_that_cannot_be_used(inputs):
+def test_settings_and_targets_that_cannot_be_used_and_numbers_that_are_named_classes(inputs, capsys):
     with pytest.raises(ConfigError, match="k = 0"):
         Neighbours(k=0)
     table = pd.read_csv(inputs / "organ.csv").assign(target=np.arange(24) / 2)
     table.to_csv(inputs / "organ.csv", index=False)
     with pytest.raises(SplitError, match="k-NN tells classes only"):
         find_neighbours(pairs(inputs), Neighbours())
-
-
-def test_numbers_that_are_classes_can_be_told_to_be(inputs, capsys):
     grades = [str(i % 3 + (i % 2) / 2) for i in range(24)]  # 0, 0.5 … 2.5
     table = pd.DataFrame({"slide_id": SLIDES, "label": grades})
     make_splits(table, "label", num=2, kind="classes").to_csv(inputs / "organ.csv", index=False)

@@ -42,24 +42,21 @@ def test_splits_then_benchmark(table, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["splits", "--target", "label"], "--slides is missing"),
-        (["splits", "--slides", "slides.csv", "--target", "grade", "--out", "x.csv"], "no column grade"),
-        (
-            ["splits", "--slides", "slides.csv", "--target", "label", "--organ", "skin", "--out", "x.csv"],
-            "of organ skin",
-        ),
-        (["splits", "check"], "no FILE"),
-        (["splits", "check", "gone.csv"], "no such split file"),
-        (["mccv", "--features", "gone", "--splits", "x.csv", "--out", "o"], "gone: no such folder"),
-        (["mccv", "--features", "uni", "--splits", "x.csv", "--out", "o", "--only", "7"], "expected split=K,replica=R"),
-        (["mccv", "--features", "uni", "--splits", "x.csv", "--out", "o", "--preset", "gma"], "preset gma"),
+        ("splits --target label", "--slides is missing"),
+        ("splits --slides slides.csv --target grade --out x.csv", "no column grade"),
+        ("splits --slides slides.csv --target label --organ skin --out x.csv", "of organ skin"),
+        ("splits check", "no FILE"),
+        ("splits check gone.csv", "no such split file"),
+        ("mccv --features gone --splits x.csv --out o", "gone: no such folder"),
+        ("mccv --features uni --splits x.csv --out o --only 7", "expected split=K,replica=R"),
+        ("mccv --features uni --splits x.csv --out o --preset gma", "preset gma"),
     ],
 )
-def test_a_users_error_is_one_line(table, capsys, monkeypatch, arguments, message):
+def test_a_users_error_is_one_line(table, capsys, monkeypatch, command, message):
     monkeypatch.chdir(table)
-    assert run(*arguments) == 2
+    assert run(*command.split()) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

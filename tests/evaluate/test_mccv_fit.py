@@ -43,11 +43,8 @@ def values(table, fit):
 
 def assert_alike(found, expected, loss=1e-4, auc=1e-3):
     assert found.keys() == expected.keys()
-    for (epoch, metric), value in expected.items():
-        assert found[epoch, metric] == pytest.approx(value, abs=auc if metric in ("auc", "accuracy") else loss), (
-            epoch,
-            metric,
-        )
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, abs=auc if key[1] in ("auc", "accuracy") else loss), key
 
 
 @pytest.fixture(params=["stacked", "single"])
@@ -91,32 +88,22 @@ def test_half_precision_changes_no_answer_but_the_digits():
     assert abs(found["bf16"] - found["fp32"]) < 0.002
 
 
-def test_a_run_alone_equals_that_run_among_others(way):
+def test_the_same_bits_alone_and_among_others_whatever_the_order_and_the_threads(way):
     slides, labels = planted(40)
     fits = drawn(40, [25, 30, 28, 30])
-    among = fit_heads(Bags(slides), labels, fits, SMALL)
-    for fit in fits:
-        assert values(fit_heads(Bags(slides), labels, [fit], SMALL), fit) == values(among, fit)  # the same bits
-
-
-def test_same_inputs_same_bits_whatever_the_threads(way):
-    slides, labels = planted(30)
-    fits = drawn(30, [20, 24, 17, 20])
     first = fit_heads(Bags(slides), labels, fits, SMALL)
+    for fit in fits:
+        assert values(fit_heads(Bags(slides), labels, [fit], SMALL), fit) == values(first, fit)
     assert first.equals(fit_heads(Bags(slides), labels, fits[::-1], SMALL, threads=3))
     assert not first.equals(fit_heads(Bags(slides), labels, fits, SMALL, seed=1))
     again = values(fit_heads(Bags(slides), labels, [replace(fits[0], replica=2)], SMALL), replace(fits[0], replica=2))
     assert all(again[key] != value for key, value in values(first, fits[0]).items() if key[1] == "val_loss")
 
 
-def test_a_planted_tile_is_found():
-    slides, labels = planted(100, shift=6.0)
-    assert last_auc(fit_heads(Bags(slides), labels, drawn(100, [80] * 6), DEMO)) > 0.95
-
-
-def test_shuffled_labels_are_told_no_better_than_by_chance():
+def test_a_planted_tile_is_found_and_shuffled_labels_are_told_no_better_than_by_chance():
     """40 permutations, of each 60 slides train and 40 validate: the mean AUC is within three of its standard errors."""
     slides, labels = planted(100, shift=6.0)
+    assert last_auc(fit_heads(Bags(slides), labels, drawn(100, [80] * 6), DEMO)) > 0.95
     permutations, rng = 40, np.random.default_rng(1)
     shuffled = np.concatenate([rng.permutation(labels) for _ in range(permutations)])
     fits = []
@@ -141,22 +128,17 @@ def test_each_epoch_visits_every_training_slide_in_an_order_of_its_own():
     assert sorted(orders[0]) == sorted(orders[1]) == fit.train.tolist()
 
 
-def test_progress_counts_epochs_of_runs_and_torch_keeps_its_threads():
+def test_progress_counts_epochs_torch_keeps_its_threads_and_a_diverging_run_is_named():
     slides, labels = planted(20)
-    counted = []
-    before = torch.get_num_threads()
+    counted, before = [], torch.get_num_threads()
     fit_heads(Bags(slides), labels, drawn(20, [14, 12]), SMALL, on_progress=counted.append)
     assert sum(counted) == 2 * SMALL.epochs
     assert torch.get_num_threads() == before
-
-
-def test_a_diverging_run_is_named():
-    slides, labels = planted(20)
     with pytest.raises(FeatureError, match="split 1, replica 1: the loss is"):
         fit_heads(Bags([np.sign(slide) * np.float32(3e38) for slide in slides]), labels, drawn(20, [14]), SMALL)
 
 
-def test_values_are_predicted_in_their_own_units():
+def test_values_are_predicted_in_their_own_units_and_random_ones_are_not():
     slides, _ = planted(60, shift=0.0)
     amount = np.random.default_rng(3).normal(size=60)
     for slide, value in zip(slides, amount, strict=True):
@@ -172,11 +154,7 @@ def test_values_are_predicted_in_their_own_units():
     assert found[1.0].keys() == {"train_loss", "val_loss", "r2", "mae", "spearman"}
     assert found[100.0]["r2"] == pytest.approx(found[1.0]["r2"], abs=1e-3)
     assert found[100.0]["mae"] == pytest.approx(100 * found[1.0]["mae"], rel=1e-3)
-
-
-def test_random_targets_are_not_predicted():
-    slides, _ = planted(60)
-    (fit,) = drawn(60, [45])
+    slides, _ = planted(60)  # nothing in them tells the values
     table = fit_heads(Bags(slides), np.random.default_rng(3).normal(size=60), [fit], replace(SMALL, epochs=10))
     assert table[table["metric"] == "r2"]["value"].iloc[-1] < 0.3
 

@@ -14,7 +14,7 @@ from hpcssl.evaluate.labelled import label_features
 from hpcssl.evaluate.mil import benchmark as benchmark_module
 from hpcssl.evaluate.mil.benchmark import Benchmark, Compute, plan_measurements
 from hpcssl.evaluate.mil.presets import PRESETS, MccvPreset, preset_named
-from hpcssl.evaluate.results import COLUMNS, file_name, read_rows
+from hpcssl.evaluate.results import COLUMNS, read_rows
 from hpcssl.evaluate.splits import make_splits
 from hpcssl.features.feature_files import write_slide
 from hpcssl.features.feature_folder import write_index
@@ -44,7 +44,7 @@ def bench(inputs, names=("untrained", "trained"), preset=PRESET, out="out", **op
     return fit_missing(plan(inputs, names, preset=preset, **options), inputs / out)
 
 
-def test_results_hold_every_run_epoch_and_metric(inputs):
+def test_results_hold_every_run_epoch_and_metric_whatever_the_order_of_the_split_file(inputs):
     table = bench(inputs)
     assert tuple(table.columns) == COLUMNS
     assert len(table) == 2 * 3 * 2 * 2 * 4
@@ -54,10 +54,6 @@ def test_results_hold_every_run_epoch_and_metric(inputs):
     names = sorted(path.name for path in (inputs / "out" / "parts").glob("*.csv"))
     assert names == ["breast__timm-vit-small__0.csv", "breast__timm-vit-small__500.csv"]
     assert read_rows(inputs / "out" / "results.csv").equals(table)
-
-
-def test_rows_of_the_split_file_may_stand_in_any_order(inputs):
-    bench(inputs)
     pd.read_csv(inputs / "breast.csv").sample(frac=1, random_state=0).to_csv(inputs / "breast.csv", index=False)
     bench(inputs, out="again")
     assert (inputs / "out" / "results.csv").read_bytes() == (inputs / "again" / "results.csv").read_bytes()
@@ -129,25 +125,15 @@ def test_features_that_cannot_be_used_are_named(inputs):
     assert not (inputs / "out" / "results.csv").exists()
 
 
-def test_slides_without_features(inputs):
+def test_slides_without_features_and_two_inputs_of_one_name_are_refused(inputs):
+    with pytest.raises(ConfigError, match=r"task breast .* is given twice"):
+        bench(inputs, ["trained", "trained"])
     (inputs / "trained" / "s03.h5").unlink()
     with pytest.raises(SplitError, match=r"breast\.csv with .*trained: slide s03 without features \(1 of 16 slides\)"):
         bench(inputs)
     assert len(bench(inputs, allow_missing=True)) == 96
     record = json.loads((inputs / "out" / "parts" / "breast__timm-vit-small__500.json").read_text())
     assert record["slides"] == 15
-
-
-def test_two_inputs_of_one_name_are_refused(inputs):
-    with pytest.raises(ConfigError, match=r"task breast .* is given twice"):
-        bench(inputs, ["trained", "trained"])
-
-
-def test_file_names_are_safe():
-    assert file_name("hf-hub:a/b c") == "hf-hub-a-b-c"
-    assert file_name("../../etc") == "-..-etc"
-    assert file_name("x" * 300) != file_name("x" * 299 + "y")
-    assert len(file_name("x" * 300)) < 80
 
 
 def test_several_heads_stand_beside_each_other(inputs):
@@ -173,11 +159,9 @@ def test_the_authors_layout_is_both_features_and_splits(inputs):
     table["tensor_root"], table["tensor_name"] = "tensors", table["slide"] + "_features.pt"
     table.to_csv(folder / "slide_data.csv", index=False)
     for number, name in enumerate(table["tensor_name"]):
-        torch.save(
-            torch.randn(3, 6, generator=torch.Generator().manual_seed(number)), folder / "tensors" / "uni" / name
-        )
-    measurements = plan(folder, ["slide_data.csv@uni"], "slide_data.csv", allow_extra=False)
-    table = fit_missing(measurements, inputs / "out")
+        features = torch.randn(3, 6, generator=torch.Generator().manual_seed(number))
+        torch.save(features, folder / "tensors" / "uni" / name)
+    table = fit_missing(plan(folder, ["slide_data.csv@uni"], "slide_data.csv", allow_extra=False), inputs / "out")
     assert set(table["task"]) == {"breast_ihc_er"}
     assert set(table["encoder"]) == {"uni"}
 
@@ -233,14 +217,6 @@ def test_no_map_without_places(inputs):
     trained = table["slide"][(table[["mccv1", "mccv2", "mccv3"]] == "train").all(axis=1)].iloc[0]
     with pytest.raises(ConfigError, match=f"slide {trained}: in validation in no run"):
         fit_missing(plan(inputs), inputs / "out", attention=[trained])
-
-
-def test_a_blank_value_is_nan(tmp_path):
-    row = "breast,uni,,1,1,1,"
-    (tmp_path / "r.csv").write_text(",".join(COLUMNS) + f"\n{row}auc,\n{row}accuracy,0.5\n")
-    table = read_rows(tmp_path / "r.csv")
-    assert table["value"].dtype == float
-    assert table["value"].isna().tolist() == [True, False]
 
 
 def test_feature_sets_are_compared_on_the_slides_that_all_have(inputs):
@@ -299,10 +275,7 @@ def test_features_that_were_extracted_again_are_not_taken_for_the_old_ones(input
         bench(inputs, ["untrained"])
     os.utime(path, ns=(written, written))
     assert len(bench(inputs, ["untrained"])) == 48
-
-
-def test_a_part_of_before_there_were_digests_of_whole_tables_is_kept(inputs):
-    bench(inputs, ["untrained"])
+    # a part of before there were digests of whole tables is kept
     path = inputs / "out" / "parts" / "breast__timm-vit-small__0.json"
     record = json.loads(path.read_text())
     del record["table_digest"], record["features_written"], record["preset"]["precision"]
@@ -310,19 +283,13 @@ def test_a_part_of_before_there_were_digests_of_whole_tables_is_kept(inputs):
     assert len(bench(inputs)) == 96
 
 
-def test_the_papers_preset():
+def test_the_papers_preset_other_lengths_and_presets_that_cannot_be():
     paper = preset_named("gma-50")
     assert (paper.epochs, paper.warmup_epochs, paper.lr, paper.final_lr) == (50, 10, 5e-4, 1e-6)
     assert (paper.weight_decay, paper.final_weight_decay) == (0.04, 0.4)
     assert (paper.hidden, paper.attention, paper.dropout) == ((512, 512), 384, 0.25)
     assert (PRESETS["gma-40"].epochs, PRESETS["gma-40"].lr) == (40, 1e-4)
-
-
-def test_another_length_keeps_the_warm_up_within_a_quarter():
     assert [preset_named("gma-50", n).warmup_epochs for n in (100, 40, 8, 1)] == [10, 10, 2, 0]
-
-
-def test_unknown_preset_and_no_epochs():
     with pytest.raises(ConfigError, match=r"preset gma50: .* did you mean gma-50\?"):
         preset_named("gma50")
     with pytest.raises(ConfigError, match="0 epochs"):

@@ -29,9 +29,7 @@ def test_draws_are_a_function_of_seed_and_slide_not_of_the_tables_order():
     first = make_splits(table, "label", num=3)
     assert first.equals(make_splits(table.sample(frac=1, random_state=0), "label", num=3))
     assert not first.equals(make_splits(table, "label", num=3, seed=1))
-
-
-def test_every_slide_trains_about_equally_often():
+    # over many draws every slide trains about equally often
     table = make_splits(slides(["a"] * 10 + ["b"] * 10), "label", num=300)
     share = (table[split_columns(table)] == "train").mean(axis=1)
     assert share.between(0.7, 0.9).all()
@@ -40,7 +38,7 @@ def test_every_slide_trains_about_equally_often():
 def test_groups_stay_on_one_side_and_counts_exact_where_possible():
     patients = [f"p{i % 17}" for i in range(100)]
     table = make_splits(slides([f"{'ab'[int(p[1:]) % 2]}" for p in patients], patients), "label", num=10)
-    check_splits(table, where="x")
+    check_splits(table, where="x")  # no group is on both sides
     wanted = {"a": 43, "b": 37}  # 54 and 46 slides in groups of 5 and 6
     for column in split_columns(table):
         assert table.groupby("patient_id")[column].nunique().max() == 1
@@ -59,12 +57,9 @@ def test_patients_with_slides_of_both_classes(num_patients):
     assert abs(train - 3.2 * num_patients) <= 2 or num_patients < 5
 
 
-def test_every_class_is_on_both_sides_though_the_nearest_count_is_all_of_it():
+def test_every_class_is_on_both_sides_also_where_that_is_far_from_its_count_or_rare_among_draws():
     patients = [f"p{i}" for i in range(10)] + ["q"] * 3 + ["r"] * 3  # of class b, 6 slides are nearer to 5 than 3 are
     check_splits(make_splits(slides(["a"] * 10 + ["b"] * 6, patients), "label"), where="x")
-
-
-def test_a_draw_is_found_where_few_draws_put_every_class_on_both_sides():
     patients = [name for name in ("ab", "bc", "cd", "de", "ef", "fa") for _ in range(2)]
     check_splits(make_splits(slides(list("abbccddeeffa"), patients), "label"), where="x")
 
@@ -76,6 +71,10 @@ def test_another_group_column_and_a_missing_one():
     check_splits(drawn, where="x", group="case_id")
     with pytest.raises(SlideError, match="no column site"):
         make_splits(table, "label", group="site")
+    with pytest.raises(SplitError, match="no column typo to check; it has slide, target, case_id"):
+        check_splits(drawn, where="x", group="typo")
+    with pytest.raises(SplitError, match="group column slide has a name of the split file's own"):
+        make_splits(table.assign(slide="x"), "label", group="slide")
 
 
 def test_targets_that_cannot_be_split():
@@ -106,22 +105,18 @@ def test_real_slides_by_patient(real_data):
 GOOD = make_splits(slides(["a", "b"] * 6, [f"p{i // 2}" for i in range(12)]), "label", num=2)
 
 
-def broken(**columns):
-    return GOOD.assign(**columns)
-
-
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (broken(mccv2=["train", "val"] * 6), "mccv2 has no slide of class b in train"),
-        (broken(mccv1=["train"] * 12), "mccv1 has no slide of class a in val"),
-        (broken(mccv1=["train", "test"] + ["val"] * 10), "mccv1 of slide s001 is 'test'; expected train or val"),
-        (broken(mccv1=["train", ""] + ["val"] * 10), "mccv1 of slide s001 is ''"),
-        (broken(mccv1=["train"] * 3 + ["val"] * 9), "patient_id p1 is on both sides of mccv1"),
-        (broken(slide=["s"] * 12), "slide s stands in it twice"),
-        (broken(target=["a"] * 12), "every slide has the target a"),
-        (broken(target=["", *GOOD["target"][1:]]), "slide s000 has no target"),
-        (broken(target=[" NA", *GOOD["target"][1:]]), "slide s000 has no target"),
+        (GOOD.assign(mccv2=["train", "val"] * 6), "mccv2 has no slide of class b in train"),
+        (GOOD.assign(mccv1=["train"] * 12), "mccv1 has no slide of class a in val"),
+        (GOOD.assign(mccv1=["train", "test"] + ["val"] * 10), "mccv1 of slide s001 is 'test'; expected train or val"),
+        (GOOD.assign(mccv1=["train", ""] + ["val"] * 10), "mccv1 of slide s001 is ''"),
+        (GOOD.assign(mccv1=["train"] * 3 + ["val"] * 9), "patient_id p1 is on both sides of mccv1"),
+        (GOOD.assign(slide=["s"] * 12), "slide s stands in it twice"),
+        (GOOD.assign(target=["a"] * 12), "every slide has the target a"),
+        (GOOD.assign(target=["", *GOOD["target"][1:]]), "slide s000 has no target"),
+        (GOOD.assign(target=[" NA", *GOOD["target"][1:]]), "slide s000 has no target"),
         (GOOD.rename(columns={"mccv2": "mccv02"}), "column mccv02; expected mccv1, mccv2"),
         (GOOD.rename(columns={"mccv2": "mccv0"}), "column mccv0; expected"),
         (GOOD.rename(columns={"mccv2": "mccv1"}), r"column mccv1\.1; expected"),
@@ -138,7 +133,7 @@ def test_bad_split_files_are_refused(tmp_path, table, message):
     assert str(error.value).startswith(str(path))
 
 
-def test_good_file_comes_back_and_missing_or_foreign_ones_are_named(tmp_path):
+def test_good_file_comes_back_and_missing_foreign_or_shifted_ones_are_named(tmp_path):
     GOOD.sample(frac=1, random_state=1).to_csv(tmp_path / "good.csv", index=False)
     assert read_splits(tmp_path / "good.csv").equals(GOOD)
     with pytest.raises(SplitError, match="no such split file"):
@@ -146,17 +141,18 @@ def test_good_file_comes_back_and_missing_or_foreign_ones_are_named(tmp_path):
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(SplitError, match=r"image\.csv"):
         read_splits(tmp_path / "image.csv")
+    header, *rows = GOOD.to_csv(index=False).splitlines()
+    (tmp_path / "long.csv").write_text("\n".join([header, *(f"{row},train" for row in rows)]))
+    with pytest.raises(SplitError, match="rows have more fields than its header"):
+        read_splits(tmp_path / "long.csv")
 
 
-def test_slides_without_features():
+def test_slides_without_features_and_features_without_a_row_are_refused_unless_allowed():
     with pytest.raises(SplitError, match=r"slide s000 without features \(1 of 12 slides\)"):
         without_missing(GOOD, GOOD["slide"][1:].tolist(), where="x", allow_missing=False)
     assert len(without_missing(GOOD, GOOD["slide"][1:].tolist(), where="x", allow_missing=True)) == 11
     with pytest.raises(SplitError, match="no slide of class b"):
         without_missing(GOOD, GOOD["slide"][GOOD["target"] == "a"].tolist(), where="x", allow_missing=True)
-
-
-def test_features_without_a_row_are_listed_and_refused_unless_allowed():
     known = [*GOOD["slide"], "t1", "t0"]
     with pytest.raises(SplitError, match=r"features of t0, t1 without a row in the splits \(2 of 14 slides\)"):
         without_missing(GOOD, known, where="x", allow_missing=False, allow_extra=False)
@@ -198,6 +194,8 @@ def test_values_are_stratified_and_patients_kept_together(per_patient):
 def test_values_need_two_groups_and_two_values_on_each_side():
     with pytest.raises(SplitError, match="values in one group only"):
         make_splits(slides(["0.5", "1.5"], ["p", "p"]), "label")
+    with pytest.raises(SplitError, match="fewer than two different targets in"):  # what a check refuses is not drawn
+        make_splits(slides(["0.5", "1.5"]), "label", num=1)
     table = slides(["0.5", "1.5", "2.5"]).set_axis(["slide", "target"], axis=1)
     with pytest.raises(SplitError, match="mccv1 has fewer than two different targets in val"):
         check_splits(table.assign(mccv1=["train", "train", "val"]), where="x")
@@ -224,20 +222,3 @@ def test_words_for_no_target_are_no_class_and_blanks_around_one_make_no_other():
     assert table["target"].value_counts().to_dict() == {"a": 8, "b": 8}
     values = make_splits(slides([*(f"{i}.5" for i in range(12)), "nan", " "]), "label", num=2)
     assert target_kind(values["target"], where="x") == "values"
-
-
-def test_rows_longer_than_the_header_are_not_shifted(tmp_path):
-    header, *rows = GOOD.to_csv(index=False).splitlines()
-    path = tmp_path / "long.csv"
-    path.write_text("\n".join([header, *(f"{row},train" for row in rows)]))
-    with pytest.raises(SplitError, match="rows have more fields than its header"):
-        read_splits(path)
-
-
-def test_a_named_group_must_be_there_and_what_a_check_refuses_is_not_drawn():
-    with pytest.raises(SplitError, match="no column typo to check; it has slide, target, patient_id"):
-        check_splits(GOOD, where="x", group="typo")
-    with pytest.raises(SplitError, match="fewer than two different targets in"):
-        make_splits(slides(["0.5", "1.5"]), "label", num=1)
-    with pytest.raises(SplitError, match="group column slide has a name of the split file's own"):
-        make_splits(slides(["a", "b"] * 6).assign(slide="x"), "label", group="slide")

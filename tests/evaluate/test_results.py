@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpcssl.evaluate.results import ResultsError, check_rows, read_results
+from hpcssl.evaluate.results import ResultsError, check_rows, file_name, read_results, read_rows
 
 HEADER = "task,encoder,checkpoint,split,replica,epoch,metric,value\n"
 ROW = "lung,vit,0,1,1,1,auc,0.8\n"
@@ -29,21 +29,28 @@ def written(folder: Path, text: str | bytes) -> Path:
     ],
 )
 def test_bad_results_are_told_in_one_line(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    with pytest.raises(ResultsError, match=r"no results\.csv"):
+        read_results(tmp_path)
     with pytest.raises(ResultsError) as caught:
         read_results(written(tmp_path, text))
     assert expected in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_no_results_file(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match=r"no results\.csv"):
-        read_results(tmp_path)
-
-
 def test_missing_values_are_kept_as_nan(tmp_path: Path) -> None:
     rows = "".join(f"lung,vit,0,{split},1,1,auc,{v}\n" for split, v in enumerate(["", "nan", "NaN", "inf", "0.5"]))
     values = read_results(written(tmp_path, HEADER + rows))["value"]
     assert values.isna().tolist() == [True, True, True, True, False]
+    (tmp_path / "part.csv").write_text(HEADER + "breast,uni,,1,1,1,auc,\nbreast,uni,,1,1,1,accuracy,0.5\n")
+    table = read_rows(tmp_path / "part.csv")
+    assert table["value"].dtype == float
+    assert table["value"].isna().tolist() == [True, False]
+
+
+def test_file_names_are_safe() -> None:
+    assert file_name("../../etc") == "-..-etc"
+    assert file_name("x" * 300) != file_name("x" * 299 + "y")
+    assert len(file_name("x" * 300)) < 80
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hpcssl.features.feature_files import read_coords, read_slide, write_slide
 COORDS = np.array([[0, 0], [224, 0], [448, 0]])
 
 
-def test_features_come_back(tmp_path):
+def test_features_come_back_and_half_precision_stays_so_on_disk(tmp_path):
     features = np.random.default_rng(0).normal(size=(3, 5))
     write_slide(tmp_path / "a.h5", features, COORDS)
     back = read_slide(tmp_path / "a.h5")
@@ -17,20 +17,11 @@ def test_features_come_back(tmp_path):
     assert np.array_equal(back, features.astype(np.float32))
     assert np.array_equal(read_coords(tmp_path / "a.h5"), COORDS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
-
-
-def test_half_precision_stays_so_on_disk(tmp_path):
     write_slide(tmp_path / "a.h5", np.ones((3, 5), np.float16), COORDS)
     with h5py.File(tmp_path / "a.h5") as file:
         assert file["features"].dtype == np.float16
         assert file["coords"].dtype == np.int64
     assert read_slide(tmp_path / "a.h5").dtype == np.float32
-
-
-def test_a_leading_axis_of_one_is_dropped(tmp_path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["features"] = np.ones((1, 4, 5), np.float32)
-    assert read_slide(tmp_path / "a.h5").shape == (4, 5)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +50,10 @@ def test_nan_and_wrong_size_are_refused_on_reading(tmp_path):
         read_slide(tmp_path / "b.h5", 4)
 
 
-def test_other_datasets_are_named(tmp_path):
+def test_a_leading_axis_of_one_is_dropped_and_other_datasets_are_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.ones((1, 4, 5), np.float32)
+    assert read_slide(tmp_path / "a.h5").shape == (4, 5)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["feats"] = np.ones((1, 2))
     with pytest.raises(FeatureError, match="no dataset features; it has feats"):
@@ -71,10 +65,17 @@ class Harmful:
         return (exit, (3,))
 
 
-def test_tensors_are_read_without_running_code(tmp_path):
+def test_tensors_are_read_without_running_code_in_any_precision_and_nothing_else_is(tmp_path):
     torch.save({"x": Harmful()}, tmp_path / "a.pt")
     with pytest.raises(FeatureError, match=r"a\.pt: truncated or not a tensor"):
         read_slide(tmp_path / "a.pt")
+    torch.save([torch.ones(2, 2)], tmp_path / "a.pt")
+    with pytest.raises(FeatureError, match="holds list; expected a tensor"):
+        read_slide(tmp_path / "a.pt")
+    torch.save(torch.ones(2, 2, dtype=torch.bfloat16), tmp_path / "b.pt")
+    assert read_slide(tmp_path / "b.pt").dtype == np.float32
+    with pytest.raises(FeatureError, match="holds no coordinates"):
+        read_coords(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize(
@@ -95,13 +96,3 @@ def test_missing_and_damaged_files(tmp_path, name, kind, write):
         with pytest.raises(FeatureError, match=rf"{name}: truncated or not {kind}") as error:
             read_slide(path)
         assert "\n" not in str(error.value)
-
-
-def test_a_file_without_a_tensor_and_half_precision(tmp_path):
-    torch.save([torch.ones(2, 2)], tmp_path / "a.pt")
-    with pytest.raises(FeatureError, match="holds list; expected a tensor"):
-        read_slide(tmp_path / "a.pt")
-    torch.save(torch.ones(2, 2, dtype=torch.bfloat16), tmp_path / "b.pt")
-    assert read_slide(tmp_path / "b.pt").dtype == np.float32
-    with pytest.raises(FeatureError, match="holds no coordinates"):
-        read_coords(tmp_path / "b.pt")

@@ -30,26 +30,22 @@ def test_a_folder_with_its_index(tmp_path):
     assert json.loads((tmp_path / "features.json").read_text())["format"] == 1
 
 
-def test_a_foreign_folder_is_readable_as_it_is(tmp_path):
-    features = FeatureSet.open(fill(tmp_path / "uni_v1"))
+def test_a_foreign_folder_is_readable_as_it_is_but_unfinished_files_are_no_slides(tmp_path):
+    folder = fill(tmp_path / "uni_v1")
+    (folder / ".c.h5.123.tmp").touch()
+    (folder / "._b.h5").touch()
+    features = FeatureSet.open(folder)
     assert (features.encoder, features.checkpoint, features.dim) == ("uni_v1", "", 4)
-
-
-def test_unfinished_files_are_no_slides(tmp_path):
-    fill(tmp_path)
-    (tmp_path / ".c.h5.123.tmp").touch()
-    (tmp_path / "._b.h5").touch()
-    assert FeatureSet.open(tmp_path).slides == ("a.1", "b")
-
-
-def test_a_slide_of_another_size_is_refused(tmp_path):
-    fill(tmp_path)
-    fill(tmp_path, ["z"], dim=5)
-    with pytest.raises(FeatureError, match=r"z\.h5: features of size 5; expected 4"):
-        FeatureSet.open(tmp_path).load("z")
+    assert features.slides == ("a.1", "b")
 
 
 def test_folders_that_cannot_be_used(tmp_path):
+    fill(fill(tmp_path / "sizes"), ["z"], dim=5)
+    with pytest.raises(FeatureError, match=r"z\.h5: features of size 5; expected 4"):
+        FeatureSet.open(tmp_path / "sizes").load("z")
+    np.save(fill(tmp_path / "kinds") / "c.npy", np.ones((2, 4)))
+    with pytest.raises(FeatureError, match=r"holds \.h5 and \.npy files"):
+        FeatureSet.open(tmp_path / "kinds")
     with pytest.raises(FeatureError, match="no such folder"):
         FeatureSet.open(tmp_path / "gone")
     with pytest.raises(FeatureError, match=r"no feature files .* perhaps .*h5_files"):
@@ -88,24 +84,18 @@ def test_features_extracted_again_are_others_though_no_size_changed(tmp_path):
     assert FeatureSet.open(tmp_path / "x").digest() == digest
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".npy"])
-def test_folders_of_tensors_and_arrays(tmp_path, suffix):
+def save_tensor(path, array):
+    torch.save(torch.from_numpy(array), path)
+
+
+@pytest.mark.parametrize(("suffix", "save"), [(".pt", save_tensor), (".npy", np.save)])
+def test_folders_of_tensors_and_arrays(tmp_path, suffix, save):
     for number, slide in enumerate(("b", "a.1")):
-        array = np.full((2, 4), number, np.float16)
-        if suffix == ".pt":
-            torch.save(torch.from_numpy(array), tmp_path / f"{slide}.pt")
-        else:
-            np.save(tmp_path / f"{slide}.npy", array)
+        save(tmp_path / f"{slide}{suffix}", np.full((2, 4), number, np.float16))
     features = FeatureSet.open(tmp_path)
     assert features.slides == ("a.1", "b")
     assert features.load("a.1").dtype == np.float32
     assert features.load("a.1").tolist() == [[1] * 4] * 2
-
-
-def test_files_of_two_kinds_are_refused(tmp_path):
-    np.save(fill(tmp_path) / "c.npy", np.ones((2, 4)))
-    with pytest.raises(FeatureError, match=r"holds \.h5 and \.npy files"):
-        FeatureSet.open(tmp_path)
 
 
 def tensors(folder, **columns):
@@ -116,17 +106,13 @@ def tensors(folder, **columns):
     return folder
 
 
-def test_a_table_of_tensors(tmp_path):
+def test_a_table_of_tensors_and_tables_that_cannot_be_used(tmp_path):
+    with pytest.raises(FeatureError, match="no such table"):
+        FeatureSet.open(tmp_path / "slide_data.csv@uni")
     features = FeatureSet.open(tensors(tmp_path) / "slide_data.csv@uni")
     assert (features.encoder, features.dim, features.slides) == ("uni", 4, ("s1",))
     tensors(tmp_path / "absolute", tensor_root=str(tmp_path / "root"))
     assert FeatureSet.open(tmp_path / "absolute" / "slide_data.csv@uni").load("s1").shape == (3, 4)
-
-
-def test_tables_that_cannot_be_used(tmp_path):
-    with pytest.raises(FeatureError, match="no such table"):
-        FeatureSet.open(tmp_path / "slide_data.csv@uni")
-    tensors(tmp_path)
     with pytest.raises(FeatureError, match=r"none of its 2 tensors is there .*vits.*1\.pt"):
         FeatureSet.open(tmp_path / "slide_data.csv@vits")
     (tmp_path / "slide_data.csv").write_text("slide,tensor_root\na,b\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,13 @@ def make_results() -> Callable[..., pd.DataFrame]:
         g = np.random.default_rng(5)
         shifts = {task: g.normal(0, 0.03, splits) for task, _, _ in levels}
         rows = []
-        for (task, encoder, checkpoint), level in levels.items():
-            for split in range(splits):
-                for replica in range(replicas):
-                    for epoch in range(1, epochs + 1):
-                        done = epoch / epochs
-                        auc = 0.5 + (level - 0.5 + shifts[task][split]) * done + g.normal(0, noise)
-                        for metric, value in (
-                            ("auc", auc),
-                            ("train_loss", 0.7 - 0.4 * done),
-                            ("val_loss", 0.7 - 0.2 * done),
-                        ):
-                            rows.append((task, encoder, checkpoint, split + 1, replica + 1, epoch, metric, value))
+        for (arm, level), split, replica, epoch in product(
+            levels.items(), range(splits), range(replicas), range(1, epochs + 1)
+        ):
+            done = epoch / epochs
+            auc = 0.5 + (level - 0.5 + shifts[arm[0]][split]) * done + g.normal(0, noise)
+            values = {"auc": auc, "train_loss": 0.7 - 0.4 * done, "val_loss": 0.7 - 0.2 * done}
+            rows += [(*arm, split + 1, replica + 1, epoch, *measured) for measured in values.items()]
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     return make
@@ -79,15 +75,8 @@ def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A schedule folder of which only the organ shares are asked."""
     from hpcssl.report import schedules as module
 
-    shares = pd.DataFrame(
-        {
-            "organ": ["breast", "lung <left>"],
-            "num_tiles": [9000, 1000],
-            "natural_share": [0.9, 0.1],
-            "positions": [600, 400],
-            "scheduled_share": [0.6, 0.4],
-        }
-    )
+    columns = ["organ", "num_tiles", "natural_share", "positions", "scheduled_share"]
+    shares = pd.DataFrame([("breast", 9000, 0.9, 600, 0.6), ("lung <left>", 1000, 0.1, 400, 0.4)], columns=columns)
     monkeypatch.setattr(module, "organ_shares", lambda path: shares)
     folder = tmp_path / "sched"
     folder.mkdir()

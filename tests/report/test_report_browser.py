@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,8 +35,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def browser() -> str:
-    """The command of a Chromium, which apt installs where this is root's machine."""
+def browser(tmp_path_factory) -> list[str]:
+    """The command of a Chromium without a window, which apt installs where this is root's machine."""
     names = ("chromium", "chromium-browser", "google-chrome")
     if not any(map(shutil.which, names)) and os.geteuid() == 0 and shutil.which("apt-get"):
         install = "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium"
@@ -46,35 +45,23 @@ def browser() -> str:
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         pytest.skip("needs Chromium: apt install chromium")
-    return found
+    options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=5000"
+    return [found, *options.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("profile")
-
-
-def _chromium(browser: str, profile: Path, width: int, *more: object) -> str:
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={profile}",
-    ]
-    command += [f"--window-size={width},1000", "--virtual-time-budget=5000", *map(str, more)]
+def _chromium(browser: list[str], width: int, *more: object) -> str:
+    command = [*browser, f"--window-size={width},1000", *map(str, more)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 @pytest.mark.parametrize("width", [1280, 520])
-def test_a_reader_sees_all_of_it(browser, profile, tmp_path, inputs, width) -> None:
+def test_a_reader_sees_all_of_it(browser, tmp_path, inputs, width) -> None:
     page = write_report(tmp_path / "report", inputs, title="A report").page
     measured = tmp_path / "measured.html"
     text = page.read_text(encoding="utf-8")
     assert "default-src 'none'" in text, "the page itself lets no script run"
     measured.write_text(text.replace("default-src 'none'", "script-src 'unsafe-inline'") + MEASURE, encoding="utf-8")
-    document = _chromium(browser, profile, width, "--dump-dom", measured.as_uri())
+    document = _chromium(browser, width, "--dump-dom", measured.as_uri())
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', document)[1])
     assert found["width"] == width
     assert found["needed"] <= width, "the page scrolls sideways"
@@ -84,7 +71,7 @@ def test_a_reader_sees_all_of_it(browser, profile, tmp_path, inputs, width) -> N
     assert found["rows"] > 5
     assert found["hidden"] == 0
     picture = tmp_path / "page.png"
-    _chromium(browser, profile, width, f"--screenshot={picture}", page.as_uri())
+    _chromium(browser, width, f"--screenshot={picture}", page.as_uri())
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("L"))
     assert pixels.shape[1] == width

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hpcssl.cli.main import main
 from hpcssl.cli.report_command import format_table
@@ -52,8 +53,6 @@ def test_bad_input_is_told_in_one_line(tmp_path: Path, capsys, make_results, wri
 
 
 def printed_table(frame, width: int) -> str:
-    from rich.console import Console
-
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(format_table(summarise(frame)))
     return console.export_text()

@@ -15,16 +15,9 @@ from hpcssl.report.leaderboard import (
 from hpcssl.report.page import Inputs, write_report
 from hpcssl.report.summary import summarise
 
-LEVELS = {
-    ("lung", "vit_s", "0"): 0.60,
-    ("lung", "vit_s", "100"): 0.80,
-    ("lung", "resnet50", ""): 0.70,
-    ("breast", "vit_s", "0"): 0.60,
-    ("breast", "vit_s", "100"): 0.65,
-    ("breast", "resnet50", ""): 0.65,
-    ("skin", "vit_s", "100"): 0.60,
-    ("skin", "resnet50", ""): 0.62,
-}
+LEVELS = {("lung", "vit_s", "0"): 0.60, ("lung", "vit_s", "100"): 0.80, ("lung", "resnet50", ""): 0.70}
+LEVELS |= {("breast", "vit_s", "0"): 0.60, ("breast", "vit_s", "100"): 0.65, ("breast", "resnet50", ""): 0.65}
+LEVELS |= {("skin", "vit_s", "100"): 0.60, ("skin", "resnet50", ""): 0.62}
 
 
 @pytest.fixture
@@ -42,16 +35,13 @@ def test_encoders_stand_by_their_last_checkpoint_the_best_first(results) -> None
     assert table.loc[0, "lung"].startswith("0.8")
 
 
-def test_every_pair_is_compared_on_the_tasks_that_both_have(results) -> None:
+def test_pairs_are_compared_on_the_tasks_that_both_have_the_winner_first(results, make_results) -> None:
     table = pairs(results, summarise(results)).set_index("task")
     assert table["outcome"].to_dict() == {"breast": "unclear", "lung": "better", "skin": "worse"}
     assert table.loc["lung", "difference"] == pytest.approx(0.1, abs=0.005)
     assert pair_verdicts(table.reset_index()) == [
         "vit_s beats resnet50 on 1 of 3 tasks (1 the other way round, undecided on 1)."
     ]
-
-
-def test_the_sentence_names_the_winner_first(make_results) -> None:
     levels = {("a", "x", ""): 0.9, ("b", "x", ""): 0.4, ("c", "x", ""): 0.6}
     levels |= {("a", "y", ""): 0.5, ("b", "y", ""): 0.5, ("c", "y", ""): 0.7}
     results = make_results(levels, noise=0.001)
@@ -77,9 +67,6 @@ def test_saturation_is_the_first_checkpoint_not_worse_than_the_best(make_results
     assert found["gpu_hours_after"] == pytest.approx(2.5)
     assert "step 200 is the first that is not worse than the best" in saturation_text(found.to_dict())
     assert "50% of the training came after it, up to step 400, 2.5 GPU-hours." in saturation_text(found.to_dict())
-
-
-def test_a_run_that_still_gains_is_not_saturated(make_results) -> None:
     levels = {("lung", "vit", str(step)): auc for step, auc in ((100, 0.7), (200, 0.8), (300, 0.9))}
     row = saturation(make_results(levels)).iloc[0]
     assert (row["first"], row["best"], row["share_after"]) == ("300", "300", 0)

@@ -16,19 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpcssl.features.feature_folder import FeatureSet
-
 MEMORY_GIB = 8.0  # features of one task that stay in memory, unless asked otherwise
 
 
 class Bags:
-    """Features of S slides.
-
-    Attributes
-    ----------
-    counts : tiles of every slide, [S]
-    dim : D
-    """
+    """Features of S slides: `counts` are the tiles of each, [S], and `dim` is D."""
 
     def __init__(
         self,
@@ -63,11 +55,6 @@ class Bags:
                 slide.tofile(self._file)
         self.counts = np.array(counts, dtype=np.int64)
         self._starts = np.cumsum(self.counts) - self.counts
-
-    @classmethod
-    def load(cls, features: FeatureSet, slides: Sequence[str], **where: object) -> Bags:
-        """Read slides, in the order given; FeatureError names the file that cannot be used."""
-        return cls((features.load(slide) for slide in slides), **where)  # type: ignore[arg-type]
 
     @property
     def streamed(self) -> bool:

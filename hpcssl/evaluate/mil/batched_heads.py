@@ -107,9 +107,7 @@ def dropout_mask(sizes: HeadSizes, key: int, step: int, num_tiles: int, device: 
     if torch.device(device).type != "cpu":
         generator = torch.Generator(device).manual_seed((key ^ (step * 0x9E3779B97F4A7C15)) & (2**63 - 1))
         bytes_NU = torch.empty(shape, dtype=torch.uint8, device=device).random_(0, DROPOUT_STEPS, generator=generator)
-        limits_U = torch.tensor(first, device=device).repeat_interleave(
-            torch.tensor([hidden, shape[1] - hidden], device=device)
-        )
+        limits_U = torch.tensor([first[0]] * hidden + [first[1]] * (shape[1] - hidden), device=device)
         return (bytes_NU >= limits_U).to(torch.uint8)
     philox = np.random.Philox(key=[key, 0], counter=[0, step, 0, 0])
     size = math.prod(shape)
@@ -140,18 +138,16 @@ class Heads:
     def forward(
         self, x_RND: Tensor, valid_RN: Tensor | None = None, mask_RNU: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Classify one bag per head.
+        """Classify one bag per head: return logits [R, K] and each tile's part in the slide's vector [R, N].
+
+        The parts sum to one over a bag and are zero on the padding; with maximum pooling, a part is that of the units
+        whose maximum the tile is.
 
         Parameters
         ----------
         x_RND : features; what stands in the padding is ignored, but must be finite
         valid_RN : True where there is a tile, at least one in every bag; None: everywhere
         mask_RNU : from `dropout_mask`; None at evaluation
-
-        Returns
-        -------
-        logits [R, K] and each tile's part in the slide's vector [R, N], which sums to one over a bag and is zero on the
-        padding (with maximum pooling: the part of the units whose maximum it is).
         """
         sizes, w = self.sizes, self._rounded
         if self._rounded_RP is not self.flat_RP:
@@ -245,7 +241,7 @@ class Heads:
         """Return the gradient that a chunk's last hidden layer gets by the slide's vector."""
         dh = self._chunk(f"dhidden{len(self.sizes.hidden) - 1}", part, self.sizes.hidden[-1])
         if self.sizes.pooling == "max":
-            tiles = torch.arange(part.start, part.start + dh.shape[1], device=dh.device)
+            tiles = torch.arange(part.start, part.stop, device=dh.device)
             return torch.mul(self._best_R1H == tiles[None, :, None], d_pooled_R1H, out=dh)
         return torch.mul(self._part_RN[:, part, None], d_pooled_R1H, out=dh)
 
@@ -271,12 +267,11 @@ class Heads:
         """Yield the chunks of a bag; a GPU takes all at once."""
         size = _CHUNK if self.flat_RP.device.type == "cpu" else num_tiles
         for start in range(0, num_tiles, size):
-            yield slice(start, start + size)
+            yield slice(start, min(start + size, num_tiles))
 
     def _chunk(self, name: str, part: slice, width: int) -> Tensor:
         """Return a buffer [R, n, width] for the tiles of one chunk."""
-        size = min(part.stop, self._x_RND.shape[1]) - part.start
-        return self._buffer(name, size, width)
+        return self._buffer(name, part.stop - part.start, width)
 
     def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return a buffer [R, rows, width]; its memory is kept, for fresh pages would cost a third of the time."""

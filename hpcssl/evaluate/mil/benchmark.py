@@ -23,21 +23,16 @@ from hpcssl.features.feature_files import read_coords
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What is fitted on every feature set of every task.
-
-    Attributes
-    ----------
-    heads : names of `hpcssl.evaluate.mil.presets.HEADS`, all trained as the preset says
-    only : split and replica of the sole fit; it comes out as among all
-    seed : of weights, orders and dropout
-    kind, allow_missing, allow_extra : see `label_features`
-    """
+    """What is fitted on every feature set of every task; for the last three settings see `label_features`."""
 
     preset: MccvPreset
     heads: Sequence[str] = ("gma",)
+    """Names of `hpcssl.evaluate.mil.presets.HEADS`, all trained as the preset says."""
     replicas: int = 2
     only: tuple[int, int] | None = None
+    """Split and replica of the sole fit; it comes out as among all."""
     seed: int = 0
+    """Of weights, orders and dropout."""
     kind: str | None = None
     allow_missing: bool = False
     allow_extra: bool = True
@@ -57,16 +52,12 @@ class Benchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How heads are fitted, which changes no result on one kind of device.
-
-    Attributes
-    ----------
-    threads : heads fitted at a time on a CPU
-    memory_gib : features of a task that stay in memory; those of a larger one stand in a scratch file
-    """
+    """How heads are fitted, which changes no result on one kind of device."""
 
     threads: int = 1
+    """Heads fitted at a time on a CPU."""
     memory_gib: float = MEMORY_GIB
+    """Features of a task that stay in memory; those of a larger one stand in a scratch file."""
     device: str = "cpu"
 
 
@@ -107,7 +98,6 @@ def plan_measurements(features: Sequence[Path], splits: Sequence[Path], benchmar
 
 
 def _measurement(data: LabelledFeatures, preset: MccvPreset, benchmark: Benchmark) -> Measurement:
-    encoder = data.features.encoder if preset.head == "gma" else f"{data.features.encoder}, {preset.head}"
     replicas, only = benchmark.replicas, benchmark.only
     fits = tuple((split, replica) for split in data.split_numbers for replica in range(1, replicas + 1))
     if only is not None:
@@ -117,22 +107,10 @@ def _measurement(data: LabelledFeatures, preset: MccvPreset, benchmark: Benchmar
                 f" {replicas} replicas"
             )
         fits = (only,)
-    own = {
-        "task": data.task,
-        "encoder": encoder,
-        "checkpoint": data.features.checkpoint,
-        "preset": to_mapping(preset),
-        "seed": benchmark.seed,
-        "replicas": replicas,
-        "only": only and list(only),
-    }
-    return Measurement(
-        data=data,
-        preset=preset,
-        fits=fits,
-        name=part_name(data.task, encoder, data.features.checkpoint, only),
-        record=own | data.record([split for split, _ in fits]),
-    )
+    about = data.about("" if preset.head == "gma" else preset.head)
+    drawn = {"preset": to_mapping(preset), "seed": benchmark.seed, "replicas": replicas, "only": only and list(only)}
+    record = about | drawn | data.record([split for split, _ in fits])
+    return Measurement(data=data, preset=preset, fits=fits, name=part_name(**about, only=only), record=record)
 
 
 def check_training(results: ResultsFolder, record: Record) -> None:
@@ -170,7 +148,8 @@ def measure(
     data = measurement.data
     coords = {slide: _coords(data, slide) for slide in attention}
     slides = data.table["slide"].tolist()
-    bags = Bags.load(data.features, slides, memory_gib=compute.memory_gib, scratch=scratch, device=compute.device)
+    read = map(data.features.load, slides)
+    bags = Bags(read, memory_gib=compute.memory_gib, scratch=scratch, device=compute.device)
     shares: dict[str, list[NDArray[np.float64]]] = {slide: [] for slide in attention}
 
     def keep_attention(fit: Fit, attention_to: Callable[[int], NDArray[np.float64]]) -> None:

@@ -15,9 +15,9 @@ size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,7 +73,11 @@ def fit_heads(
     on_fitted: Callable[[Fit, Callable[[int], NDArray[np.float64]]], None] = lambda fit, attention_to: None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
-    """Train every head and measure it after each epoch, on the device of the bags.
+    """Train every head, on the device of the bags, and return its measurements after each epoch.
+
+    They are a long table `split, replica, epoch, metric, value`, sorted: train_loss (mean over the epoch's steps,
+    dropout on), val_loss, and the metrics of `class_metrics` or `value_metrics`. The losses are cross-entropy, or the
+    squared error in units of the training slides' deviation. FeatureError if the loss of a fit is no longer finite.
 
     On a CPU, beside the bags, each of `threads` heads that are fitted one by one takes 4 · (hidden units + 2 ·
     attention) + 2 · dropout units bytes a tile of the largest slide, and 8 · D more where bags are streamed.
@@ -86,14 +90,6 @@ def fit_heads(
     on_fitted : called with every fit after its last epoch, in no order, and a function that gives how much its head
         attends to each tile of a slide (its index), [N], summing to one
     on_progress : counts epochs of fits
-
-    Returns
-    -------
-    Long table `split, replica, epoch, metric, value`, sorted: train_loss (mean over the epoch's steps, dropout on),
-    val_loss, and the metrics of `class_metrics` or `value_metrics`. The losses are cross-entropy, or the squared error
-    in units of the training slides' deviation.
-
-    FeatureError if the loss of a fit is no longer finite.
     """
     sizes = head_sizes(preset, bags.dim, targets_S)
     stacks, padded = _stacks(bags, fits, sizes)
@@ -113,11 +109,14 @@ def fit_heads(
         return rows
 
     workers = threads if bags.device.type == "cpu" else 1
-    with _one_torch_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            rows = [row for of_stack in pool.map(fit_stack, stacks) for row in of_stack]
-        finally:
-            stop.set()
+    with ExitStack() as at_the_end:
+        # one thread an operation: whole fits side by side are faster, and sums come out alike
+        at_the_end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        at_the_end.enter_context(pool)
+        at_the_end.callback(stop.set)
+        rows = [row for of_stack in pool.map(fit_stack, stacks) for row in of_stack]
     table = pd.DataFrame(rows, columns=["split", "replica", "epoch", "metric", "value"])
     return table.sort_values(["split", "replica", "epoch", "metric"], ignore_index=True)
 
@@ -136,17 +135,6 @@ def head_sizes(preset: MccvPreset, dim: int, targets_S: NDArray[Any]) -> HeadSiz
 
 class _StoppedError(Exception):
     """Another stack failed or the user stopped the command."""
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let every operation use one thread: whole fits side by side are faster, and sums come out alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stacks(bags: Bags, fits: Sequence[Fit], sizes: HeadSizes) -> tuple[list[list[Fit]], int]:
@@ -186,9 +174,7 @@ class _Stack:
         self.dropout_keys = [fit.key(seed, "dropout") for fit in fits]
         self.lengths_R = np.array([len(fit.train) for fit in fits])
         self.adamw = {n: _AdamW(self.heads, preset, n, np.flatnonzero(self.lengths_R == n)) for n in {*self.lengths_R}}
-        if self.classes:
-            self.centre_R, self.spread_R = np.zeros(len(fits)), np.ones(len(fits))
-        else:
+        if not self.classes:
             trained = [targets_S[fit.train] for fit in fits]
             self.centre_R = np.array([t.mean() for t in trained])
             self.spread_R = np.array([t.std() or 1.0 for t in trained])
@@ -216,9 +202,7 @@ class _Stack:
     def _step(self, slides_R: NDArray[np.int64], epoch: int, step: int) -> Tensor:
         """Update the heads, each by its slide; return their losses before the update, 0 for fits past their end."""
         x_RND, valid_RN = self.bags.gather(slides_R, self.num_tiles)
-        mask_RNU = None
-        if self.preset.dropout:
-            mask_RNU = self._dropout(slides_R, epoch, step, x_RND)
+        mask_RNU = self._dropout(slides_R, epoch, step, x_RND) if self.preset.dropout else None
         logits_RK, _ = self.heads.forward(x_RND, valid_RN, mask_RNU)
         loss_R, dlogits_RK = self._loss(logits_RK, slides_R)
         self.heads.backward(dlogits_RK)
@@ -230,10 +214,10 @@ class _Stack:
 
     def _dropout(self, slides_R: NDArray[np.int64], epoch: int, step: int, x_RND: Tensor) -> Tensor:
         """Return the masks [R, N, U], each fit's by its own step."""
-        steps_R = (epoch - 1) * self.lengths_R + step
+        steps_R, counts_R = (epoch - 1) * self.lengths_R + step, self.bags.counts[slides_R]
         masks = [
             dropout_mask(self.sizes, key, int(step), int(count), x_RND.device)
-            for key, step, count in zip(self.dropout_keys, steps_R, self.bags.counts[slides_R], strict=True)
+            for key, step, count in zip(self.dropout_keys, steps_R, counts_R, strict=True)
         ]
         if len(masks) == 1:
             return masks[0][None]

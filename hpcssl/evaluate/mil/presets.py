@@ -43,9 +43,8 @@ PRESETS = {
     for preset in (
         MccvPreset(name="gma-50"),
         MccvPreset(name="gma-40", epochs=40, lr=1e-4),  # the authors' public code and its example
-        MccvPreset(
-            name="mccv-demo", epochs=10, warmup_epochs=2, lr=1e-3, hidden=(64, 64), attention=32
-        ),  # small enough for a laptop's CPU
+        # small enough for a laptop's CPU
+        MccvPreset(name="mccv-demo", epochs=10, warmup_epochs=2, lr=1e-3, hidden=(64, 64), attention=32),
     )
 }
 # what differs from the preset's own gated attention; all are trained as the preset says

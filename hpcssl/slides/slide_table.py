@@ -19,17 +19,10 @@ _MOST_TILES = 2**31 - 1
 
 
 def read_slides(path: Path) -> pd.DataFrame:
-    """Read a slide table from CSV or Parquet.
+    """Return a slide table from CSV or Parquet: `num_tiles` as int64, every other column as text, blank = "".
 
-    Returns
-    -------
-    DataFrame with `slide_id` and `organ` (text), `num_tiles` (int64) and every other column as text, blank = "".
-
-    Raises
-    ------
-    SlideError
-        Naming the row: a missing column, a duplicate or blank slide_id, a blank organ, a count that is no positive
-        integer.
+    SlideError names a missing column or the row of a duplicate or blank slide_id, a blank organ, or a count that is no
+    positive integer.
     """
     return check_slides(read_table(path), where=str(path))
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from hpcssl.core.atomic import digest_file
-from hpcssl.core.errors import ConfigError, ScheduleError
+from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule import build as build_module
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.file import Schedule
@@ -82,7 +82,6 @@ def test_parts_out_of_order_are_the_same(build: Build, out: Path, undisturbed: A
         progress: list[int] = []
         assert build(only=only, jobs=2, on_progress=progress.append) == missing
         assert sum(progress) == 2500 * len(set(only))
-        assert not (out / "schedule.json").exists()
         with pytest.raises(ScheduleError, match="the schedule is unfinished; run the same"):
             Schedule.open(out)
     assert build(only=[1]) == []
@@ -251,14 +250,6 @@ def test_a_folder_of_something_else_is_refused(build: Build, out: Path) -> None:
     assert contents(out) == {"notes.txt": b"mine"}
     (out / "notes.txt").unlink()
     assert build() == [], "an empty folder is taken"
-
-
-def test_the_largest_counts_do_not_overflow(tmp_path: Path) -> None:
-    slides = pd.DataFrame({"slide_id": list("abc"), "organ": "x", "num_tiles": 2**31 - 1})
-    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=30, max_repeats=2**31 - 1)
-    assert build_schedule(spec, slides, tmp_path / "sched") == []
-    with pytest.raises(ConfigError, match="below"):
-        ScheduleSpec(num_groups=10**20)
 
 
 def test_a_file_of_another_byte_order_is_not_read(built: Path, out: Path) -> None:

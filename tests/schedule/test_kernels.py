@@ -57,11 +57,8 @@ def test_the_sides_are_those_of_the_library() -> None:
 @pytest.mark.parametrize("size", [1, 5, 64, 4096, 4097, 10_000])
 @pytest.mark.parametrize("before", [0, 3, 4096, 9_999])
 def test_draws_of_a_slide_go_through_its_permutations(size: int, before: int) -> None:
-    members, first, draws = (
-        np.array([3, 8]),
-        np.array([100, 70_000]),
-        np.array([size + (4100 if size > 60 else 40), 2 * size + 1]),
-    )
+    members, first = np.array([3, 8]), np.array([100, 70_000])
+    draws = np.array([size + (4100 if size > 60 else 40), 2 * size + 1])
     out = np.full(draws.sum() + 1, 7, np.uint32)
     n, start = np.full(2, size), np.full(2, before)
     kernels.draw_tiles(members, n, first, start, draws, np.uint64(9), kernels.tables_for(size), out[:-1])

@@ -43,17 +43,8 @@ def test_positions_run_on_across_pseudo_epochs(schedule: Schedule, built: Path) 
     whole = np.concatenate([np.load(built / f"pseudo_epoch_{n:04d}.npy") for n in range(12)]).astype(np.int64)
     assert schedule.num_positions == len(whole) == 30_000
     assert (schedule.num_pseudo_epochs, schedule.positions_per_pseudo_epoch) == (12, 2500)
-    for start, stop in (
-        (0, 30_000),
-        (0, 1),
-        (0, 0),
-        (2500, 2500),
-        (30_000, 30_000),
-        (2499, 2501),
-        (2500, 5000),
-        (2400, 7600),
-        (29_999, 30_000),
-    ):
+    places = [(0, 30_000), (0, 1), (0, 0), (2500, 2500), (30_000, 30_000), (2499, 2501), (2500, 5000), (2400, 7600)]
+    for start, stop in [*places, (29_999, 30_000)]:
         found = schedule.tiles_at(start, stop)
         assert found.dtype == np.int64
         assert (found == whole[start:stop]).all(), (start, stop)
@@ -80,7 +71,7 @@ def test_tiles_are_global_numbers_of_the_table(schedule: Schedule, slides: pd.Da
 
 def test_tile_numbers_beyond_32_bits_take_64(tmp_path: Path) -> None:
     slides = pd.DataFrame({"slide_id": ["a", "b", "c"], "organ": ["x", "x", "y"], "num_tiles": [2**31 - 1] * 3})
-    spec = ScheduleSpec(num_pseudo_epochs=2, num_groups=1, positions_per_pseudo_epoch=3000)
+    spec = ScheduleSpec(num_pseudo_epochs=2, num_groups=1, positions_per_pseudo_epoch=3000, max_repeats=2**31 - 1)
     build_schedule(spec, slides, tmp_path / "sched")
     tiles = Schedule.open(tmp_path / "sched").pseudo_epoch(0)
     assert tiles.dtype == np.uint64
@@ -91,10 +82,9 @@ def test_tile_numbers_beyond_32_bits_take_64(tmp_path: Path) -> None:
 
 
 def test_opening_what_is_no_schedule(tmp_path: Path, built: Path) -> None:
-    with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
-        Schedule.open(tmp_path)
-    with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
-        Schedule.open(built / "schedule.json")
+    for path in (tmp_path, built / "schedule.json"):
+        with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
+            Schedule.open(path)
     (tmp_path / "unfinished.json").write_text("{}")
     with pytest.raises(ScheduleError, match="unfinished; run the same hpcssl schedule build again"):
         Schedule.open(tmp_path)
@@ -126,9 +116,6 @@ def test_opening_refuses_files_of_another_size(built: Path, tmp_path: Path, name
             Schedule.open(sched)
     (sched / name).write_bytes(whole)
     Schedule.open(sched)
-    (sched / "slides.parquet").unlink()
-    with pytest.raises(ScheduleError, match=r"slides\.parquet is missing"):
-        Schedule.open(sched)
 
 
 def test_opening_refuses_any_changed_byte_of_the_header(built: Path, tmp_path: Path) -> None:
@@ -254,7 +241,7 @@ def test_a_golden_schedule(tmp_path: Path) -> None:
     [
         (
             {"positions_per_pseudo_epoch": 150},
-            "the 30 slides of breast in its group need a position each, but its quota is 2",
+            "30 slides of breast in its group need a position each, but its quota is 2",
         ),
         ({"max_repeats": 1}, "its largest organ, has only"),
     ],
@@ -280,14 +267,11 @@ def test_fewer_slides_than_groups_are_told(tmp_path: Path) -> None:
 # specs
 
 
-def test_opal_has_the_papers_numbers() -> None:
+def test_every_spec_that_ships_loads_and_opal_has_the_papers_numbers(repository: Path) -> None:
     spec = load_spec("opal-3b")
     assert (spec.num_pseudo_epochs, spec.positions_per_pseudo_epoch, spec.num_groups) == (50, 65_000_000, 5)
     assert spec == ScheduleSpec(), "the defaults are the paper's"
     assert load_spec("demo").num_groups == 5
-
-
-def test_every_spec_that_ships_loads(repository: Path) -> None:
     names = [path.stem for path in (repository / "schedules").glob("*.yaml")]
     assert {"opal-3b", "imagenet-epochs", "demo"} <= set(names)
     for name in names:
@@ -310,8 +294,9 @@ def test_a_spec_is_strict(tmp_path: Path) -> None:
 
 OUT_OF_RANGE = """
     num_groups=0 max_repeats=-1 organ_power=-0.1 organ_power=5 organ_power=.nan seed=1.5 seed=x slide_power=-1
-    slide_power=4.5 organ_size=area positions_per_pseudo_epoch=2147483648 organ_weights.lung=0 organ_weights.lung=-1
-    organ_weights.lung=.inf organ_weights.lung=1e7 include=breast include.organ=breast exclude.organ=[[1]] hold_out=3
+    slide_power=4.5 organ_size=area positions_per_pseudo_epoch=2147483648 num_groups=100000000000000000000
+    organ_weights.lung=0 organ_weights.lung=-1 organ_weights.lung=.inf organ_weights.lung=1e7
+    include=breast include.organ=breast exclude.organ=[[1]] hold_out=3
 """
 
 

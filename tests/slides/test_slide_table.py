@@ -80,14 +80,10 @@ def test_bad_rows_are_named(tmp_path: Path, rows: str, told: str) -> None:
     assert told in refusal(table(tmp_path, HEADER + rows))
 
 
-@pytest.mark.parametrize("count", ["0", "-3", "2.5", "", "many", "inf", "nan", "0x10", "5 6", "1e-3", "True"])
+@pytest.mark.parametrize("count", ["0", "-3", "2.5", "", "many", "inf", "nan", "0x10", "5 6", "1e-3", "True", "1e30"])
 def test_a_count_that_is_no_positive_integer_is_refused(tmp_path: Path, count: str) -> None:
     message = refusal(table(tmp_path, f"{HEADER}a,lung,5,,\nb,lung,{count},,\nc,lung,{count},,\n"))
     assert f"slide b has num_tiles {count!r}; expected a positive integer below 2^31 (2 such rows)" in message
-
-
-def test_a_count_beyond_int64_is_refused(tmp_path: Path) -> None:
-    refusal(table(tmp_path, HEADER + "a,lung,1e30,,\n"))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b'"a,b\n', b"PK\x03\x04 not text"])
@@ -115,13 +111,9 @@ def test_a_short_row_has_blanks(tmp_path: Path) -> None:
     assert group_keys(frame, "patient_id").nunique() == 2
 
 
-def test_rows_longer_than_the_header_are_refused_or_read_in_place(tmp_path: Path) -> None:
+def test_rows_longer_than_the_header_are_refused(tmp_path: Path) -> None:
     path = table(tmp_path, "slide_id,organ,num_tiles\na,1,5,7\nb,2,5,8\n")
-    try:
-        frame = read_slides(path)
-    except SlideError:
-        return
-    assert frame["slide_id"].tolist() == ["a", "b"]
+    assert "its rows have more fields than its header" in refusal(path)
 
 
 def test_a_blank_patient_is_a_group_of_its_own() -> None:
@@ -133,13 +125,9 @@ def test_a_blank_patient_is_a_group_of_its_own() -> None:
         group_keys(frame, "case_id")
 
 
-def test_a_patient_of_spaces_is_blank() -> None:
-    frame = pd.DataFrame({"slide_id": list("ab"), "patient_id": [" ", " "]})
-    assert group_keys(frame, "patient_id").nunique() == 2
-
-
-def test_a_patient_named_as_a_blank_slides_group_does_not_join_it() -> None:
-    frame = pd.DataFrame({"slide_id": ["b", "a"], "patient_id": ["", "slide b"]})
+@pytest.mark.parametrize("patients", [[" ", " "], ["", "slide b"]])
+def test_a_patient_of_spaces_or_named_as_a_blank_slides_group_is_none_of_it(patients: list[str]) -> None:
+    frame = pd.DataFrame({"slide_id": ["b", "a"], "patient_id": patients})
     assert group_keys(frame, "patient_id").nunique() == 2
 
 
@@ -157,9 +145,8 @@ def test_the_digest_is_of_the_three_columns_in_order(tmp_path: Path) -> None:
         frame.assign(slide_id=["1", "1e3", "TCGA-ü 1"]),
     ):
         assert digest_slides(changed) != digest
-    assert digest == "2726883b156998e50047148b270364f711dd3de38d93be52a1e0c8a3bebfbc2f", (
-        "a golden: stores in use depend on it"
-    )
+    golden = "2726883b156998e50047148b270364f711dd3de38d93be52a1e0c8a3bebfbc2f"
+    assert digest == golden, "stores in use depend on it"
 
 
 def test_checked_tables_are_checked_again_without_change(tmp_path: Path) -> None:

@@ -21,11 +21,7 @@ from hpcssl.slides.vendor import OpenSlideSlide
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 WIDTH, HEIGHT = 1200, 900
-KINDS = {
-    "plain.tif": {},
-    "jpeg.svs": {"kind": "svs"},
-    "jpeg2000.svs": {"kind": "svs-jpeg2000"},
-}
+KINDS = {"plain.tif": {}, "jpeg.svs": {"kind": "svs"}, "jpeg2000.svs": {"kind": "svs-jpeg2000"}}
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +88,9 @@ def write_philips(path: Path, pixels: np.ndarray, *, height: float = 1.0) -> Non
         for n in range(3):
             part = pixels[:: 2**n, :: 2**n]
             padding = [(0, -part.shape[0] % 256), (0, -part.shape[1] % 256), (0, 0)]
-            writer.write(
-                np.pad(part, padding, constant_values=255),
-                tile=(256, 256),
-                photometric="rgb",
-                compression="deflate",
-                description=f"level={n}" if n else xml,
-                software="Philips DP v1.0",
-                subfiletype=int(n > 0),
-                metadata=None,
-            )
+            options = {"description": f"level={n}" if n else xml, "software": "Philips DP v1.0", "metadata": None}
+            options |= {"tile": (256, 256), "photometric": "rgb", "compression": "deflate", "subfiletype": int(n > 0)}
+            writer.write(np.pad(part, padding, constant_values=255), **options)
 
 
 def test_philips_levels_are_halves_though_filled_up_to_whole_blocks(tmp_path: Path) -> None:
@@ -109,11 +98,8 @@ def test_philips_levels_are_halves_though_filled_up_to_whole_blocks(tmp_path: Pa
     write_philips(tmp_path / "p.tiff", pixels)
     slide = open_slide(tmp_path / "p.tiff")
     assert slide.reader == "tiff"
-    assert [(found.width, found.height, found.downsample) for found in slide.levels] == [
-        (1280, 768, 1),
-        (640, 384, 2),
-        (320, 192, 4),
-    ]
+    levels = [(level.width, level.height, level.downsample) for level in slide.levels]
+    assert levels == [(1280, 768, 1), (640, 384, 2), (320, 192, 4)]
     assert (slide.mpp, slide.about.scanner) == (pytest.approx(0.25), "PHILIPS")
     for n in range(3):
         part = pixels[:: 2**n, :: 2**n]

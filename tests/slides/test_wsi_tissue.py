@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from hpcssl.slides import foreground
 from hpcssl.slides.foreground import CELL, Foreground, classify, find_foreground
 from hpcssl.slides.grid import MOST_PEN, grid, region_tiles, regions
 from hpcssl.slides.sampling import sample
@@ -27,9 +29,8 @@ class Picture(Slide):
 
     def __init__(self, pixels: NDArray[np.uint8]):
         height, width = pixels.shape[:2]
-        super().__init__(
-            "picture", [Level(width=width, height=height, downsample=1)], About(mpp=None, mpp_places="", scanner="")
-        )
+        level = Level(width=width, height=height, downsample=1)
+        super().__init__("picture", [level], About(mpp=None, mpp_places="", scanner=""))
         self._pixels = np.pad(pixels, ((0, 64), (0, 64), (0, 0)), constant_values=255)
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -68,10 +69,6 @@ def test_tissue_is_found_and_pen_is_left_out(pixels: NDArray[np.uint8]) -> None:
 
 
 def test_strips_and_threads_change_nothing(pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from hpcssl.slides import foreground
-
     whole = find_foreground(Picture(pixels), slide_mpp=0.31)
     monkeypatch.setattr(foreground, "_STRIP_PX", 100_000)
     with ThreadPoolExecutor(3) as pool:

@@ -57,6 +57,7 @@ class Builder:
         self.spec, self.slides, self.hold_out = spec, slides, hold_out or HoldOut()
         self.num_tiles = slides["num_tiles"].to_numpy(np.int64)
         self.first_tiles = np.cumsum(self.num_tiles) - self.num_tiles
+        self._slide_weights = slide_weights(self.num_tiles, spec.slide_power)
         self.dtype = np.dtype("<u4" if int(self.num_tiles.sum()) < 2**32 else "<u8")
         self.file_header = npy_header(self.dtype.str, spec.positions_per_pseudo_epoch)
         self.eligible = eligible_slides(spec, slides, self.hold_out)
@@ -96,10 +97,6 @@ class Builder:
                 group, order = self.groups(pass_number)
             quotas.append(self._quotas_of(number, group == group_number, order))
         return quotas
-
-    @cached_property
-    def _slide_weights(self) -> np.ndarray:
-        return slide_weights(self.num_tiles, self.spec.slide_power)
 
     def drawn_before(self, number: int) -> NDArray[np.int64]:
         """Return how often every slide was drawn in the pseudo-epochs before `number`, (num_slides,)."""

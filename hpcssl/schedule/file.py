@@ -98,6 +98,7 @@ class Schedule:
     mpp_weights : MPP → share of the positions, for stores of slides; empty for all alike
     num_positions : int, over all pseudo-epochs
     positions_per_pseudo_epoch, num_pseudo_epochs : int
+    pseudo_epoch : of a number, the mapped tile numbers
     """
 
     def __init__(self, path: Path, header: dict[str, Any]):
@@ -107,7 +108,7 @@ class Schedule:
         self.positions_per_pseudo_epoch: int = spec["positions_per_pseudo_epoch"]
         self.num_pseudo_epochs: int = spec["num_pseudo_epochs"]
         self.num_positions = self.positions_per_pseudo_epoch * self.num_pseudo_epochs
-        self._file = lru_cache(maxsize=None)(self._map)
+        self.pseudo_epoch = lru_cache(maxsize=None)(self._map)
 
     @classmethod
     def open(cls, path: Path) -> Schedule:
@@ -142,10 +143,6 @@ class Schedule:
             reason = " ".join(str(error).split())
             raise ScheduleError(f"{self.path / SLIDES}: damaged ({reason}); {anew(self.path)}") from None
 
-    def pseudo_epoch(self, number: int) -> NDArray[np.unsignedinteger]:
-        """Return the mapped tile numbers of one pseudo-epoch, (positions_per_pseudo_epoch,)."""
-        return self._file(number)
-
     def tiles_at(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the tile numbers at the positions [start, stop), across pseudo-epochs, (stop - start,).
 
@@ -158,11 +155,12 @@ class Schedule:
         while start < stop:
             number, offset = divmod(start, self.positions_per_pseudo_epoch)
             end = min(stop - start + offset, self.positions_per_pseudo_epoch)
-            parts.append(self._file(number)[offset:end].astype(np.int64))
+            parts.append(self.pseudo_epoch(number)[offset:end].astype(np.int64))
             start += end - offset
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def _map(self, number: int) -> NDArray[np.unsignedinteger]:
+        """Return the mapped tile numbers of one pseudo-epoch, (positions_per_pseudo_epoch,)."""
         path = self.path / self.header["pseudo_epochs"][number]["file"]
         try:
             mapped = map_array(path)

@@ -59,12 +59,8 @@ class Cut:
     @property
     def facts(self) -> dict[str, Any]:
         """What the slide table says of the slide."""
-        return {
-            "mpp": self.slide_mpp,
-            "tissue_mm2": round(self.foreground.tissue_mm2, 4),
-            "scanner": self.slide.about.scanner,
-            "reader": self.slide.reader,
-        }
+        read_by = {"scanner": self.slide.about.scanner, "reader": self.slide.reader}
+        return {"mpp": self.slide_mpp, "tissue_mm2": round(self.foreground.tissue_mm2, 4), **read_by}
 
     def jpegs(self, pool: Executor, *, window: int) -> Iterator[list[bytes]]:
         """Yield the tiles in the grid's order, some at a time; `window` regions at most are under way.

@@ -119,8 +119,7 @@ class _Remote(Ranges):
         async def bounded() -> Any:
             return await asyncio.wait_for(work(), TIMEOUT_S)
 
-        pause = _PAUSE_S
-        for left in reversed(range(TRIES)):
+        for number in range(TRIES):
             try:
                 return sync(self._fs.loop if self._fs.async_impl else get_loop(), bounded)
             except SlideError:
@@ -131,12 +130,11 @@ class _Remote(Ranges):
                 reason = f"its server refuses to give it ({error}); check the address and who may read it"
                 raise PermissionError(None, reason, self.path) from None
             except Exception as error:  # file systems raise what their libraries do: aiohttp, botocore, …
-                if not left:
+                if number == TRIES - 1:
                     kind = TimeoutError if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else OSError
                     text = " ".join(str(error).split()) or type(error).__name__
                     raise kind(None, f"does not answer after {TRIES} tries ({text})", self.path) from error
-            time.sleep(pause)
-            pause *= 2
+            time.sleep(_PAUSE_S * 2**number)
         raise AssertionError
 
 

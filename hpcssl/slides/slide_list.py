@@ -12,7 +12,7 @@ import pandas as pd
 from hpcssl.core.atomic import write_atomic
 from hpcssl.core.errors import SlideError
 from hpcssl.slides.ranges import is_remote
-from hpcssl.slides.slide import Slide, plausible_mpp
+from hpcssl.slides.slide import Slide, parse_mpp
 from hpcssl.slides.slide_table import check_columns, check_slides, read_table
 
 FAILED = "failed_slides.csv"
@@ -71,13 +71,8 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 def _stated_mpp(row: Mapping[str, Any], where: str) -> float | None:
     text = str(row["mpp"]).strip()
-    if not text:
-        return None
-    try:
-        mpp = plausible_mpp(float(text))
-    except ValueError:
-        mpp = None
-    if mpp is None:
+    mpp = parse_mpp(text)
+    if text and mpp is None:
         raise SlideError(f"{where}: slide {row['slide_id']} has mpp {text!r}; expected microns per pixel, 0.05 to 20")
     return mpp
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_file, digest_file, remove_temporary, sync, write_atomic
+from hpcssl.core.atomic import atomic_file, digest_bytes, digest_file, remove_temporary, sync, write_atomic
 from hpcssl.core.claim import check_same, claim
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import ScheduleError
@@ -94,20 +94,18 @@ def schedule_identity(builder: Builder) -> dict[str, Any]:
     if spec["hold_out"]:
         spec["hold_out"] = HOLD_OUT
     who = builder.slides["slide_id"][builder.eligible]
-    hold_out = builder.hold_out.to_csv().encode()
+    eligible: dict[str, Any] = {"slides": len(who), "tiles": int(builder.num_tiles[builder.eligible].sum())}
+    eligible["sha256"] = digest_bytes("".join(f"{name}\n" for name in who).encode())
+    hold_out = builder.hold_out.to_csv().encode() if spec["hold_out"] else b""
     return {
         "format": FORMAT,
         "spec": spec,
         "slides_digest": digest_slides(builder.slides),
         "num_slides": len(builder.slides),
         "num_tiles": int(builder.num_tiles.sum()),
-        "eligible": {
-            "slides": len(who),
-            "tiles": int(builder.num_tiles[builder.eligible].sum()),
-            "sha256": hashlib.sha256("".join(f"{name}\n" for name in who).encode()).hexdigest(),
-        },
-        "hold_out_sha256": hashlib.sha256(hold_out).hexdigest() if spec["hold_out"] else "",
-        "hold_out_bytes": len(hold_out) if spec["hold_out"] else 0,
+        "eligible": eligible,
+        "hold_out_sha256": digest_bytes(hold_out) if hold_out else "",
+        "hold_out_bytes": len(hold_out),
         "dtype": builder.dtype.name,
     }
 

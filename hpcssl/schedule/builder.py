@@ -176,9 +176,8 @@ class Builder:
             most = np.minimum(spec.max_repeats * self.num_tiles[dealt], quota)
             draws[dealt] = share_out_to_slides(quota, self._slide_weights[dealt], most)
         slides = np.flatnonzero(draws).astype(np.int32)
-        return Quotas(
-            slides=slides, draws=draws[slides], wanted=dict(zip(chosen, wanted)), achieved=dict(zip(chosen, achieved))
-        )
+        by_weight, capped = dict(zip(chosen, wanted)), dict(zip(chosen, achieved))
+        return Quotas(slides=slides, draws=draws[slides], wanted=by_weight, achieved=capped)
 
     def _check_room(self, number: int, tiles: dict[str, int]) -> None:
         spec, total = self.spec, self.spec.positions_per_pseudo_epoch

@@ -86,10 +86,8 @@ def plan_cut(row: Mapping[str, Any], options: CutOptions, pool: Executor, *, thr
         slide = pool.submit(open_slide, row["path"], cache_mb=_CACHE_MB * threads).result()
         slide_mpp = mpp_of(slide, row, options.assume_mpp)
         if slide_mpp > COARSER * options.mpp:
-            raise SlideError(
-                f"{slide.path}: {slide_mpp:g} microns per pixel, coarser than --mpp {options.mpp:g}; tile it with"
-                f" --mpp {slide_mpp:g} or more"
-            )
+            coarser = f"{slide_mpp:g} microns per pixel, coarser than --mpp {options.mpp:g}"
+            raise SlideError(f"{slide.path}: {coarser}; tile it with --mpp {slide_mpp:g} or more")
         sampling = sample(slide, slide_mpp=slide_mpp, mpp=options.mpp, tile_px=options.tile_px)
         foreground = find_foreground(slide, slide_mpp=slide_mpp, each=pool.map)
         corners = grid(slide, foreground, sampling, options.min_tissue)

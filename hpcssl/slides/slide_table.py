@@ -72,10 +72,8 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
             raise SlideError(f"{where}: row {blank[0] + 1} has no {column}")
         unfit = frame.index[frame[column].str.contains(r"[/\0]|^\.", regex=True)]  # it names files and folders
         if len(unfit):
-            name = frame.loc[unfit[0], column]
-            raise SlideError(
-                f"{where}: row {unfit[0] + 1} has {column} {name!r}; no slash, and no dot in front, please"
-            )
+            name = f"{column} {frame.loc[unfit[0], column]!r}"
+            raise SlideError(f"{where}: row {unfit[0] + 1} has {name}; no slash, and no dot in front, please")
     twice = frame["slide_id"][frame["slide_id"].duplicated()]
     if len(twice):
         raise SlideError(

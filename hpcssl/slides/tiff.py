@@ -89,10 +89,8 @@ class TiffSlide(Slide):
         for level, blocks in enumerate(self._levels):
             end = int((blocks.offsets + blocks.sizes).max())
             if end > self._ranges.size:
-                raise SlideError(
-                    f"{path}: truncated (level {level} ends at byte {end:,}, the file at {self._ranges.size:,});"
-                    " copy it again"
-                )
+                reason = f"level {level} ends at byte {end:,}, the file at {self._ranges.size:,}"
+                raise SlideError(f"{path}: truncated ({reason}); copy it again")
         steps = [nominal_downsample(sizes[0], size) for size in sizes]
         if padded:
             steps = [float(2 ** round(np.log2(step))) for step in steps]
@@ -117,11 +115,9 @@ class TiffSlide(Slide):
         right, bottom = min(x + width, size.width), min(y + height, size.height)
         if left >= right or top >= bottom:
             return out
-        indices = [
-            row * blocks.columns + column
-            for row in range(top // blocks.height, (bottom - 1) // blocks.height + 1)
-            for column in range(left // blocks.width, (right - 1) // blocks.width + 1)
-        ]
+        rows = range(top // blocks.height, (bottom - 1) // blocks.height + 1)
+        columns = range(left // blocks.width, (right - 1) // blocks.width + 1)
+        indices = [row * blocks.columns + column for row in rows for column in columns]
         for index, pixels in self._decoded(level, indices).items():
             row, column = divmod(index, blocks.columns)
             x0, y0 = column * blocks.width, row * blocks.height
@@ -293,12 +289,8 @@ def _about_philips(text: str) -> About:
     spacings = [(parse_mpp(pair[1], 1e3), parse_mpp(pair[0], 1e3)) for pair in texts if len(pair) == 2]
     across, down = min((pair for pair in spacings if all(pair)), default=(None, None))  # level 0 is the finest
     names = (said.get(name, [""])[0] for name in ("DICOM_MANUFACTURER", "DICOM_MANUFACTURERS_MODEL_NAME"))
-    return About(
-        mpp=across,
-        mpp_y=down,
-        mpp_places="DICOM_PIXEL_SPACING in its ImageDescription",
-        scanner=" ".join(filter(None, names)),
-    )
+    scanner, place = " ".join(filter(None, names)), "DICOM_PIXEL_SPACING in its ImageDescription"
+    return About(mpp=across, mpp_y=down, mpp_places=place, scanner=scanner)
 
 
 def _resolution(page: Any, name: str) -> float | None:

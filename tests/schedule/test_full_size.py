@@ -46,7 +46,7 @@ def brute_force(total: int, weights: dict[str, Fraction], caps: dict[str, int]) 
 
 
 @pytest.mark.parametrize(("power", "max_repeats"), [(0, 20), (0, 1), (1, 20)])
-def test_quotas_and_coverage_of_the_papers_schedule(slides: pd.DataFrame, power: int, max_repeats: int) -> None:
+def test_quotas_and_coverage_of_the_papers_schedule(slides, power, max_repeats):
     spec = ScheduleSpec(organ_power=power, max_repeats=max_repeats)
     builder = Builder(spec, slides)
     organ, tiles = slides["organ"].to_numpy(object), slides["num_tiles"].to_numpy()

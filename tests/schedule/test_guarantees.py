@@ -97,18 +97,18 @@ def check_groups(schedule: Read) -> None:
         assert max(share_that_stayed, pairs_that_stayed) < 2 / schedule.spec["num_groups"], "the same groups again"
 
 
-def test_every_slide_once_a_pass(schedule: Read) -> None:
+def test_every_slide_once_a_pass(schedule):
     assert len(schedule.passes()) == 2
     check_groups(schedule)
 
 
-def test_the_last_pass_may_be_cut_short(schedule: Read) -> None:
+def test_the_last_pass_may_be_cut_short(schedule):
     used = np.array([schedule.draws(n) > 0 for n in (10, 11)])
     assert used.sum(axis=0).max() == 1
     assert 0.3 < used.any(axis=0).mean() < 0.5
 
 
-def test_small_organs_do_not_crowd_the_first_group(tmp_path: Path) -> None:
+def test_small_organs_do_not_crowd_the_first_group(tmp_path):
     slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(40)], "num_tiles": 5})
     slides["organ"] = [f"organ {i}" for i in range(40)]  # one slide each
     spec = ScheduleSpec(num_pseudo_epochs=20, positions_per_pseudo_epoch=60, num_groups=4, max_repeats=50)
@@ -119,7 +119,7 @@ def test_small_organs_do_not_crowd_the_first_group(tmp_path: Path) -> None:
     assert stats.chisquare(sizes).pvalue > THRESHOLD
 
 
-def test_the_check_catches_slides_that_leak_between_groups(schedule: Read) -> None:
+def test_the_check_catches_slides_that_leak_between_groups(schedule):
     leaked = schedule.files[0].copy()
     leaked[0] = schedule.files[1][0]
     dropped = schedule.files[3][schedule.slide_of(schedule.files[3]) != schedule.slide_of(schedule.files[3])[0]]
@@ -207,7 +207,7 @@ def check_quotas(schedule: Read) -> None:
             assert is_shared(draws[members[organ]].tolist(), within), f"pseudo-epoch {number}: slides of {organ}"
 
 
-def test_quotas(schedule: Read) -> None:
+def test_quotas(schedule):
     check_quotas(schedule)
     capped = sum(q["achieved"] < q["wanted"] for told in schedule.told for q in told.values())
     assert capped > 10, "bounds must bind for this to test anything"
@@ -231,7 +231,7 @@ def test_quotas(schedule: Read) -> None:
     ],
     ids=str,
 )
-def test_quotas_of_other_specs(tmp_path: Path, slides: pd.DataFrame, change: dict[str, Any]) -> None:
+def test_quotas_of_other_specs(tmp_path, slides, change):
     spec = ScheduleSpec(num_pseudo_epochs=3, positions_per_pseudo_epoch=1200)
     check_quotas(build_and_read(tmp_path, replace(spec, **change), slides))
 
@@ -241,14 +241,14 @@ def two_organs() -> pd.DataFrame:
     return pd.DataFrame({"slide_id": list("abcde"), "organ": list("xxxyy"), "num_tiles": [90, 5, 5, 50, 50]})
 
 
-def test_every_slide_has_at_least_one_draw(tmp_path: Path) -> None:
+def test_every_slide_has_at_least_one_draw(tmp_path):
     spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=12, slide_power=4.0)
     schedule = build_and_read(tmp_path, spec, two_organs())
     assert schedule.draws(0).tolist()[:3] == [4, 1, 1]
     check_quotas(schedule)
 
 
-def test_an_organ_whose_slides_have_no_room_is_named(tmp_path: Path) -> None:
+def test_an_organ_whose_slides_have_no_room_is_named(tmp_path):
     spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=6)
     build_and_read(tmp_path / "just enough", spec, two_organs())
     for change in ({"positions_per_pseudo_epoch": 5, "organ_weights": {"y": 1.01}}, {"organ_weights": {"x": 0.5}}):
@@ -263,7 +263,7 @@ def check_ties_take_turns(draws: np.ndarray) -> None:
     assert stats.chisquare(more).pvalue > THRESHOLD, f"draws more than others: {more}"
 
 
-def test_of_slides_that_are_alike_another_has_the_draw_that_is_left_over(tmp_path: Path) -> None:
+def test_of_slides_that_are_alike_another_has_the_draw_that_is_left_over(tmp_path):
     slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(8)], "organ": "x", "num_tiles": 5})
     spec = ScheduleSpec(num_pseudo_epochs=200, num_groups=1, positions_per_pseudo_epoch=17)
     schedule = build_and_read(tmp_path, spec, slides)
@@ -274,7 +274,7 @@ def test_of_slides_that_are_alike_another_has_the_draw_that_is_left_over(tmp_pat
         check_ties_take_turns(-np.sort(-draws, axis=1))
 
 
-def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule: Read) -> None:
+def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule):
     def of(**change: Any) -> Read:
         return replace(schedule, spec=schedule.spec | change)
 
@@ -309,14 +309,14 @@ def check_even_draws(schedule: Read) -> None:
             assert counts.max() - counts.min() <= 1, f"slide {slide} after pseudo-epoch {number}: {counts}"
 
 
-def test_tiles_of_a_slide_take_turns(schedule: Read) -> None:
+def test_tiles_of_a_slide_take_turns(schedule):
     check_even_draws(schedule)
     drawn = np.bincount(np.concatenate(schedule.files), minlength=schedule.count.sum())
     assert drawn.min() >= 1, "each tile must be drawn for this to test anything"
     assert len(np.unique(drawn)) > 3
 
 
-def test_the_turns_of_two_slides_and_two_rounds_differ(tmp_path: Path) -> None:
+def test_the_turns_of_two_slides_and_two_rounds_differ(tmp_path):
     # a slide of 6 tiles, 3 draws a pseudo-epoch: which 3 come first in each round
     slides = pd.DataFrame({"slide_id": [f"s{i}" for i in range(40)], "organ": "x", "num_tiles": 6})
     spec = ScheduleSpec(num_pseudo_epochs=8, num_groups=1, positions_per_pseudo_epoch=120)
@@ -335,7 +335,7 @@ def test_the_turns_of_two_slides_and_two_rounds_differ(tmp_path: Path) -> None:
     assert stats.chisquare(counts).pvalue > THRESHOLD
 
 
-def test_the_check_catches_draws_with_replacement(schedule: Read) -> None:
+def test_the_check_catches_draws_with_replacement(schedule):
     random = np.random.default_rng(0)
     slides = schedule.slide_of(schedule.files[0])
     replaced = (schedule.first[slides] + random.integers(0, schedule.count[slides])).astype(np.uint32)
@@ -343,7 +343,7 @@ def test_the_check_catches_draws_with_replacement(schedule: Read) -> None:
         check_even_draws(schedule.changed(0, replaced))
 
 
-def test_a_tile_may_come_once_more_than_max_repeats_where_a_pass_begins_within_a_permutation(tmp_path: Path) -> None:
+def test_a_tile_may_come_once_more_than_max_repeats_where_a_pass_begins_within_a_permutation(tmp_path):
     slides = pd.DataFrame({"slide_id": ["a"], "organ": ["x"], "num_tiles": [10]})
     spec = ScheduleSpec(num_pseudo_epochs=3, num_groups=1, positions_per_pseudo_epoch=7, max_repeats=1)
     read_all = [build_and_read(tmp_path / str(seed), replace(spec, seed=seed), slides) for seed in range(5)]

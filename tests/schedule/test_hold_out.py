@@ -26,16 +26,10 @@ SMALL = ScheduleSpec(num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epo
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     """24 slides of two organs, three scanners and 9 patients with 2 or 3 slides each; three have no patient."""
-    return pd.DataFrame(
-        {
-            "slide_id": [f"s{i}" for i in range(24)],
-            "organ": ["breast", "lung"] * 12,
-            "num_tiles": [3, 5, 7, 4] * 6,
-            "patient_id": [f"p{i % 9}" if i < 21 else "" for i in range(24)],
-            "scanner": ["AT2", "GT450", "P1000"] * 8,
-            "stain": ["H&E"] * 23 + ["IHC"],
-        }
-    )
+    table = pd.DataFrame({"slide_id": [f"s{i}" for i in range(24)], "organ": ["breast", "lung"] * 12})
+    table = table.assign(num_tiles=[3, 5, 7, 4] * 6, scanner=["AT2", "GT450", "P1000"] * 8)
+    patients = [f"p{i % 9}" if i < 21 else "" for i in range(24)]
+    return table.assign(patient_id=patients, stain=["H&E"] * 23 + ["IHC"])
 
 
 @pytest.fixture
@@ -67,7 +61,7 @@ def all_but(table: pd.DataFrame, *ids: str) -> set[str]:
 # hold-out
 
 
-def test_without_a_list_every_slide_is_drawn(build: Callable[..., Schedule], table: pd.DataFrame) -> None:
+def test_without_a_list_every_slide_is_drawn(build, table):
     schedule = build()
     assert drawn(schedule) == set(table["slide_id"])
     assert schedule.header["hold_out_sha256"] == ""
@@ -89,9 +83,7 @@ def test_without_a_list_every_slide_is_drawn(build: Callable[..., Schedule], tab
         ("\ufeffslide_id\ns21\n", ["s21"]),
     ],
 )
-def test_held_out_slides_are_never_drawn(
-    build: Callable[..., Schedule], table: pd.DataFrame, text: str, gone: list[str]
-) -> None:
+def test_held_out_slides_are_never_drawn(build, table, text, gone):
     schedule = build(text)
     assert drawn(schedule) == all_but(table, *gone)
     slides = schedule.slides()
@@ -101,7 +93,7 @@ def test_held_out_slides_are_never_drawn(
     assert schedule.header["eligible"]["tiles"] == slides["num_tiles"][slides["eligible"]].sum()
 
 
-def test_the_schedule_keeps_its_own_list(build: Callable[..., Schedule], tmp_path: Path) -> None:
+def test_the_schedule_keeps_its_own_list(build, tmp_path):
     schedule = build("patient_id,slide_id,x\np8,s22,1\n,s21,2\n,s21,3\n , ,4\n")
     text = (schedule.path / "hold_out.csv").read_text()
     assert text == "slide_id,patient_id\ns21,p8\ns22,\n"
@@ -110,7 +102,7 @@ def test_the_schedule_keeps_its_own_list(build: Callable[..., Schedule], tmp_pat
     verify_schedule(schedule.path)
 
 
-def test_the_order_of_the_list_is_no_matter(build: Callable[..., Schedule]) -> None:
+def test_the_order_of_the_list_is_no_matter(build):
     one = build("slide_id\ns22\ns21\n")
     before = {p.name: p.read_bytes() for p in one.path.iterdir()}
     two = build("patient_id,slide_id\n,s21\n,s22\n,s22\n")  # a finished schedule: accepted as the same
@@ -118,7 +110,7 @@ def test_the_order_of_the_list_is_no_matter(build: Callable[..., Schedule]) -> N
 
 
 @pytest.mark.parametrize("text", ["slide_id\n007\n1e3\n", "slide_id\nNA\n", 'slide_id\n"a, b"\n'])
-def test_names_that_look_like_something_else(tmp_path: Path, text: str) -> None:
+def test_names_that_look_like_something_else(tmp_path, text):
     names = ["7", "007", "1000", "1e3", "NA", "", "nan", "a, b"]
     slides = pd.DataFrame({"slide_id": names})
     (tmp_path / "test.csv").write_text(text)
@@ -127,7 +119,7 @@ def test_names_that_look_like_something_else(tmp_path: Path, text: str) -> None:
     assert {name for name, is_held in zip(names, held.mask(slides)) if is_held} == expected
 
 
-def test_names_with_spaces_around_them_are_held_out_too(build: Callable[..., Schedule], table: pd.DataFrame) -> None:
+def test_names_with_spaces_around_them_are_held_out_too(build, table):
     spaced = table.assign(
         slide_id=[f"{name} " if name == "s21" else name for name in table["slide_id"]],
         patient_id=[f" {name}" if name == "p8" else name for name in table["patient_id"]],
@@ -155,7 +147,7 @@ def test_names_with_spaces_around_them_are_held_out_too(build: Callable[..., Sch
         ('slide_id\n"s0\n', "not a CSV file"),
     ],
 )
-def test_a_list_that_cannot_be_is_refused(build: Callable[..., Schedule], tmp_path: Path, text: str, told: str) -> None:
+def test_a_list_that_cannot_be_is_refused(build, tmp_path, text, told):
     with pytest.raises(ScheduleError) as caught:
         build(text)
     assert told in str(caught.value)
@@ -163,7 +155,7 @@ def test_a_list_that_cannot_be_is_refused(build: Callable[..., Schedule], tmp_pa
     assert not (tmp_path / "sched").exists()
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(ScheduleError, match=r"hold_out .*none\.csv: no such file"):
         HoldOut.read(tmp_path / "none.csv")
     for content in ("slide_id\nMünchen\n".encode("latin-1"), b""):
@@ -172,7 +164,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             HoldOut.read(tmp_path / "list.csv")
 
 
-def test_a_table_without_patients(build: Callable[..., Schedule], table: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_table_without_patients(build, table, tmp_path):
     bare = table[["slide_id", "organ", "num_tiles"]]
     with pytest.raises(ScheduleError, match="hold_out names patients, but the slide table has no column patient_id"):
         build("slide_id,patient_id\ns0,p0\n", bare)
@@ -180,7 +172,7 @@ def test_a_table_without_patients(build: Callable[..., Schedule], table: pd.Data
 
 
 @pytest.mark.parametrize("blank", ["", " "])
-def test_slides_without_a_patient_are_no_group(build: Callable[..., Schedule], table: pd.DataFrame, blank: str) -> None:
+def test_slides_without_a_patient_are_no_group(build, table, blank):
     slides = table.assign(patient_id=table["patient_id"].replace("", blank))
     assert drawn(build("slide_id,patient_id\ns21, \n", slides)) == all_but(table, "s21")
 
@@ -209,7 +201,7 @@ def test_slides_without_a_patient_are_no_group(build: Callable[..., Schedule], t
     ],
     ids=str,
 )
-def test_filters_with_or_without_a_hold_out_list(build, table, change: dict[str, Any], query: str) -> None:
+def test_filters_with_or_without_a_hold_out_list(build, table, change, query):
     schedule = build(**change)
     assert drawn(schedule) == set(table.query(query)["slide_id"])
     columns = {*change.get("include", ()), *change.get("exclude", ())}
@@ -230,9 +222,7 @@ def test_filters_with_or_without_a_hold_out_list(build, table, change: dict[str,
     ],
     ids=str,
 )
-def test_filters_and_weights_that_fit_nothing_are_refused(
-    build: Callable[..., Schedule], tmp_path: Path, change: dict[str, Any], told: str
-) -> None:
+def test_filters_and_weights_that_fit_nothing_are_refused(build, tmp_path, change, told):
     with pytest.raises(ScheduleError) as caught:
         build(**change)
     assert told in str(caught.value)
@@ -242,9 +232,7 @@ def test_filters_and_weights_that_fit_nothing_are_refused(
 # specs in YAML
 
 
-def test_a_hold_out_list_counts_from_the_specs_folder(
-    tmp_path: Path, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hold_out_list_counts_from_the_specs_folder(tmp_path, table, monkeypatch):
     (tmp_path / "specs" / "lists").mkdir(parents=True)
     spec_file = tmp_path / "specs" / "mine.yaml"
     spec_file.write_text(
@@ -272,7 +260,7 @@ def test_a_hold_out_list_counts_from_the_specs_folder(
         build_schedule(load_spec("specs/mine.yaml"), table, tmp_path / "no")
 
 
-def test_numbers_of_a_parquet_table_are_held_out_and_filtered_as_written(tmp_path: Path) -> None:
+def test_numbers_of_a_parquet_table_are_held_out_and_filtered_as_written(tmp_path):
     """A column of integers with a blank is read by pandas as floats: patient 9 must not become 9.0."""
     frame = pd.DataFrame({"slide_id": list("abcdef"), "organ": "lung", "num_tiles": 9})
     frame["patient_id"] = pd.array([7, 9, 9, None, 8, 8], dtype="Int64")
@@ -288,7 +276,7 @@ def test_numbers_of_a_parquet_table_are_held_out_and_filtered_as_written(tmp_pat
 
 
 @pytest.mark.parametrize("column", ["eligible", "first_tile"])
-def test_a_filter_on_a_column_of_the_schedules_own_is_refused(tmp_path: Path, column: str) -> None:
+def test_a_filter_on_a_column_of_the_schedules_own_is_refused(tmp_path, column):
     slides = pd.DataFrame({"slide_id": list("ab"), "organ": "lung", "num_tiles": 9, column: "1"})
     with pytest.raises(ScheduleError, match="rename yours"):
         Builder(ScheduleSpec(include={column: ["1"]}), slides)

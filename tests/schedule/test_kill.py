@@ -71,9 +71,7 @@ def killed_at(small: ModuleType, moment: int, build: Callable[[], object]) -> bo
     return small.in_a_fork(run) == KILLED
 
 
-def test_a_build_killed_before_any_change_of_a_file(
-    small: ModuleType, held: ScheduleSpec, slides: pd.DataFrame, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_build_killed_before_any_change_of_a_file(small, held, slides, undisturbed, tmp_path):
     moment, refused, opened = 0, 0, 0
     while killed_at(small, moment, partial(build_schedule, held, slides, tmp_path / str(moment))):
         out = tmp_path / str(moment)
@@ -97,9 +95,7 @@ def has_parts(out: Path, number: int) -> bool:
     return len(list(out.glob("pseudo_epoch_*.npy"))) >= number
 
 
-def test_a_command_killed_at_random_moments(
-    small: ModuleType, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_a_command_killed_at_random_moments(small, spec, slides, tmp_path):
     moments = random.Random(0)
     large = replace(spec, num_pseudo_epochs=120, max_repeats=100, positions_per_pseudo_epoch=30_000)
     build_schedule(large, slides, tmp_path / "undisturbed")

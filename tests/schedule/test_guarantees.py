@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,32 +140,6 @@ def test_the_check_catches_slides_that_leak_between_groups(schedule):
 # 2. quotas
 
 
-def exact_shares(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[Fraction]:
-    """Water-filling by bisection on the exact sum of the bounded levels."""
-    bottom, top = Fraction(0), max(Fraction(hi + 1) / w for w, hi in zip(weights, high))
-
-    def held(level: Fraction) -> list[Fraction]:
-        return [min(max(level * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, low, high)]
-
-    for _ in range(80):
-        middle = (bottom + top) / 2
-        bottom, top = (middle, top) if sum(held(middle)) < total else (bottom, middle)
-    levels = held(top)
-    free = [i for i, (level, lo, hi) in enumerate(zip(levels, low, high)) if level not in (lo, hi)]
-    rest = total - sum(level for i, level in enumerate(levels) if i not in free)
-    return [rest * weights[i] / sum(weights[j] for j in free) if i in free else level for i, level in enumerate(levels)]
-
-
-def shared(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[int]:
-    """The largest remainders of the exact shares are rounded up; ties to the earlier."""
-    exact = exact_shares(total, weights, low, high)
-    shares = [math.floor(share) for share in exact]
-    order = sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))
-    for i in order[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
 def is_shared(found: list[int], exact: list[Fraction]) -> bool:
     """Whether the largest remainders are rounded up, whoever gets a tie."""
     if sum(found) != sum(exact) or any(not 0 <= f - math.floor(e) <= 1 for f, e in zip(found, exact)):
@@ -181,7 +156,7 @@ def weight(size: int, power: float, factor: float = 1.0) -> Fraction:
     return Fraction(size) ** int(power) * Fraction(str(factor))
 
 
-def check_quotas(schedule: Read) -> None:
+def check_quotas(schedule: Read, shares: SimpleNamespace) -> None:
     """Draws of every organ and slide are those of a second computation; what schedule.json says of them is true."""
     spec = schedule.spec
     for number, told in enumerate(schedule.told):
@@ -195,20 +170,20 @@ def check_quotas(schedule: Read) -> None:
         factors = spec["organ_weights"]
         weights = [weight(size[organ], spec["organ_power"], factors.get(organ, 1.0)) for organ in organs]
         total = spec["positions_per_pseudo_epoch"]
-        wanted = shared(total, weights, [0] * len(organs), [total] * len(organs))
-        achieved = shared(total, weights, [0] * len(organs), [spec["max_repeats"] * tiles[o] for o in organs])
+        wanted = shares.whole(total, weights, [0] * len(organs), [total] * len(organs))
+        achieved = shares.whole(total, weights, [0] * len(organs), [spec["max_repeats"] * tiles[o] for o in organs])
         found = [int(draws[members[organ]].sum()) for organ in organs]
         assert found == achieved, f"pseudo-epoch {number}: quotas of {organs}"
         assert told == {o: {"wanted": w, "achieved": a} for o, w, a in zip(organs, wanted, achieved)}, number
         for organ, quota in zip(organs, achieved):
             n = [int(schedule.count[slide]) for slide in members[organ]]
             by_slide = [weight(k, spec["slide_power"]) for k in n]
-            within = exact_shares(quota, by_slide, [1] * len(n), [spec["max_repeats"] * k for k in n])
+            within = shares.exact(quota, by_slide, [1] * len(n), [spec["max_repeats"] * k for k in n])
             assert is_shared(draws[members[organ]].tolist(), within), f"pseudo-epoch {number}: slides of {organ}"
 
 
-def test_quotas(schedule):
-    check_quotas(schedule)
+def test_quotas(schedule, shares):
+    check_quotas(schedule, shares)
     capped = sum(q["achieved"] < q["wanted"] for told in schedule.told for q in told.values())
     assert capped > 10, "bounds must bind for this to test anything"
 
@@ -231,9 +206,9 @@ def test_quotas(schedule):
     ],
     ids=str,
 )
-def test_quotas_of_other_specs(tmp_path, slides, change):
+def test_quotas_of_other_specs(tmp_path, slides, shares, change):
     spec = ScheduleSpec(num_pseudo_epochs=3, positions_per_pseudo_epoch=1200)
-    check_quotas(build_and_read(tmp_path, replace(spec, **change), slides))
+    check_quotas(build_and_read(tmp_path, replace(spec, **change), slides), shares)
 
 
 def two_organs() -> pd.DataFrame:
@@ -241,11 +216,11 @@ def two_organs() -> pd.DataFrame:
     return pd.DataFrame({"slide_id": list("abcde"), "organ": list("xxxyy"), "num_tiles": [90, 5, 5, 50, 50]})
 
 
-def test_every_slide_has_at_least_one_draw(tmp_path):
+def test_every_slide_has_at_least_one_draw(tmp_path, shares):
     spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=12, slide_power=4.0)
     schedule = build_and_read(tmp_path, spec, two_organs())
     assert schedule.draws(0).tolist()[:3] == [4, 1, 1]
-    check_quotas(schedule)
+    check_quotas(schedule, shares)
 
 
 def test_an_organ_whose_slides_have_no_room_is_named(tmp_path):
@@ -274,7 +249,7 @@ def test_of_slides_that_are_alike_another_has_the_draw_that_is_left_over(tmp_pat
         check_ties_take_turns(-np.sort(-draws, axis=1))
 
 
-def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule):
+def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule, shares):
     def of(**change: Any) -> Read:
         return replace(schedule, spec=schedule.spec | change)
 
@@ -293,7 +268,7 @@ def test_the_check_catches_shares_by_nature_and_a_moved_draw(schedule):
         (schedule.changed(2, schedule.files[2][:-1]), "pseudo-epoch 2: quotas of"),
     ):
         with pytest.raises(AssertionError, match=told):
-            check_quotas(broken)
+            check_quotas(broken, shares)
 
 
 # 3. draws of a slide's tiles

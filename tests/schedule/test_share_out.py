@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 from collections.abc import Callable
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,36 +20,6 @@ EDGE_OF_64_BITS = [2**31 - 1, 2**31 - 2, 3, 2**30]  # tiles of slides
 FIXED = settings(derandomize=True, deadline=None, max_examples=400, database=None)
 
 
-def levels(total: int, weights: Shares, low: Shares, high: Shares) -> list[Fraction]:
-    """Water-filling by definition: the one level at which level · weight, held within the bounds, sums to the total."""
-
-    def held(level: Fraction) -> list[Fraction]:
-        return [min(max(level * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, low, high)]
-
-    def total_at(level: Fraction) -> Fraction:
-        return sum(held(level), Fraction(0))
-
-    turns = sorted({Fraction(b, w) for w, lo, hi in zip(weights, low, high) for b in (lo, hi)} | {Fraction(0)})
-    below = max(turn for turn in turns if total_at(turn) <= total)
-    above = min((turn for turn in turns if total_at(turn) >= total), default=below)
-    if total_at(below) == total:
-        return held(below)
-    # the sum is linear between two neighbouring turns
-    part = (total - total_at(below)) / (total_at(above) - total_at(below))
-    return held(below + part * (above - below))
-
-
-def by_definition(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
-    """Water-filling, then the largest remainders, ties to the earlier entry."""
-    exact = levels(total, weights, low, high)
-    assert sum(exact) == total
-    shares = [share.numerator // share.denominator for share in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
 @st.composite
 def cases(draw: st.DrawFn, *, largest_weight: int = 50) -> Case:
     count = draw(st.integers(1, 8))
@@ -58,25 +29,25 @@ def cases(draw: st.DrawFn, *, largest_weight: int = 50) -> Case:
     return draw(st.integers(sum(low), sum(high))), weights, low, high
 
 
-def check_shares(share: Callable[..., Shares], case: Case) -> None:
+def check_shares(shares: SimpleNamespace, share: Callable[..., Shares], case: Case) -> None:
     total, weights, low, high = case
     found = share(total, weights, low, high)
     assert sum(found) == total
     assert all(lo <= x <= hi for x, lo, hi in zip(found, low, high))
-    assert found == by_definition(*case)
+    assert found == shares.whole(*case)
 
 
 @FIXED
 @given(cases())
-def test_share_out_is_water_filling_with_largest_remainders(case):
-    check_shares(share_out, case)
+def test_share_out_is_water_filling_with_largest_remainders(shares, case):
+    check_shares(shares, share_out, case)
 
 
 @FIXED
 @given(cases(largest_weight=10**15))
-def test_share_out_with_weights_beyond_64_bit_products(case):
+def test_share_out_with_weights_beyond_64_bit_products(shares, case):
     total, weights, low, high = case
-    check_shares(share_out, (total, [w**3 for w in weights], low, high))
+    check_shares(shares, share_out, (total, [w**3 for w in weights], low, high))
 
 
 @st.composite
@@ -94,13 +65,13 @@ def slide_cases(draw: st.DrawFn) -> tuple[int, Shares, int, float]:
 @example((2**31 - 1, EDGE_OF_64_BITS, 20, 0.0))
 @example((2**31 - 1, EDGE_OF_64_BITS, 20, 0.5))
 @example((2**31 - 1, EDGE_OF_64_BITS, 20, 1.0))
-def test_slides_share_with_at_least_one_draw_each(case):
+def test_slides_share_with_at_least_one_draw_each(shares, case):
     total, tiles, repeats, power = case
     weights = slide_weights(np.array(tiles), power)
     found = share_out_to_slides(total, weights, repeats * np.array(tiles))
     assert found.dtype == np.int64
     exact = [power_weight(n, power) for n in tiles]
-    assert found.tolist() == by_definition(total, exact, [1] * len(tiles), [repeats * n for n in tiles])
+    assert found.tolist() == shares.whole(total, exact, [1] * len(tiles), [repeats * n for n in tiles])
 
 
 @pytest.mark.parametrize("power", [0, 0.0, 0.5, 1, 1.0, 2.0])
@@ -113,26 +84,26 @@ def test_weights_of_slides_are_in_proportion_to_their_power(power):
     assert (weights.dtype == np.int64) == (power in (0, 1)), "int64 where that is exact: it is much faster"
 
 
-def test_the_check_catches_rounding_and_one_sided_bounds():
+def test_the_check_catches_rounding_and_one_sided_bounds(shares):
     def rounded(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
         return [round(total * w / sum(weights)) for w in weights]
 
     def clipped_at_once(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
-        rest = by_definition(total, weights, [0] * len(low), [total] * len(low))
+        rest = shares.whole(total, weights, [0] * len(low), [total] * len(low))
         return [min(max(x, lo), hi) for x, lo, hi in zip(rest, low, high)]
 
     def ties_to_the_last(total: int, weights: Shares, low: Shares, high: Shares) -> Shares:
         return share_out(total, weights[::-1], low[::-1], high[::-1])[::-1]
 
-    check_shares(share_out, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9]))
-    check_shares(share_out, (10, [8, 1, 1], [1, 1, 1], [4, 9, 9]))
+    check_shares(shares, share_out, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9]))
+    check_shares(shares, share_out, (10, [8, 1, 1], [1, 1, 1], [4, 9, 9]))
     for broken, case in (
         (rounded, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9])),
         (clipped_at_once, (10, [8, 1, 1], [1, 1, 1], [4, 9, 9])),
         (ties_to_the_last, (7, [1, 1, 1], [0, 0, 0], [9, 9, 9])),
     ):
         with pytest.raises(AssertionError):
-            check_shares(broken, case)
+            check_shares(shares, broken, case)
 
 
 def test_what_cannot_be_shared_is_a_defect_of_the_caller():

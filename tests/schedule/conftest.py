@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, spec: ScheduleSpec, slides: 
     out = tmp_path_factory.mktemp("schedule") / "sched"
     build_schedule(spec, slides, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Reads the files of a folder."""
+    return lambda folder: {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def exact_shares(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[Fraction]:

@@ -23,10 +23,6 @@ from hpcssl.schedule.verify import verify_schedule
 Build = Callable[..., list[int]]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
 def part(folder: Path, number: int) -> Path:
     return folder / f"pseudo_epoch_{number:04d}.npy"
 
@@ -42,7 +38,7 @@ def few(spec: ScheduleSpec) -> ScheduleSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, few: ScheduleSpec, slides: pd.DataFrame) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory, contents, few, slides) -> dict[str, bytes]:
     """The files of a build that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed") / "sched"
     assert build_schedule(few, slides, out) == []
@@ -66,18 +62,15 @@ def build(few: ScheduleSpec, slides: pd.DataFrame, out: Path) -> Build:
     return run
 
 
-# parts
-
-
 @pytest.mark.parametrize("jobs", [2, 3, 20])
-def test_the_number_of_threads_changes_no_byte(build, out, undisturbed, jobs):
+def test_the_number_of_threads_changes_no_byte(build, out, undisturbed, jobs, contents):
     progress: list[int] = []
     assert build(jobs=jobs, on_progress=progress.append) == []
     assert contents(out) == undisturbed
     assert sum(progress) == 10_000
 
 
-def test_parts_out_of_order_are_the_same(build, out, undisturbed):
+def test_parts_out_of_order_are_the_same(build, out, undisturbed, contents):
     for only, missing in (([2], [0, 1, 3]), ([3, 0, 3], [1]), ([2, 3], [1]), ((), [1])):
         progress: list[int] = []
         assert build(only=only, jobs=2, on_progress=progress.append) == missing
@@ -127,7 +120,7 @@ RESUMED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", RESUMED)
-def test_a_build_that_is_resumed(build, out, undisturbed, change):
+def test_a_build_that_is_resumed(build, out, undisturbed, change, contents):
     build(only=[0, 2])
     RESUMED[change](out)
     assert build() == []
@@ -147,7 +140,7 @@ def test_a_damaged_checksum_or_mark_is_told(build, out):
         build()
 
 
-def test_an_error_in_a_thread_is_told_and_the_build_goes_on_later(build, out, undisturbed, monkeypatch):
+def test_an_error_in_a_thread_is_told_and_the_build_goes_on_later(build, out, undisturbed, monkeypatch, contents):
     def fails(stream: Any, data: Any, digest: Any) -> None:
         if "_0002" in stream.name and len(data) > 1000:
             raise OSError(28, "No space left on device")
@@ -164,10 +157,7 @@ def test_an_error_in_a_thread_is_told_and_the_build_goes_on_later(build, out, un
     assert contents(out) == undisturbed
 
 
-# several nodes
-
-
-def test_two_builds_at_the_same_time(build, out, undisturbed):
+def test_two_builds_at_the_same_time(build, out, undisturbed, contents):
     left: list[list[int]] = []
     nodes = [threading.Thread(target=lambda o=only: left.append(build(only=o))) for only in ([0, 2], [1, 3])]
     for node in nodes:
@@ -179,7 +169,7 @@ def test_two_builds_at_the_same_time(build, out, undisturbed):
     assert contents(out) == undisturbed
 
 
-def test_another_node_that_finishes_first(build, out, undisturbed, monkeypatch):
+def test_another_node_that_finishes_first(build, out, undisturbed, monkeypatch, contents):
     def both_finish(*arguments: Any) -> None:
         finish(*arguments)
         finish(*arguments)
@@ -188,9 +178,6 @@ def test_another_node_that_finishes_first(build, out, undisturbed, monkeypatch):
     monkeypatch.setattr(build_module, "_finish", both_finish)
     assert build() == []
     assert contents(out) == undisturbed
-
-
-# other schedules
 
 
 @pytest.mark.parametrize("only", [None, [0]])
@@ -205,7 +192,7 @@ def test_another_node_that_finishes_first(build, out, undisturbed, monkeypatch):
     ],
     ids=str,
 )
-def test_another_spec_is_refused(build, out, only, change, told):
+def test_another_spec_is_refused(build, out, only, change, told, contents):
     build(only=only)
     before = contents(out)
     state = "is a schedule with" if only is None else "holds parts of a schedule with"
@@ -215,7 +202,7 @@ def test_another_spec_is_refused(build, out, only, change, told):
 
 
 @pytest.mark.parametrize("only", [None, [0]])
-def test_other_slides_are_refused(build, slides, tmp_path, out, only):
+def test_other_slides_are_refused(build, slides, tmp_path, out, only, contents):
     build(only=only)
     before = contents(out)
     with pytest.raises(ScheduleError, match="with slides_digest = "):
@@ -238,7 +225,7 @@ def test_another_hold_out_list_is_refused(build, slides, tmp_path):
         build(change={"hold_out": str(table)})
 
 
-def test_a_folder_of_something_else_is_refused(build, out):
+def test_a_folder_of_something_else_is_refused(build, out, contents):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ScheduleError, match=r"holds notes\.txt, no schedule; choose another --out"):

@@ -50,6 +50,9 @@ def test_slides_and_places(schedule, tmp_path, monkeypatch, piece):
     assert sorted(p.name for p in (tmp_path / "csv").iterdir()) == [f"slide_schedule_{n}.csv" for n in range(3)]
     assert sum(progress) == 600
     check_export(schedule, tmp_path / "csv")
+    lines = (tmp_path / "csv/slide_schedule_0.csv").read_bytes().split(b"\n")
+    assert (lines[0], lines[-1]) == (b"slide_id,index", b"")
+    assert {b"plain,0", b'"a, b",0'} <= {*lines}, "quoted only where that is needed"
 
 
 def test_paths_of_files(schedule, tmp_path):
@@ -66,16 +69,6 @@ def test_paths_of_files(schedule, tmp_path):
     assert whole["imgpath"].tolist() == paths_of(tiles)
     assert (np.concatenate(asked[:-1]) == tiles).all()
     assert asked[0].dtype == np.int64
-
-
-def test_one_line_a_position_in_plain_csv(tmp_path):
-    slides = pd.DataFrame({"slide_id": ["a", "b,c"], "organ": ["x", "x"], "num_tiles": [1, 1]})
-    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=2)
-    build_schedule(spec, slides, tmp_path / "sched")
-    export_csv(Schedule.open(tmp_path / "sched"), tmp_path / "csv", paths_of=None)
-    lines = (tmp_path / "csv/slide_schedule_0.csv").read_bytes().split(b"\n")
-    assert lines[0] == b"slide_id,index"
-    assert sorted(lines[1:]) == [b"", b'"b,c",0', b"a,0"]
 
 
 def test_some_pseudo_epochs_and_again(schedule, tmp_path):

@@ -58,9 +58,6 @@ def all_but(table: pd.DataFrame, *ids: str) -> set[str]:
     return set(table["slide_id"]) - set(ids)
 
 
-# hold-out
-
-
 def test_without_a_list_every_slide_is_drawn(build, table):
     schedule = build()
     assert drawn(schedule) == set(table["slide_id"])
@@ -177,9 +174,6 @@ def test_slides_without_a_patient_are_no_group(build, table, blank):
     assert drawn(build("slide_id,patient_id\ns21, \n", slides)) == all_but(table, "s21")
 
 
-# filters and weights
-
-
 @pytest.mark.parametrize(
     ("change", "query"),
     [
@@ -227,9 +221,6 @@ def test_filters_and_weights_that_fit_nothing_are_refused(build, tmp_path, chang
         build(**change)
     assert told in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-# specs in YAML
 
 
 def test_a_hold_out_list_counts_from_the_specs_folder(tmp_path, table, monkeypatch):

@@ -135,9 +135,6 @@ def test_inspect_opens_no_file_of_tiles(filtered, tmp_path):
         inspect_schedule(sched)
 
 
-# two schedules
-
-
 @pytest.fixture
 def other(spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path) -> Callable[..., Path]:
     """Build a schedule that differs from `built` in what is given."""

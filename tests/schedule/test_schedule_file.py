@@ -32,13 +32,6 @@ def schedule(built: Path) -> Schedule:
     return Schedule.open(built)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-# reading
-
-
 def test_positions_run_on_across_pseudo_epochs(schedule, built):
     whole = np.concatenate([np.load(built / f"pseudo_epoch_{n:04d}.npy") for n in range(12)]).astype(np.int64)
     assert schedule.num_positions == len(whole) == 30_000
@@ -153,10 +146,7 @@ def test_the_header_is_json_an_entry_a_line(built, schedule):
         assert (record["bytes"], record["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-# building
-
-
-def test_two_builds_and_another_process_give_the_same_bytes(built, spec, slides, tmp_path):
+def test_two_builds_and_another_process_give_the_same_bytes(built, spec, slides, tmp_path, contents):
     build_schedule(spec, slides, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(built)
     slides.to_csv(tmp_path / "slides.csv", index=False)
@@ -254,9 +244,6 @@ def test_fewer_slides_than_groups_are_told(tmp_path):
         build_schedule(ScheduleSpec(num_pseudo_epochs=5, positions_per_pseudo_epoch=10), slides, tmp_path / "sched")
 
 
-# specs
-
-
 def test_every_spec_that_ships_loads_and_opal_has_the_papers_numbers(repository):
     spec = load_spec("opal-3b")
     assert (spec.num_pseudo_epochs, spec.positions_per_pseudo_epoch, spec.num_groups) == (50, 65_000_000, 5)
@@ -294,9 +281,6 @@ OUT_OF_RANGE = """
 def test_values_out_of_range_are_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         load_spec("demo", [override])
-
-
-# stores and shares
 
 
 def test_a_store_with_appended_slides_matches(schedule, slides):

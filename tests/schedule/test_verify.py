@@ -199,11 +199,8 @@ def test_a_broken_guarantee_is_named_although_checksums_match(sched, breakage, n
 
 
 def test_a_tile_beyond_the_last_is_told(sched):
-    def beyond(tiles: np.ndarray) -> None:
-        tiles[int(tiles.argmax())] = 64
-
     number = next(n for n in range(4) if np.load(file_of(sched, n)).max() >= 53)
-    change_tiles(sched, number, beyond)
+    change_tiles(sched, number, lambda tiles: np.put(tiles, tiles.argmax(), 64))
     match_checksums(sched)
     assert f"pseudo_epoch_000{number}.npy" in verdict(sched)
 

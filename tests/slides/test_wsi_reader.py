@@ -107,15 +107,15 @@ def test_philips_levels_are_halves_though_filled_up_to_whole_blocks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    "options",
     [
-        ("big", {"bigtiff": True, "compression": "deflate"}),
-        ("big-endian", {"byteorder": ">", "compression": "lzw", "predictor": True}),
-        ("plain", {}),
-        ("webp", {"compression": "webp", "compressionargs": {"lossless": True}}),
+        {"bigtiff": True, "compression": "deflate"},
+        {"byteorder": ">", "compression": "lzw", "predictor": True},
+        {},
+        {"compression": "webp", "compressionargs": {"lossless": True}},
     ],
 )
-def test_other_tiffs(tmp_path, kind, options):
+def test_other_tiffs(tmp_path, options):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
     inch = {"resolution": (101_600, 101_600), "resolutionunit": "INCH"}
     tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(128, 128), photometric="rgb", **inch, **options)

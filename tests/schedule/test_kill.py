@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -87,10 +86,6 @@ def test_a_build_killed_before_any_change_of_a_file(small, held, slides, undistu
     assert opened >= 4, "marks and checksums are removed when all is done"
 
 
-def has_parts(out: Path, number: int) -> bool:
-    return len(list(out.glob("pseudo_epoch_*.npy"))) >= number
-
-
 def test_a_command_killed_at_random_moments(small, spec, slides, tmp_path, contents):
     moments = random.Random(0)
     large = replace(spec, num_pseudo_epochs=120, max_repeats=100, positions_per_pseudo_epoch=30_000)
@@ -104,7 +99,8 @@ def test_a_command_killed_at_random_moments(small, spec, slides, tmp_path, conte
     whole = 0
     for _ in range(3):
         process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.DEVNULL)
-        small.wait_until(partial(has_parts, out, whole + moments.randint(1, 6)), 60, "more files")
+        enough = whole + moments.randint(1, 6)
+        small.wait_until(lambda n=enough: len(list(out.glob("pseudo_epoch_*.npy"))) >= n, 60, "more files")
         time.sleep(moments.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the build was over before it was killed"

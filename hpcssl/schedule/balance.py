@@ -72,19 +72,12 @@ def _share_out(total: int, weights: np.ndarray, low: np.ndarray, high: np.ndarra
         deficit = int(lo[under].sum()) * weight_sum - rest * int(w[under].sum())
         excess = rest * int(w[over].sum()) - int(hi[over].sum()) * weight_sum
         if deficit <= 0 and excess <= 0:
-            result[free] = _largest_remainder(rest, w, weight_sum, floor)
+            result[free] = floor
+            by_remainder = np.argsort(floor * weight_sum - rest * w, kind="stable")
+            result[free[by_remainder[: rest - int(floor.sum())]]] += 1
             break
         bound = under if deficit >= excess else over
         result[free[bound]] = (lo if deficit >= excess else hi)[bound]
         rest -= int(result[free[bound]].sum())
         free = free[~bound]
     return result
-
-
-def _largest_remainder(total: int, weights: np.ndarray, weight_sum: int, floor: np.ndarray) -> np.ndarray:
-    remainder = total * weights - floor * weight_sum
-    missing = total - int(floor.sum())
-    order = np.argsort(-remainder, kind="stable")
-    shares = floor.copy()
-    shares[order[:missing]] += 1
-    return shares

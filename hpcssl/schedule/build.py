@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from hpcssl.core.atomic import atomic_file, digest_file, remove_temporary, sync, write_atomic
+from hpcssl.core.atomic import atomic_file, digest_bytes, digest_file, remove_temporary, sync, write_atomic
 from hpcssl.core.claim import check_same, claim
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import ScheduleError
 from hpcssl.schedule.builder import Builder
-from hpcssl.schedule.eligible import HoldOut, filter_columns
+from hpcssl.schedule.eligible import HoldOut
 from hpcssl.schedule.file import FORMAT, HEADER, HOLD_OUT, SLIDES, UNFINISHED, Schedule, header_text, pseudo_epoch_file
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.slides.slide_table import digest_slides
@@ -44,20 +44,14 @@ def build_schedule(
 
     The same spec, slide table and hold-out list give the same bytes on any machine, with any `only` and `jobs`.
 
+    Return the pseudo-epochs that are still missing: none, if the schedule is finished. ScheduleError where `out` holds
+    another schedule or other files, or names the organ for which these slides cannot meet the spec.
+
     Parameters
     ----------
     only : pseudo-epochs to write; None for all. Parts may be written at the same time on several nodes
     jobs : threads; each holds the tile numbers of one pseudo-epoch in memory (260 MB of 65 million positions)
     on_progress : called with the number of positions done since the last call, from any thread
-
-    Returns
-    -------
-    The pseudo-epochs that are still missing: none, if the schedule is finished.
-
-    Raises
-    ------
-    ScheduleError
-        If `out` holds another schedule or other files, or the spec cannot be met by these slides (naming the organ).
     """
     builder = Builder(spec, slides, HoldOut.read(Path(spec.hold_out)) if spec.hold_out else None)
     records = [builder.record(number) for number in range(spec.num_pseudo_epochs)]
@@ -100,20 +94,18 @@ def schedule_identity(builder: Builder) -> dict[str, Any]:
     if spec["hold_out"]:
         spec["hold_out"] = HOLD_OUT
     who = builder.slides["slide_id"][builder.eligible]
-    hold_out = builder.hold_out.to_csv().encode()
+    eligible: dict[str, Any] = {"slides": len(who), "tiles": int(builder.num_tiles[builder.eligible].sum())}
+    eligible["sha256"] = digest_bytes("".join(f"{name}\n" for name in who).encode())
+    hold_out = builder.hold_out.to_csv().encode() if spec["hold_out"] else b""
     return {
         "format": FORMAT,
         "spec": spec,
         "slides_digest": digest_slides(builder.slides),
         "num_slides": len(builder.slides),
         "num_tiles": int(builder.num_tiles.sum()),
-        "eligible": {
-            "slides": len(who),
-            "tiles": int(builder.num_tiles[builder.eligible].sum()),
-            "sha256": hashlib.sha256("".join(f"{name}\n" for name in who).encode()).hexdigest(),
-        },
-        "hold_out_sha256": hashlib.sha256(hold_out).hexdigest() if spec["hold_out"] else "",
-        "hold_out_bytes": len(hold_out) if spec["hold_out"] else 0,
+        "eligible": eligible,
+        "hold_out_sha256": digest_bytes(hold_out) if hold_out else "",
+        "hold_out_bytes": len(hold_out),
         "dtype": builder.dtype.name,
     }
 
@@ -181,27 +173,21 @@ def _put(stream: BinaryIO, data: bytes | memoryview, digest: Any) -> None:
 
 def _finish(builder: Builder, out: Path, identity: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Write what belongs to the whole, `schedule.json` last; then remove what only an unfinished build needs."""
-    checksums = {}
     for record in records:
         text = _checksum(out, record["file"]).read_text(encoding="utf-8")
         if not re.fullmatch(rf"[0-9a-f]{{64}}  {re.escape(record['file'])}\n", text):
             raise ScheduleError(f"{_checksum(out, record['file'])}: damaged; remove it and build again")
-        checksums[record["file"]] = text[:64]
+        record["sha256"] = text[:64]
     slides = builder.slides
     table = slides[["slide_id", "organ", "num_tiles"]].assign(patient_id=slides.get("patient_id", ""))
     table = table.assign(first_tile=builder.first_tiles, eligible=builder.eligible)
-    filtered = [column for column in filter_columns(builder.spec) if column not in table]
+    filtered = [column for column in [*builder.spec.include, *builder.spec.exclude] if column not in table]
     with atomic_file(out / SLIDES) as temporary:  # what reading and verifying need of the slides
         table.assign(**{column: slides[column] for column in filtered}).to_parquet(temporary, index=False)
     if identity["spec"]["hold_out"]:
         write_atomic(out / HOLD_OUT, builder.hold_out.to_csv())
-    records = [record | {"sha256": checksums[record["file"]]} for record in records]
-    header = identity | {
-        "slides_file_sha256": digest_file(out / SLIDES),
-        "slides_file_bytes": (out / SLIDES).stat().st_size,
-        "pseudo_epochs": records,
-    }
-    write_atomic(out / HEADER, header_text(header))
+    table_file = {"slides_file_sha256": digest_file(out / SLIDES), "slides_file_bytes": (out / SLIDES).stat().st_size}
+    write_atomic(out / HEADER, header_text(identity | table_file | {"pseudo_epochs": records}))
     _clear(out)
 
 

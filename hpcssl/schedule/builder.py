@@ -18,10 +18,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hpcssl.core.arrays import npy_header
+from hpcssl.core.config import nearest
 from hpcssl.core.errors import ScheduleError
 from hpcssl.core.rng import below, key_of, permute, uniforms
 from hpcssl.schedule.balance import power_weight, share_out, share_out_to_slides, slide_weights
-from hpcssl.schedule.eligible import HoldOut, check_weights, eligible_slides
+from hpcssl.schedule.eligible import HoldOut, eligible_slides
 from hpcssl.schedule.file import pseudo_epoch_file
 from hpcssl.schedule.spec import ScheduleSpec
 
@@ -30,24 +31,18 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Quotas:
-    """What a pseudo-epoch draws.
+    """What a pseudo-epoch draws."""
 
-    Attributes
-    ----------
-    slides : (group,) int32, the slides of its group, in the table's order
-    draws : (group,) int32, draws of each, at least 1
-    wanted : positions of every organ by its weight alone
-    achieved : positions of every organ, none above `max_repeats` times its tiles
-    """
-
-    slides: NDArray[np.int32]
-    draws: NDArray[np.int32]
-    wanted: dict[str, int]
-    achieved: dict[str, int]
+    slides: NDArray[np.int32]  # (group,), the slides of its group, in the table's order
+    draws: NDArray[np.int32]  # (group,), draws of each, at least 1
+    wanted: dict[str, int]  # positions of every organ by its weight alone
+    achieved: dict[str, int]  # positions of every organ, none above `max_repeats` times its tiles
 
 
 class Builder:
     """The four guarantees, for one spec, one slide table (slide_id, organ, num_tiles) and one hold-out list.
+
+    ScheduleError where filters, weights or the hold-out list do not fit the table.
 
     Attributes
     ----------
@@ -56,19 +51,13 @@ class Builder:
     members : the eligible slides of every organ, organs in the order of their names
     dtype : of the tile numbers
     file_header : first bytes of every pseudo-epoch's file
-
-    Raises
-    ------
-    ScheduleError
-        For filters, weights or a hold-out list that do not fit the table.
     """
 
     def __init__(self, spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut | None = None):
-        self.spec = spec
-        self.slides = slides
-        self.hold_out = hold_out or HoldOut()
+        self.spec, self.slides, self.hold_out = spec, slides, hold_out or HoldOut()
         self.num_tiles = slides["num_tiles"].to_numpy(np.int64)
         self.first_tiles = np.cumsum(self.num_tiles) - self.num_tiles
+        self._slide_weights = slide_weights(self.num_tiles, spec.slide_power)
         self.dtype = np.dtype("<u4" if int(self.num_tiles.sum()) < 2**32 else "<u8")
         self.file_header = npy_header(self.dtype.str, spec.positions_per_pseudo_epoch)
         self.eligible = eligible_slides(spec, slides, self.hold_out)
@@ -76,7 +65,10 @@ class Builder:
         names, organ = np.unique(organs[self.eligible].astype(str), return_inverse=True)
         who = np.flatnonzero(self.eligible)
         self.members = {str(name): who[organ == number] for number, name in enumerate(names)}
-        check_weights(spec.organ_weights, list(self.members))
+        for name in spec.organ_weights:
+            if name not in self.members:
+                hint = nearest(name, list(self.members))
+                raise ScheduleError(f"organ_weights.{name}: no slide of that organ enters; {hint}")
 
     def groups(self, pass_number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return of every slide its group in a pass (-1 where it never enters), and its place in its organ's order."""
@@ -105,10 +97,6 @@ class Builder:
                 group, order = self.groups(pass_number)
             quotas.append(self._quotas_of(number, group == group_number, order))
         return quotas
-
-    @cached_property
-    def _slide_weights(self) -> np.ndarray:
-        return slide_weights(self.num_tiles, self.spec.slide_power)
 
     def drawn_before(self, number: int) -> NDArray[np.int64]:
         """Return how often every slide was drawn in the pseudo-epochs before `number`, (num_slides,)."""
@@ -163,8 +151,8 @@ class Builder:
         """Return what `schedule.json` says of a pseudo-epoch, but for its size and checksum."""
         quotas = self.quotas[number]
         organs = {o: {"wanted": quotas.wanted[o], "achieved": quotas.achieved[o]} for o in quotas.achieved}
-        used = len(quotas.slides)
-        return {"number": number, "file": pseudo_epoch_file(number), "slides_used": used, "organs": organs}
+        file, used = pseudo_epoch_file(number), len(quotas.slides)
+        return {"number": number, "file": file, "slides_used": used, "organs": organs}
 
     def _quotas_of(self, number: int, in_group: NDArray[np.bool_], order: NDArray[np.int64]) -> Quotas:
         spec, total = self.spec, self.spec.positions_per_pseudo_epoch
@@ -188,9 +176,8 @@ class Builder:
             most = np.minimum(spec.max_repeats * self.num_tiles[dealt], quota)
             draws[dealt] = share_out_to_slides(quota, self._slide_weights[dealt], most)
         slides = np.flatnonzero(draws).astype(np.int32)
-        return Quotas(
-            slides=slides, draws=draws[slides], wanted=dict(zip(chosen, wanted)), achieved=dict(zip(chosen, achieved))
-        )
+        by_weight, capped = dict(zip(chosen, wanted)), dict(zip(chosen, achieved))
+        return Quotas(slides=slides, draws=draws[slides], wanted=by_weight, achieved=capped)
 
     def _check_room(self, number: int, tiles: dict[str, int]) -> None:
         spec, total = self.spec, self.spec.positions_per_pseudo_epoch

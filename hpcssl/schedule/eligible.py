@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,7 @@ class HoldOut:
     def read(cls, path: Path) -> HoldOut:
         """Read a CSV file with columns slide_id and/or patient_id; blank cells say nothing.
 
-        Raises
-        ------
-        ScheduleError
-            If there is no such file, it has neither column, or it names nothing.
+        ScheduleError where there is no such file, it has neither column, or it names nothing.
         """
         try:
             frame = read_csv(path)
@@ -51,12 +49,8 @@ class HoldOut:
 
     def to_csv(self) -> str:
         """Return the text of the file that `read` reads, the same for the same list."""
-        rows = max(len(self.slides), len(self.patients))
-        columns = {
-            name: [*values, *[""] * (rows - len(values))]
-            for name, values in (("slide_id", self.slides), ("patient_id", self.patients))
-        }
-        return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+        rows = itertools.zip_longest(self.slides, self.patients, fillvalue="")
+        return pd.DataFrame(rows, columns=["slide_id", "patient_id"]).to_csv(index=False, lineterminator="\n")
 
     def describe(self, slides: pd.DataFrame) -> str:
         """Say how much of the list is in a slide table."""
@@ -70,11 +64,8 @@ class HoldOut:
     def mask(self, slides: pd.DataFrame) -> NDArray[np.bool_]:
         """Return which slides are held out, by their own name or their patient's, (num_slides,).
 
-        Raises
-        ------
-        ScheduleError
-            If a patient is on both sides, if patients are named and the table has no patient_id, or if nothing that is
-            named stands in the table.
+        ScheduleError where a patient is on both sides, patients are named and the table has no patient_id, or nothing
+        that is named stands in the table.
         """
         by_name = slides["slide_id"].str.strip().isin(self.slides).to_numpy()
         if "patient_id" not in slides:
@@ -103,17 +94,14 @@ class HoldOut:
 def eligible_slides(spec: ScheduleSpec, slides: pd.DataFrame, hold_out: HoldOut) -> NDArray[np.bool_]:
     """Return which slides of the table enter the schedule, (num_slides,).
 
-    Raises
-    ------
-    ScheduleError
-        For a filter on an unknown column or for a value that no slide has, for a patient on both sides of the hold-out,
-        and where no slide is left.
+    ScheduleError where a filter names a column or a value that no slide has, a patient is on both sides of the
+    hold-out, or no slide is left.
     """
     enters = ~hold_out.mask(slides)
-    for name, filters in (("include", spec.include), ("exclude", spec.exclude)):
-        for column, values in filters.items():
-            has = _has(slides, name, column, values)
-            enters &= has if name == "include" else ~has
+    for column, values in spec.include.items():
+        enters &= _has(slides, "include", column, values)
+    for column, values in spec.exclude.items():
+        enters &= ~_has(slides, "exclude", column, values)
     if not enters.any():
         raise ScheduleError(f"filters and hold-out leave none of the {len(slides)} slides")
     return enters
@@ -132,15 +120,3 @@ def _has(slides: pd.DataFrame, name: str, column: str, values: Sequence[str | in
         if value not in known:
             raise ScheduleError(f"{name}.{column}: no slide has {column} {value!r}; {nearest(value, known)}")
     return texts.isin(requested).to_numpy()
-
-
-def filter_columns(spec: ScheduleSpec) -> list[str]:
-    """Return the columns of the slide table that the filters look at."""
-    return list(dict.fromkeys([*spec.include, *spec.exclude]))
-
-
-def check_weights(weights: Mapping[str, float], organs: Sequence[str]) -> None:
-    """Refuse a weight for an organ that has no slide in the schedule."""
-    for organ in weights:
-        if organ not in organs:
-            raise ScheduleError(f"organ_weights.{organ}: no slide of that organ enters; {nearest(organ, organs)}")

@@ -98,17 +98,17 @@ class Schedule:
     mpp_weights : MPP → share of the positions, for stores of slides; empty for all alike
     num_positions : int, over all pseudo-epochs
     positions_per_pseudo_epoch, num_pseudo_epochs : int
+    pseudo_epoch : of a number, the mapped tile numbers
     """
 
     def __init__(self, path: Path, header: dict[str, Any]):
-        self.path = path
-        self.header = header
-        self.seed: int = header["spec"]["seed"]
-        self.mpp_weights = {float(mpp): weight for mpp, weight in header["spec"].get("mpp_weights", {}).items()}
-        self.positions_per_pseudo_epoch: int = header["spec"]["positions_per_pseudo_epoch"]
-        self.num_pseudo_epochs: int = header["spec"]["num_pseudo_epochs"]
+        self.path, self.header, spec = path, header, header["spec"]
+        self.seed: int = spec["seed"]
+        self.mpp_weights = {float(mpp): weight for mpp, weight in spec.get("mpp_weights", {}).items()}
+        self.positions_per_pseudo_epoch: int = spec["positions_per_pseudo_epoch"]
+        self.num_pseudo_epochs: int = spec["num_pseudo_epochs"]
         self.num_positions = self.positions_per_pseudo_epoch * self.num_pseudo_epochs
-        self._file = lru_cache(maxsize=None)(self._map)
+        self.pseudo_epoch = lru_cache(maxsize=None)(self._map)
 
     @classmethod
     def open(cls, path: Path) -> Schedule:
@@ -131,9 +131,8 @@ class Schedule:
     def digest(self) -> str:
         """Identity of the schedule: spec, slides, hold-out list, checksums of all pseudo-epochs."""
         # the bytes of slides.parquet depend on the library's version; slides_digest covers its rows
-        identity = {
-            k: v for k, v in self.header.items() if k not in ("slides_file_sha256", "slides_file_bytes", "checksum")
-        }
+        others = ("slides_file_sha256", "slides_file_bytes", "checksum")
+        identity = {key: value for key, value in self.header.items() if key not in others}
         return digest_bytes(json.dumps(identity, sort_keys=True).encode())
 
     def slides(self) -> pd.DataFrame:
@@ -144,31 +143,24 @@ class Schedule:
             reason = " ".join(str(error).split())
             raise ScheduleError(f"{self.path / SLIDES}: damaged ({reason}); {anew(self.path)}") from None
 
-    def pseudo_epoch(self, number: int) -> NDArray[np.unsignedinteger]:
-        """Return the mapped tile numbers of one pseudo-epoch, (positions_per_pseudo_epoch,)."""
-        return self._file(number)
-
     def tiles_at(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the tile numbers at the positions [start, stop), across pseudo-epochs, (stop - start,).
 
-        Raises
-        ------
-        ScheduleError
-            If the positions are not all in the schedule.
+        ScheduleError where the positions are not all in the schedule.
         """
         if not 0 <= start <= stop <= self.num_positions:
-            raise ScheduleError(
-                f"{self.path}: positions {start}:{stop} are not within its {self.num_positions} positions"
-            )
+            where = f"positions {start}:{stop} are not within its {self.num_positions} positions"
+            raise ScheduleError(f"{self.path}: {where}")
         parts = []
         while start < stop:
             number, offset = divmod(start, self.positions_per_pseudo_epoch)
             end = min(stop - start + offset, self.positions_per_pseudo_epoch)
-            parts.append(self._file(number)[offset:end].astype(np.int64))
+            parts.append(self.pseudo_epoch(number)[offset:end].astype(np.int64))
             start += end - offset
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def _map(self, number: int) -> NDArray[np.unsignedinteger]:
+        """Return the mapped tile numbers of one pseudo-epoch, (positions_per_pseudo_epoch,)."""
         path = self.path / self.header["pseudo_epochs"][number]["file"]
         try:
             mapped = map_array(path)
@@ -176,9 +168,8 @@ class Schedule:
             raise ScheduleError(f"{path}: damaged ({error}); {anew(self.path)}") from None
         expected = (np.dtype(self.header["dtype"]).newbyteorder("<"), (self.positions_per_pseudo_epoch,))
         if (mapped.dtype, mapped.shape) != expected:
-            raise ScheduleError(
-                f"{path}: {mapped.shape} of {mapped.dtype.str}, expected {expected[1]} of {expected[0].str}"
-            )
+            shape, dtype = mapped.shape, mapped.dtype.str
+            raise ScheduleError(f"{path}: {shape} of {dtype}, expected {expected[1]} of {expected[0].str}")
         return mapped
 
 

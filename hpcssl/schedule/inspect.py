@@ -15,40 +15,29 @@ from hpcssl.schedule.verify import builder_of
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Tables about a schedule.
+    """Tables about a schedule."""
 
-    Attributes
-    ----------
-    organs : organ, num_tiles, natural_share, positions, scheduled_share; the most tiles first
-    repeats : draws, tiles: how many tiles of slides that may enter are drawn so often over the schedule
-    passes : pass, pseudo_epoch, slides: how many slides each pseudo-epoch of each pass uses
-    coverage : pseudo_epoch, samples_seen (at its end), slides_seen, tiles_seen, slides_share, tiles_share
-    """
-
-    organs: pd.DataFrame
-    repeats: pd.DataFrame
-    passes: pd.DataFrame
-    coverage: pd.DataFrame
+    organs: pd.DataFrame  # see `organ_shares`
+    repeats: pd.DataFrame  # draws, tiles: how many tiles of slides that may enter are drawn so often over the schedule
+    passes: pd.DataFrame  # pass, pseudo_epoch, slides: how many slides each pseudo-epoch of each pass uses
+    coverage: pd.DataFrame  # pseudo_epoch, samples_seen (at its end), {slides, tiles}_seen, {slides, tiles}_share
 
 
 def inspect_schedule(path: Path) -> Inspection:
     """Return the tables of a schedule; ScheduleError where it cannot be opened."""
-    schedule = Schedule.open(path)
-    builder = builder_of(schedule)
+    builder = builder_of(Schedule.open(path))
     coverage, drawn = _coverage(builder)
-    return Inspection(
-        organs=organ_shares(path), repeats=_repeats(builder, drawn), passes=_passes(builder), coverage=coverage
-    )
+    numbers = np.arange(builder.spec.num_pseudo_epochs)
+    slides = [len(quotas.slides) for quotas in builder.quotas]
+    passes = pd.DataFrame({"pass": numbers // builder.spec.num_groups, "pseudo_epoch": numbers, "slides": slides})
+    return Inspection(organs=organ_shares(path), repeats=_repeats(builder, drawn), passes=passes, coverage=coverage)
 
 
 def organ_shares(path: Path) -> pd.DataFrame:
-    """Return, for every organ, its share of the tiles and its share of the schedule's positions.
+    """Return for every organ its share of the tiles and of the schedule's positions, the most tiles first.
 
-    Slides that filters or the hold-out list keep out count for neither.
-
-    Returns
-    -------
-    DataFrame with columns organ, num_tiles, natural_share, positions, scheduled_share; the most tiles first.
+    The columns are organ, num_tiles, natural_share, positions, scheduled_share. Slides that filters or the hold-out
+    list keep out count for neither.
     """
     schedule = Schedule.open(path)
     slides = schedule.slides()
@@ -57,11 +46,10 @@ def organ_shares(path: Path) -> pd.DataFrame:
     for record in schedule.header["pseudo_epochs"]:
         for organ, quota in record["organs"].items():
             positions[organ] += quota["achieved"]
-    frame = pd.DataFrame({"organ": tiles.index, "num_tiles": tiles.to_numpy()})
-    frame["natural_share"] = (tiles / tiles.sum()).to_numpy()
-    frame["positions"] = positions.to_numpy()
-    frame["scheduled_share"] = (positions / positions.sum()).to_numpy()
-    return frame.sort_values(["num_tiles", "organ"], ascending=[False, True]).reset_index(drop=True)
+    shares = {"num_tiles": tiles, "natural_share": tiles / tiles.sum()}
+    shares |= {"positions": positions, "scheduled_share": positions / positions.sum()}
+    frame = pd.DataFrame(shares).reset_index(names="organ")
+    return frame.sort_values(["num_tiles", "organ"], ascending=[False, True], ignore_index=True)
 
 
 def _repeats(builder: Builder, drawn: np.ndarray) -> pd.DataFrame:
@@ -72,12 +60,6 @@ def _repeats(builder: Builder, drawn: np.ndarray) -> pd.DataFrame:
     tiles = pd.Series(np.concatenate([n - rest, rest])).groupby(draws).sum()
     tiles = tiles[tiles > 0]
     return pd.DataFrame({"draws": tiles.index.to_numpy(), "tiles": tiles.to_numpy()})
-
-
-def _passes(builder: Builder) -> pd.DataFrame:
-    numbers = np.arange(builder.spec.num_pseudo_epochs)
-    slides = [len(quotas.slides) for quotas in builder.quotas]
-    return pd.DataFrame({"pass": numbers // builder.spec.num_groups, "pseudo_epoch": numbers, "slides": slides})
 
 
 def _coverage(builder: Builder) -> tuple[pd.DataFrame, np.ndarray]:

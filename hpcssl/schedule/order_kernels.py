@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from hpcssl.core.compiled import compiled
 from hpcssl.core.rng import KEY_STEPS, ROUND_MULTIPLIERS, ROUNDS, SHORTEST_SIDE
 
+Words = NDArray[np.uint32]
+Tiles = NDArray[np.unsignedinteger]
 _U32, _U64 = np.uint32, np.uint64
 _MASK32, _SHIFT32 = _U64(0xFFFFFFFF), _U64(32)
 _M0, _M1 = ROUND_MULTIPLIERS
@@ -18,7 +20,7 @@ _W0, _W1 = _U64(KEY_STEPS[0]), _U64(KEY_STEPS[1])
 _BLOCK = 4096  # places at a time: they stay in the fastest cache while all rounds go over them
 
 
-def tables_for(size: int) -> NDArray[np.uint32]:
+def tables_for(size: int) -> Words:
     """Return room for the round tables of permutations of up to `size`, (ROUNDS, longest side)."""
     side = max(SHORTEST_SIDE, int(np.ceil(np.sqrt(size))) + 1)
     return np.empty((ROUNDS, -(-side // 4) * 4), np.uint32)
@@ -37,7 +39,7 @@ def sides(size: int) -> tuple[int, int]:
 
 
 @compiled
-def fill_tables(tables: NDArray[np.uint32], size: int, key: int, member: int, number: int) -> None:
+def fill_tables(tables: Words, size: int, key: int, member: int, number: int) -> None:
     """Draw the round functions of the permutation (key, member, number) of [0, size)."""
     rows, columns = sides(size)
     for r in range(ROUNDS):
@@ -57,9 +59,7 @@ def fill_tables(tables: NDArray[np.uint32], size: int, key: int, member: int, nu
 
 
 @compiled
-def permute_run(
-    tables: NDArray[np.uint32], size: int, start: int, row: NDArray[np.uint32], out: NDArray[np.uint32]
-) -> None:
+def permute_run(tables: Words, size: int, start: int, row: Words, out: Words) -> None:
     """Write where the permutation sends start, start + 1, …, into `out`; `row` is room of the same length."""
     rows, columns = sides(size)
     r, c = start // columns, start % columns
@@ -81,9 +81,7 @@ def permute_run(
 
 
 @compiled
-def _rounds(
-    tables: NDArray[np.uint32], rows: int, columns: int, row: NDArray[np.uint32], column: NDArray[np.uint32]
-) -> None:
+def _rounds(tables: Words, rows: int, columns: int, row: Words, column: Words) -> None:
     """Send rows and columns through the network, in place; loops that the compiler turns into vector instructions."""
     num_rows, num_columns = _U32(rows), _U32(columns)
     for r in range(0, ROUNDS, 2):
@@ -105,8 +103,8 @@ def draw_tiles(
     before: NDArray[np.int64],
     draws: NDArray[np.int64],
     key: int,
-    tables: NDArray[np.uint32],
-    out: NDArray[np.unsignedinteger],
+    tables: Words,
+    out: Tiles,
 ) -> None:
     """Write the tile numbers of draws [before, before + draws) of every slide, slide after slide, into `out`.
 
@@ -130,12 +128,7 @@ def draw_tiles(
 
 
 @compiled
-def take_in_order(
-    tiles: NDArray[np.unsignedinteger],
-    start: int,
-    tables: NDArray[np.uint32],
-    out: NDArray[np.unsignedinteger],
-) -> None:
+def take_in_order(tiles: Tiles, start: int, tables: Words, out: Tiles) -> None:
     """Write what stands at positions start, start + 1, …: the tiles that the permutation in `tables` names."""
     row, index = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     for at in range(0, out.size, _BLOCK):

@@ -17,12 +17,7 @@ def compare_schedules(first: Path, second: Path) -> list[str]:
     """Return in what two schedules differ, a line each: spec, slides, lengths, the first position; [] if in nothing.
 
     Pseudo-epochs are compared by the checksums that were taken when they were built; only where these differ are the
-    files read, up to the first difference.
-
-    Raises
-    ------
-    ScheduleError
-        If one of them cannot be opened.
+    files read, up to the first difference. ScheduleError where one of them cannot be opened.
     """
     a, b = Schedule.open(first), Schedule.open(second)
     lines = []
@@ -50,11 +45,11 @@ def compare_schedules(first: Path, second: Path) -> list[str]:
 
 
 def _slides_text(schedule: Schedule, key: str) -> str:
-    if key == "slides_digest":
-        return f"{schedule.header['num_slides']:,} slides, {schedule.header['num_tiles']:,} tiles"
-    if key == "eligible":
-        return f"{schedule.header['eligible']['slides']:,} slides, {schedule.header['eligible']['tiles']:,} tiles"
-    return schedule.header[key][:12] or "none"
+    header = schedule.header
+    if key == "hold_out_sha256":
+        return header[key][:12] or "none"
+    counts = header["eligible"] if key == "eligible" else {name: header[f"num_{name}"] for name in ("slides", "tiles")}
+    return f"{counts['slides']:,} slides, {counts['tiles']:,} tiles"
 
 
 def _first_position(a: Schedule, b: Schedule) -> int | None:

@@ -22,38 +22,27 @@ class ScheduleSpec:
 
     An organ's quota of a pseudo-epoch is in proportion to organ_weights[organ] · (its size in the group)^organ_power, a
     slide's within its organ to (its tiles)^slide_power.
-
-    Attributes
-    ----------
-    seed : key of every draw; any integer
-    num_pseudo_epochs : files of the schedule; paper 50
-    positions_per_pseudo_epoch : draws in each; paper 65,000,000
-    num_groups : pseudo-epochs that together use every slide exactly once (a pass); paper 5
-    organ_power : 0 uniform over organs (our reading of the paper's "balanced"), 1 natural; at most 4
-    organ_size : what an organ's size counts, `tiles` or `slides`
-    organ_weights : explicit weights of organs, any positive unit; 1 for an organ that is not named
-    slide_power : 1 by tiles, 0 all slides of an organ alike
-    max_repeats : a slide of n tiles is drawn at most n times this often in a pass; so is a tile, or once more where the
-        pass begins within one of the slide's permutations
-    include : column of the slide table → values; only slides that have one of them enter
-    exclude : column of the slide table → values; slides that have one of them never enter
-    hold_out : CSV file with columns slide_id and/or patient_id; none of these slides and patients ever enters
-    mpp_weights : MPP → share of the positions read at it, any positive unit; only for a store of slides, and there by
-        default all its MPPs alike. A slide that lacks one shares its positions among the others
     """
 
-    seed: int = 0
-    num_pseudo_epochs: Count = 50
-    positions_per_pseudo_epoch: Count = 65_000_000
-    num_groups: Count = 5
-    organ_power: Power = 0.0
-    organ_size: Literal["tiles", "slides"] = "tiles"
-    organ_weights: Mapping[str, float] = field(default_factory=dict)
-    slide_power: Power = 1.0
+    seed: int = 0  # key of every draw; any integer
+    num_pseudo_epochs: Count = 50  # files of the schedule; paper 50
+    positions_per_pseudo_epoch: Count = 65_000_000  # draws in each; paper 65,000,000
+    num_groups: Count = 5  # pseudo-epochs that together use every slide exactly once (a pass); paper 5
+    organ_power: Power = 0.0  # 0 uniform over organs (our reading of the paper's "balanced"), 1 natural
+    organ_size: Literal["tiles", "slides"] = "tiles"  # what an organ's size counts
+    organ_weights: Mapping[str, float] = field(default_factory=dict)  # in any positive unit; 1 for organs not named
+    slide_power: Power = 1.0  # 1 by tiles, 0 all slides of an organ alike
+    # a slide of n tiles is drawn at most n times this often in a pass; so is a tile, or once more where the pass begins
+    # within one of the slide's permutations
     max_repeats: Count = 20
+    # column of the slide table → values; only slides that have one of them enter
     include: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
+    # column of the slide table → values; slides that have one of them never enter
     exclude: Mapping[str, Sequence[str | int | float]] = field(default_factory=dict)
+    # CSV file with columns slide_id and/or patient_id; none of these slides and patients ever enters
     hold_out: str = ""
+    # MPP → share of the positions read at it, in any positive unit; only for a store of slides, by default all its MPPs
+    # alike. A slide that lacks one shares its positions among the others
     mpp_weights: Mapping[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

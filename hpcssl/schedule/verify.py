@@ -30,15 +30,8 @@ _PIECE = 1 << 22
 def verify_schedule(path: Path, *, jobs: int = 1, on_progress: Callable[[int], None] = lambda n: None) -> None:
     """Check checksums, groups, quotas, draw counts, order and hold-out list of a schedule.
 
-    Parameters
-    ----------
-    jobs : threads; each holds the tile numbers of one pseudo-epoch in memory
-    on_progress : called with the number of positions done since the last call, from any thread
-
-    Raises
-    ------
-    ScheduleError
-        Naming the first file (in the order of the pseudo-epochs) that is damaged, or the guarantee that it breaks.
+    ScheduleError names the first file (in the order of the pseudo-epochs) that is damaged, or the guarantee that it
+    breaks. `jobs` and `on_progress` are as in `build_schedule`.
     """
     schedule = Schedule.open(path)
     builder = builder_of(schedule)
@@ -75,15 +68,13 @@ def _check_header(schedule: Schedule, builder: Builder) -> None:
     for column, values in (("first_tile", builder.first_tiles), ("eligible", builder.eligible)):
         if (builder.slides[column] != values).any():
             raise ScheduleError(f"{schedule.path / SLIDES}: {column} is not what spec and slides make it")
-    if len(header["pseudo_epochs"]) != builder.spec.num_pseudo_epochs:
-        raise ScheduleError(
-            f"{file}: lists {len(header['pseudo_epochs'])} pseudo-epochs, its spec has {builder.spec.num_pseudo_epochs}"
-        )
+    listed, expected = len(header["pseudo_epochs"]), builder.spec.num_pseudo_epochs
+    if listed != expected:
+        raise ScheduleError(f"{file}: lists {listed} pseudo-epochs, its spec has {expected}")
     for number, record in enumerate(header["pseudo_epochs"]):
         if {key: value for key, value in record.items() if key not in ("bytes", "sha256")} != builder.record(number):
-            raise ScheduleError(
-                f"{file}: what it tells of pseudo-epoch {number} is not what its spec makes (guarantee 2)"
-            )
+            what = f"what it tells of pseudo-epoch {number}"
+            raise ScheduleError(f"{file}: {what} is not what its spec makes (guarantee 2)")
 
 
 def _check_groups(schedule: Schedule, builder: Builder) -> None:

@@ -28,22 +28,13 @@ _CHROMA = "444"  # in full: at the same bytes closer to the slide than a higher 
 
 @dataclass(frozen=True, kw_only=True)
 class CutOptions:
-    """What tiles are cut.
+    """What tiles are cut."""
 
-    Attributes
-    ----------
-    mpp : microns per pixel of the tiles
-    tile_px : side of a tile
-    min_tissue : share of a tile that must be tissue
-    quality : of the JPEGs (libjpeg's scale), with chrominance in full; 90 gives about 26 kB a tile of 224 px
-    assume_mpp : of slides whose MPP neither the table nor the file says
-    """
-
-    mpp: float = 0.5
-    tile_px: int = 224
-    min_tissue: float = 0.4
-    quality: int = 90
-    assume_mpp: float | None = None
+    mpp: float = 0.5  # microns per pixel of the tiles
+    tile_px: int = 224  # side of a tile
+    min_tissue: float = 0.4  # share of a tile that must be tissue
+    quality: int = 90  # of the JPEGs (libjpeg's scale), with chrominance in full; 90 gives about 26 kB a tile of 224 px
+    assume_mpp: float | None = None  # of slides whose MPP neither the table nor the file says
 
     def __post_init__(self) -> None:
         bounds = {"mpp": (0.05, 100), "tile_px": (16, 8192), "min_tissue": (0, 1), "quality": (1, 100)}
@@ -56,70 +47,47 @@ class CutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A slide whose tiles are known, but not cut yet.
-
-    Attributes
-    ----------
-    corners : of the tiles, (tiles, 2), level-0 pixels; there may be none
-    """
+    """A slide whose tiles are known, but not cut yet."""
 
     slide: Slide
     slide_mpp: float
     foreground: Foreground
     sampling: Sampling
-    corners: NDArray[np.int64]
+    corners: NDArray[np.int64]  # of the tiles, (tiles, 2), level-0 pixels; there may be none
     quality: int
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the slide table says of the slide."""
-        return {
-            "mpp": self.slide_mpp,
-            "tissue_mm2": round(self.foreground.tissue_mm2, 4),
-            "scanner": self.slide.about.scanner,
-            "reader": self.slide.reader,
-        }
+        read_by = {"scanner": self.slide.about.scanner, "reader": self.slide.reader}
+        return {"mpp": self.slide_mpp, "tissue_mm2": round(self.foreground.tissue_mm2, 4), **read_by}
 
     def jpegs(self, pool: Executor, *, window: int) -> Iterator[list[bytes]]:
         """Yield the tiles in the grid's order, some at a time; `window` regions at most are under way.
 
-        Raises
-        ------
-        SlideError
-            Where the slide cannot be read.
+        SlideError where the slide cannot be read.
         """
         for _, some in in_order(pool, self._encoded, regions(self.corners, self.sampling), window=window):
             yield some
 
     def _encoded(self, span: tuple[int, int]) -> list[bytes]:
+        options: dict[str, Any] = {"quality": self.quality, "colorspace": "RGB", "colorsubsampling": _CHROMA}
         with reading(self.slide.path):
-            return [
-                simplejpeg.encode_jpeg(
-                    np.ascontiguousarray(read_tile(self.slide, self.sampling, x, y)),
-                    quality=self.quality,
-                    colorspace="RGB",
-                    colorsubsampling=_CHROMA,
-                )
-                for x, y in self.corners[slice(*span)].tolist()
-            ]
+            tiles = (read_tile(self.slide, self.sampling, x, y) for x, y in self.corners[slice(*span)].tolist())
+            return [simplejpeg.encode_jpeg(np.ascontiguousarray(tile), **options) for tile in tiles]
 
 
 def plan_cut(row: Mapping[str, Any], options: CutOptions, pool: Executor, *, threads: int) -> Cut:
     """Open the slide of a row of the slide table, and find its tiles; `threads` are those of the pool.
 
-    Raises
-    ------
-    SlideError
-        If it cannot be read, says no MPP, or is too coarse.
+    SlideError where it cannot be read, says no MPP, or is too coarse.
     """
     with reading(row["path"]):
         slide = pool.submit(open_slide, row["path"], cache_mb=_CACHE_MB * threads).result()
         slide_mpp = mpp_of(slide, row, options.assume_mpp)
         if slide_mpp > COARSER * options.mpp:
-            raise SlideError(
-                f"{slide.path}: {slide_mpp:g} microns per pixel, coarser than --mpp {options.mpp:g}; tile it with"
-                f" --mpp {slide_mpp:g} or more"
-            )
+            coarser = f"{slide_mpp:g} microns per pixel, coarser than --mpp {options.mpp:g}"
+            raise SlideError(f"{slide.path}: {coarser}; tile it with --mpp {slide_mpp:g} or more")
         sampling = sample(slide, slide_mpp=slide_mpp, mpp=options.mpp, tile_px=options.tile_px)
         foreground = find_foreground(slide, slide_mpp=slide_mpp, each=pool.map)
         corners = grid(slide, foreground, sampling, options.min_tissue)

@@ -5,6 +5,7 @@ The slide is looked at once, at 2 microns per pixel; a cell is the mean of 4 × 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,21 +34,13 @@ _PEN_MARGIN = 2  # cells around a stroke, which are tinged
 
 @dataclass(frozen=True, kw_only=True)
 class Foreground:
-    """Where tissue and pen are.
+    """Where tissue and pen are; a cell is never both."""
 
-    Attributes
-    ----------
-    tissue, pen : (rows, columns) bool; a cell is never both
-    colours : (rows, columns, 3) uint8, mean colour of every cell
-    cell : level-0 pixels a side of a cell; the last row and column may reach beyond the slide
-    cell_mm2 : area of a cell
-    """
-
-    tissue: NDArray[np.bool_]
-    pen: NDArray[np.bool_]
-    colours: NDArray[np.uint8]
-    cell: float
-    cell_mm2: float
+    tissue: NDArray[np.bool_]  # (rows, columns)
+    pen: NDArray[np.bool_]  # (rows, columns)
+    colours: NDArray[np.uint8]  # (rows, columns, 3), mean colour of every cell
+    cell: float  # level-0 pixels a side of a cell; the last row and column may reach beyond the slide
+    cell_mm2: float  # area of a cell
 
     @property
     def tissue_mm2(self) -> float:
@@ -58,14 +51,9 @@ class Foreground:
 def find_foreground(
     slide: Slide, *, slide_mpp: float, each: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map
 ) -> Foreground:
-    """Look at a slide and tell tissue from what is none.
+    """Look at a slide, whose level 0 has `slide_mpp`, and tell tissue from what is none; raises as `Slide.read`.
 
-    Parameters
-    ----------
-    slide_mpp : microns per pixel of level 0
-    each : `map`, or that of a pool whose threads then share the reading
-
-    Raises what `Slide.read` does.
+    `each` is `map`, or that of a pool whose threads then share the reading.
     """
     scale = max(1.0, LOOK_MPP / slide_mpp)  # level-0 pixels for one of the look
     level = max(n for n, size in enumerate(slide.levels) if n == 0 or size.downsample <= scale * _NEAR)
@@ -80,17 +68,10 @@ def find_foreground(
     strips = each(
         lambda first: _look(slide, level, step, first, min(together, rows - first), columns), range(0, rows, together)
     )
-    parts = list(strips)
-    colours = np.concatenate([part[0] for part in parts])
-    focus = np.concatenate([part[1] for part in parts])
+    colours, focus = map(np.concatenate, zip(*strips))
     tissue, pen = classify(colours, focus)
-    return Foreground(
-        tissue=tissue,
-        pen=pen,
-        colours=colours,
-        cell=CELL * scale,
-        cell_mm2=(CELL * scale * slide_mpp / 1000) ** 2,
-    )
+    side, area = CELL * scale, (CELL * scale * slide_mpp / 1000) ** 2
+    return Foreground(tissue=tissue, pen=pen, colours=colours, cell=side, cell_mm2=area)
 
 
 def _look(
@@ -109,20 +90,17 @@ def _look(
 
 
 def classify(colours: NDArray[np.uint8], focus: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which cells are tissue, and which are pen.
+    """Return which cells are tissue, and which are pen, both (rows, columns).
 
-    Parameters
-    ----------
-    colours : (rows, columns, 3), mean colour of every cell
-    focus : (rows, columns), mean change of grey between neighbouring pixels of 2 microns
+    `colours`, (rows, columns, 3), are the cells' means; `focus`, (rows, columns), is the mean change of grey between
+    neighbouring pixels of 2 microns.
     """
     red, green, blue = (np.ascontiguousarray(colours[..., c], np.int16) for c in range(3))
     chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     pen = _strokes(red, green, blue, chroma)
     usable = ~pen
     threshold = float(np.clip(otsu(chroma[usable]) if usable.any() else 0, *_CHROMA))
-    tissue = usable & (chroma > threshold)
-    tissue = _closed(tissue) & usable
+    tissue = _closed(usable & (chroma > threshold)) & usable
     tissue &= _sharp(tissue, focus)
     return _without_specks(_without_lines(tissue), _FEWEST_CELLS), pen
 
@@ -163,9 +141,8 @@ def _without_lines(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return a mask without lines of one cell, which are seams and the slide's edge: the squares of 2 × 2 within it."""
     squares = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:]
     out = np.zeros_like(mask)
-    for rows in (slice(None, -1), slice(1, None)):
-        for columns in (slice(None, -1), slice(1, None)):
-            out[rows, columns] |= squares
+    for rows, columns in itertools.product((slice(None, -1), slice(1, None)), repeat=2):
+        out[rows, columns] |= squares
     return out
 
 

@@ -16,22 +16,17 @@ _REGION_PX = 1792  # pixels of a level that are read together: 8 × 8 tiles of 2
 
 
 def grid(slide: Slide, foreground: Foreground, sampling: Sampling, min_tissue: float) -> NDArray[np.int64]:
-    """Return the upper left corners (x, y) of the tiles with enough tissue, (tiles, 2), level-0 pixels.
+    """Return the upper left corners (x, y) of the tiles with a share of `min_tissue`, (tiles, 2), level-0 pixels.
 
     Tiles touch each other, from the slide's corner on; those that reach beyond the slide are left out, and those that
     are more than `MOST_PEN` pen. Neighbours stand near each other: see `regions`.
-
-    Parameters
-    ----------
-    min_tissue : share of a tile that must be tissue
     """
     side = sampling.side
     columns, rows = int(slide.width // side), int(slide.height // side)
     if not columns or not rows:
         return np.zeros((0, 2), np.int64)
     lefts, tops = np.arange(columns) * side, np.arange(rows) * side
-    tissue = _shares(foreground.tissue, lefts, tops, side, foreground.cell)
-    pen = _shares(foreground.pen, lefts, tops, side, foreground.cell)
+    tissue, pen = (_shares(m, lefts, tops, side, foreground.cell) for m in (foreground.tissue, foreground.pen))
     row, column = np.nonzero((tissue >= min_tissue) & (pen <= MOST_PEN))
     span = region_tiles(sampling)
     order = np.lexsort((column, row, column // span, row // span))

@@ -17,17 +17,9 @@ from hpcssl.slides.vendor import OpenSlideSlide
 def open_slide(path: str | Path, *, cache_mb: float = 0.0) -> Slide:
     """Open a slide: tiled TIFF pyramids directly, local or remote; all else through OpenSlide, from a local disk.
 
-    Parameters
-    ----------
-    path : a file, or a URL that fsspec knows (`https://…`, `s3://…`)
-    cache_mb : decoded blocks that are kept for reads that touch each other
-
-    Raises
-    ------
-    SlideError
-        Saying what is wrong with the file, in one line.
-    OSError
-        If a disk or server fails: it may answer another time.
+    `path` may be a URL that fsspec knows (`https://…`, `s3://…`); `cache_mb` of decoded blocks are kept for reads that
+    touch each other. SlideError says what is wrong with the file; OSError where a disk or server fails, which may
+    answer another time.
     """
     path = str(path)
     try:

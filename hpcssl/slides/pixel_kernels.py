@@ -14,11 +14,9 @@ _ONE = 1 << _BITS
 
 @compiled
 def means(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return the means of squares of `side` × `side` pixels, halves rounded up.
+    """Return the means of squares of `side` × `side` pixels of (height, width, 3), halves rounded up.
 
-    Parameters
-    ----------
-    pixels : (height, width, 3), both multiples of `side`
+    Height and width are multiples of `side`.
     """
     height, width = pixels.shape[0] // side, pixels.shape[1] // side
     out = np.empty((height, width, 3), np.uint8)
@@ -41,11 +39,8 @@ def means(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 def changes(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     """Return how far pixels are from the mean of their four neighbours in grey, as means of squares.
 
-    The grey is (red + 2 green + blue) / 4; at the picture's edge, a pixel is its own neighbour.
-
-    Parameters
-    ----------
-    pixels : (height, width, 3), both multiples of `side`
+    The grey is (red + 2 green + blue) / 4; at the picture's edge, a pixel is its own neighbour. The pixels are
+    (height, width, 3), height and width multiples of `side`.
     """
     height, width = pixels.shape[0], pixels.shape[1]
     grey = np.empty((height + 2, width + 2), np.int16)  # four times the grey, and once more around the edge

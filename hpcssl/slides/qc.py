@@ -19,10 +19,7 @@ _TISSUE, _PEN, _TILE = (0, 160, 60), (220, 0, 200), (30, 90, 220)
 def qc_picture(foreground: Foreground, corners: NDArray[np.int64], side: float) -> bytes:
     """Return a JPEG: the slide, the edges of tissue (green) and of pen (magenta), and the tiles (blue).
 
-    Parameters
-    ----------
-    corners : of the tiles, (tiles, 2), level-0 pixels
-    side : of a tile, level-0 pixels
+    The tiles' corners, (tiles, 2), and their side are in level-0 pixels.
     """
     rows, columns = foreground.tissue.shape
     scale = _LONGEST_PX / max(rows, columns)
@@ -31,9 +28,8 @@ def qc_picture(foreground: Foreground, corners: NDArray[np.int64], side: float) 
     draw = ImageDraw.Draw(picture)
     per_px = scale / foreground.cell
     for x, y in corners.tolist():
-        draw.rectangle(
-            (x * per_px, y * per_px, (x + side) * per_px, (y + side) * per_px), outline=_TILE, width=_LINE_PX
-        )
+        square = x * per_px, y * per_px, (x + side) * per_px, (y + side) * per_px
+        draw.rectangle(square, outline=_TILE, width=_LINE_PX)
     pixels = np.asarray(picture).copy()
     for mask, colour in ((foreground.tissue, _TISSUE), (foreground.pen, _PEN)):
         large = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))

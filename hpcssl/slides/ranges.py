@@ -30,16 +30,10 @@ def is_remote(path: str) -> bool:
 
 
 class Ranges:
-    """An opened file of bytes; threads may share it.
+    """An opened file of bytes; threads may share it."""
 
-    Attributes
-    ----------
-    path : path or URL
-    size : bytes
-    """
-
-    path: str
-    size: int
+    path: str  # or URL
+    size: int  # bytes
 
     @classmethod
     def open(cls, path: str) -> Ranges:
@@ -51,12 +45,8 @@ class Ranges:
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes at some (offset, size), together where that is faster.
 
-        Raises
-        ------
-        SlideError
-            If there is no such file, it ends before (it is truncated), or its server gives no parts of files.
-        OSError
-            If the disk or the server fails: it may answer another time. PermissionError is one of them.
+        SlideError where there is no such file, it ends before (it is truncated), or its server gives no parts of files;
+        OSError where the disk or the server fails, which may answer another time. PermissionError is one of them.
         """
         raise NotImplementedError
 
@@ -129,8 +119,7 @@ class _Remote(Ranges):
         async def bounded() -> Any:
             return await asyncio.wait_for(work(), TIMEOUT_S)
 
-        pause = _PAUSE_S
-        for left in reversed(range(TRIES)):
+        for number in range(TRIES):
             try:
                 return sync(self._fs.loop if self._fs.async_impl else get_loop(), bounded)
             except SlideError:
@@ -141,12 +130,11 @@ class _Remote(Ranges):
                 reason = f"its server refuses to give it ({error}); check the address and who may read it"
                 raise PermissionError(None, reason, self.path) from None
             except Exception as error:  # file systems raise what their libraries do: aiohttp, botocore, …
-                if not left:
+                if number == TRIES - 1:
                     kind = TimeoutError if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else OSError
                     text = " ".join(str(error).split()) or type(error).__name__
                     raise kind(None, f"does not answer after {TRIES} tries ({text})", self.path) from error
-            time.sleep(pause)
-            pause *= 2
+            time.sleep(_PAUSE_S * 2**number)
         raise AssertionError
 
 
@@ -202,19 +190,16 @@ class _Stream(io.RawIOBase):
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ranges.size}[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         size = max(0, min(len(buffer), self._ranges.size - self._at))
         if not size:
             return 0
         number, start = divmod(self._at, _PIECE)
-        first = number * _PIECE
         if size >= _PIECE:
             data = self._ranges.read_many([(self._at, size)])[0]
         else:
             if number not in self._pieces:
+                first = self._at - start
                 self._pieces[number] = self._ranges.read_many([(first, min(_PIECE, self._ranges.size - first))])[0]
             data = self._pieces[number][start : start + size]
         buffer[: len(data)] = data

@@ -22,20 +22,12 @@ _HALVINGS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tiles are taken from a slide.
+    """How tiles are taken from a slide."""
 
-    Attributes
-    ----------
-    level : of the slide
-    step : that level's pixels for one pixel of a tile
-    downsample : of that level
-    tile_px : side of a tile
-    """
-
-    level: int
-    step: float
-    downsample: float
-    tile_px: int
+    level: int  # of the slide
+    step: float  # that level's pixels for one pixel of a tile
+    downsample: float  # of that level
+    tile_px: int  # side of a tile
 
     @property
     def side(self) -> float:
@@ -65,7 +57,7 @@ def sample(slide: Slide, *, slide_mpp: float, mpp: float, tile_px: int) -> Sampl
 def read_tile(slide: Slide, sampling: Sampling, x: float, y: float) -> NDArray[np.uint8]:
     """Return the tile whose upper left corner is at (x, y) in level-0 pixels, (tile_px, tile_px, 3) RGB.
 
-    Raises what `Slide.read` does.
+    Raises as `Slide.read`.
     """
     left, top = x / sampling.downsample, y / sampling.downsample
     px, halving = sampling.tile_px, sampling.halving

@@ -16,41 +16,26 @@ from numpy.typing import NDArray
 from hpcssl.core.errors import SlideError
 
 _FINEST_MPP, _COARSEST_MPP = 0.05, 20.0  # what a scanner may have meant; outside, it is the resolution of a printer
-
 _MOST_OBLONG = 0.005  # as exact as tiles are in size; scanners' own two numbers differ by less
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One picture of the pyramid.
-
-    Attributes
-    ----------
-    width, height : pixels
-    downsample : level-0 pixels a side of one pixel; 1 for level 0, which is the finest
-    """
+    """One picture of the pyramid."""
 
     width: int
     height: int
-    downsample: float
+    downsample: float  # level-0 pixels a side of one pixel; 1 for level 0, which is the finest
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a file says of itself.
+    """What a file says of itself."""
 
-    Attributes
-    ----------
-    mpp : microns per pixel of level 0 from left to right, None where the file does not say
-    mpp_y : the same from top to bottom, where the file says it apart
-    mpp_places : where it was looked for, to be told when it is not there
-    scanner : manufacturer and device as far as told, else ""
-    """
-
-    mpp: float | None
-    mpp_places: str
-    scanner: str
-    mpp_y: float | None = None
+    mpp: float | None  # microns per pixel of level 0 from left to right, None where the file does not say
+    mpp_places: str  # where it was looked for, to be told when it is not there
+    scanner: str  # manufacturer and device as far as told, else ""
+    mpp_y: float | None = None  # from top to bottom, where the file says it apart
 
 
 class Slide(ABC):
@@ -62,6 +47,8 @@ class Slide(ABC):
     reader : "tiff" (blocks read directly) or "openslide"
     levels : finest first
     about : MPP and scanner
+    width, height : level-0 pixels
+    mpp : microns per pixel of level 0, None where the file does not say
     held_bytes : memory that the places of its blocks take, 0 where that is not known; decoded blocks are not counted
     """
 
@@ -73,37 +60,16 @@ class Slide(ABC):
         if about.mpp and about.mpp_y and abs(about.mpp_y / about.mpp - 1) > _MOST_OBLONG:
             told = f"{about.mpp:g} × {about.mpp_y:g} microns by {about.mpp_places}"
             raise SlideError(f"{path}: its pixels are not square ({told}); save it with square ones")
-        self.path, self.levels, self.about = path, tuple(levels), about
-
-    @property
-    def width(self) -> int:
-        """Level-0 pixels."""
-        return self.levels[0].width
-
-    @property
-    def height(self) -> int:
-        """Level-0 pixels."""
-        return self.levels[0].height
-
-    @property
-    def mpp(self) -> float | None:
-        """Microns per pixel of level 0, None where the file does not say."""
-        return self.about.mpp
+        self.path, self.levels, self.about, self.mpp = path, tuple(levels), about, about.mpp
+        self.width, self.height = self.levels[0].width, self.levels[0].height
 
     @abstractmethod
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
         """Return a rectangle of a level, (height, width, 3) RGB; white outside the slide and where nothing was scanned.
 
-        Parameters
-        ----------
-        x, y : upper left corner in pixels of that level; may lie outside
-
-        Raises
-        ------
-        SlideError
-            For blocks that cannot be decoded or are not there: reading again will not help.
-        OSError
-            For a disk or server that does not answer: reading again may help. TimeoutError is one of them.
+        Its upper left corner (x, y), in pixels of that level, may lie outside. SlideError where a block cannot be
+        decoded or is not there: reading again will not help. OSError where a disk or server does not answer: reading
+        again may help; TimeoutError is one of them.
         """
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from hpcssl.core.atomic import write_atomic
 from hpcssl.core.errors import SlideError
 from hpcssl.slides.ranges import is_remote
-from hpcssl.slides.slide import Slide, plausible_mpp
+from hpcssl.slides.slide import Slide, parse_mpp
 from hpcssl.slides.slide_table import check_columns, check_slides, read_table
 
 FAILED = "failed_slides.csv"
@@ -26,12 +26,8 @@ def slides_to_read(source: Path) -> pd.DataFrame:
     """Return the slides of a table, or of a folder: `slide_id, organ, path, mpp` and what else the table has, as text.
 
     A table's paths count from its own folder; they may be URLs. In a folder, the name of the folder that holds a slide
-    is its organ, and its own name without the ending is its slide_id; links count for what they are called.
-
-    Raises
-    ------
-    SlideError
-        For a folder without slides, or a table that lacks a column or a path.
+    is its organ, and its own name without the ending is its slide_id; links count for what they are called. SlideError
+    where a folder has no slides, or a table lacks a column or a path.
     """
     if source.is_dir():
         files = sorted(_slides_below(os.path.abspath(source)))  # noqa: PTH100 (resolve() renames links)
@@ -75,13 +71,8 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 def _stated_mpp(row: Mapping[str, Any], where: str) -> float | None:
     text = str(row["mpp"]).strip()
-    if not text:
-        return None
-    try:
-        mpp = plausible_mpp(float(text))
-    except ValueError:
-        mpp = None
-    if mpp is None:
+    mpp = parse_mpp(text)
+    if text and mpp is None:
         raise SlideError(f"{where}: slide {row['slide_id']} has mpp {text!r}; expected microns per pixel, 0.05 to 20")
     return mpp
 
@@ -98,10 +89,7 @@ def mpp_to_go_by(row: Mapping[str, Any], assumed: float | None) -> str:
 def mpp_of(slide: Slide, row: Mapping[str, Any], assumed: float | None = None) -> float:
     """Return microns per pixel of level 0: what the table says, else the file, else what is to be assumed.
 
-    Raises
-    ------
-    SlideError
-        Naming the slide and the column to add, where nothing says it.
+    SlideError names the slide and the column to add, where nothing says it.
     """
     mpp = _stated_mpp(row, slide.path) or slide.mpp or assumed
     if mpp is None:

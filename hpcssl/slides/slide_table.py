@@ -19,17 +19,10 @@ _MOST_TILES = 2**31 - 1
 
 
 def read_slides(path: Path) -> pd.DataFrame:
-    """Read a slide table from CSV or Parquet.
+    """Return a slide table from CSV or Parquet: `num_tiles` as int64, every other column as text, blank = "".
 
-    Returns
-    -------
-    DataFrame with `slide_id` and `organ` (text), `num_tiles` (int64) and every other column as text, blank = "".
-
-    Raises
-    ------
-    SlideError
-        Naming the row: a missing column, a duplicate or blank slide_id, a blank organ, a count that is no positive
-        integer.
+    SlideError names a missing column or the row of a duplicate or blank slide_id, a blank organ, or a count that is no
+    positive integer.
     """
     return check_slides(read_table(path), where=str(path))
 
@@ -79,10 +72,8 @@ def check_slides(frame: pd.DataFrame, *, where: str) -> pd.DataFrame:
             raise SlideError(f"{where}: row {blank[0] + 1} has no {column}")
         unfit = frame.index[frame[column].str.contains(r"[/\0]|^\.", regex=True)]  # it names files and folders
         if len(unfit):
-            name = frame.loc[unfit[0], column]
-            raise SlideError(
-                f"{where}: row {unfit[0] + 1} has {column} {name!r}; no slash, and no dot in front, please"
-            )
+            name = f"{column} {frame.loc[unfit[0], column]!r}"
+            raise SlideError(f"{where}: row {unfit[0] + 1} has {name}; no slash, and no dot in front, please")
     twice = frame["slide_id"][frame["slide_id"].duplicated()]
     if len(twice):
         raise SlideError(

@@ -34,8 +34,6 @@ _YCBCR = 6
 _FOREIGN = ("is_ndpi", "is_bif", "is_scn", "is_lsm", "is_stk", "is_eer")  # blocks there are no places in the image
 _MICRONS = {"m": 1e6, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3}
 _PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit: inch, centimetre; in microns
-
-
 # of a TIFF's header, by its version: where the first directory is told, and how a number of tags, a tag and an offset
 # are written; a tag is its number, kind, length and value, or where the value is
 _LAYOUTS: dict[int, tuple[Any, ...]] = {42: (4, "H", "HHI4s", "I"), 43: (8, "Q", "HHQ8s", "Q")}
@@ -63,26 +61,15 @@ class _Blocks:
 
 
 class TiffSlide(Slide):
-    """A tiled TIFF pyramid.
-
-    Attributes
-    ----------
-    blocks_decoded : compressed blocks decoded so far, for counters
-    """
+    """A tiled TIFF pyramid; `blocks_decoded` counts the compressed blocks that it has decoded so far."""
 
     reader = "tiff"
 
     def __init__(self, path: str, *, cache_mb: float):
         """Open a file; `cache_mb` of decoded blocks are kept, those used last, for reads that touch each other.
 
-        At least four are kept, where any are: as many as meet in a corner.
-
-        Raises
-        ------
-        UnfitTiffError
-            If the file is no TIFF, or one whose blocks cannot be read alone.
-        SlideError
-            If it is not there, or truncated.
+        At least four are kept, where any are: as many as meet in a corner. UnfitTiffError where the file is no TIFF, or
+        one whose blocks cannot be read alone; SlideError where it is not there, or truncated.
         """
         self._ranges = Ranges.open(path)
         try:
@@ -102,10 +89,8 @@ class TiffSlide(Slide):
         for level, blocks in enumerate(self._levels):
             end = int((blocks.offsets + blocks.sizes).max())
             if end > self._ranges.size:
-                raise SlideError(
-                    f"{path}: truncated (level {level} ends at byte {end:,}, the file at {self._ranges.size:,});"
-                    " copy it again"
-                )
+                reason = f"level {level} ends at byte {end:,}, the file at {self._ranges.size:,}"
+                raise SlideError(f"{path}: truncated ({reason}); copy it again")
         steps = [nominal_downsample(sizes[0], size) for size in sizes]
         if padded:
             steps = [float(2 ** round(np.log2(step))) for step in steps]
@@ -130,11 +115,9 @@ class TiffSlide(Slide):
         right, bottom = min(x + width, size.width), min(y + height, size.height)
         if left >= right or top >= bottom:
             return out
-        indices = [
-            row * blocks.columns + column
-            for row in range(top // blocks.height, (bottom - 1) // blocks.height + 1)
-            for column in range(left // blocks.width, (right - 1) // blocks.width + 1)
-        ]
+        rows = range(top // blocks.height, (bottom - 1) // blocks.height + 1)
+        columns = range(left // blocks.width, (right - 1) // blocks.width + 1)
+        indices = [row * blocks.columns + column for row in rows for column in columns]
         for index, pixels in self._decoded(level, indices).items():
             row, column = divmod(index, blocks.columns)
             x0, y0 = column * blocks.width, row * blocks.height
@@ -256,13 +239,8 @@ def _pyramid(file: tifffile.TiffFile) -> list[Any]:
 
 def _is_fit(page: Any) -> bool:
     """Say whether a page is 8-bit RGB in blocks of a fit size."""
-    return (
-        page.is_tiled
-        and page.dtype == np.uint8
-        and page.samplesperpixel == 3
-        and page.planarconfig == 1
-        and max(page.tilewidth, page.tilelength) <= _MOST_BLOCK_PX
-    )
+    is_rgb = page.dtype == np.uint8 and page.samplesperpixel == 3 and page.planarconfig == 1
+    return is_rgb and page.is_tiled and max(page.tilewidth, page.tilelength) <= _MOST_BLOCK_PX
 
 
 def _blocks(page: Any) -> _Blocks:
@@ -311,12 +289,8 @@ def _about_philips(text: str) -> About:
     spacings = [(parse_mpp(pair[1], 1e3), parse_mpp(pair[0], 1e3)) for pair in texts if len(pair) == 2]
     across, down = min((pair for pair in spacings if all(pair)), default=(None, None))  # level 0 is the finest
     names = (said.get(name, [""])[0] for name in ("DICOM_MANUFACTURER", "DICOM_MANUFACTURERS_MODEL_NAME"))
-    return About(
-        mpp=across,
-        mpp_y=down,
-        mpp_places="DICOM_PIXEL_SPACING in its ImageDescription",
-        scanner=" ".join(filter(None, names)),
-    )
+    scanner, place = " ".join(filter(None, names)), "DICOM_PIXEL_SPACING in its ImageDescription"
+    return About(mpp=across, mpp_y=down, mpp_places=place, scanner=scanner)
 
 
 def _resolution(page: Any, name: str) -> float | None:

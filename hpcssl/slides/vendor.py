@@ -28,11 +28,8 @@ class OpenSlideSlide(Slide):
         self._cache = openslide.OpenSlideCache(int(cache_mb * 1e6))
         self._slide, self._lock = self._opened(), threading.Lock()
         self._steps = self._slide.level_downsamples  # asked for once: a handle that failed tells nothing any more
-        full = self._slide.level_dimensions[0]
-        levels = [
-            Level(width=w, height=h, downsample=nominal_downsample(full, (w, h)))
-            for w, h in self._slide.level_dimensions
-        ]
+        sizes = self._slide.level_dimensions
+        levels = [Level(width=w, height=h, downsample=nominal_downsample(sizes[0], (w, h))) for w, h in sizes]
         super().__init__(path, levels, _about(dict(self._slide.properties)))
 
     def _opened(self) -> Any:

@@ -1,8 +1,11 @@
-"""A slide table of seven imbalanced organs, and a schedule of it."""
+"""A slide table of seven imbalanced organs, a schedule of it, and sharing out in exact rationals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -38,3 +41,42 @@ def built(tmp_path_factory: pytest.TempPathFactory, spec: ScheduleSpec, slides: 
     out = tmp_path_factory.mktemp("schedule") / "sched"
     build_schedule(spec, slides, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Reads the files of a folder."""
+    return lambda folder: {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def exact_shares(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[Fraction]:
+    """Water-filling by definition: the one level at which level · weight, held within the bounds, sums to the total."""
+
+    def held(level: Fraction) -> list[Fraction]:
+        return [min(max(level * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, low, high)]
+
+    totals = {turn: sum(held(turn)) for turn in {Fraction(b, w) for w, *ends in zip(weights, low, high) for b in ends}}
+    totals[Fraction(0)] = sum(low)
+    below = max(turn for turn in totals if totals[turn] <= total)
+    above = min((turn for turn in totals if totals[turn] >= total), default=below)
+    if totals[below] == total:
+        return held(below)
+    # the sum is linear between two neighbouring turns
+    return held(below + (above - below) * Fraction(total - totals[below], totals[above] - totals[below]))
+
+
+def whole_shares(total: int, weights: list[Fraction], low: list[int], high: list[int]) -> list[int]:
+    """The exact shares with the largest remainders rounded up, ties to the earlier entry."""
+    exact = exact_shares(total, weights, low, high)
+    assert sum(exact) == total
+    shares = [share.numerator // share.denominator for share in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+@pytest.fixture(scope="session")
+def shares() -> SimpleNamespace:
+    """How a total is shared within bounds, `exact` in rationals and `whole`; nothing of it is the builder's."""
+    return SimpleNamespace(exact=exact_shares, whole=whole_shares)

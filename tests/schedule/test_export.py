@@ -43,16 +43,19 @@ def check_export(schedule: Schedule, out: Path) -> None:
 
 
 @pytest.mark.parametrize("piece", [1 << 17, 1, 7, 200])
-def test_slides_and_places(schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+def test_slides_and_places(schedule, tmp_path, monkeypatch, piece):
     monkeypatch.setattr(export_module, "_PIECE", piece)
     progress: list[int] = []
     export_csv(schedule, tmp_path / "csv", paths_of=None, on_progress=progress.append)
     assert sorted(p.name for p in (tmp_path / "csv").iterdir()) == [f"slide_schedule_{n}.csv" for n in range(3)]
     assert sum(progress) == 600
     check_export(schedule, tmp_path / "csv")
+    lines = (tmp_path / "csv/slide_schedule_0.csv").read_bytes().split(b"\n")
+    assert (lines[0], lines[-1]) == (b"slide_id,index", b"")
+    assert {b"plain,0", b'"a, b",0'} <= {*lines}, "quoted only where that is needed"
 
 
-def test_paths_of_files(schedule: Schedule, tmp_path: Path) -> None:
+def test_paths_of_files(schedule, tmp_path):
     asked: list[np.ndarray] = []
 
     def paths_of(tiles: np.ndarray) -> list[str]:
@@ -68,17 +71,7 @@ def test_paths_of_files(schedule: Schedule, tmp_path: Path) -> None:
     assert asked[0].dtype == np.int64
 
 
-def test_one_line_a_position_in_plain_csv(tmp_path: Path) -> None:
-    slides = pd.DataFrame({"slide_id": ["a", "b,c"], "organ": ["x", "x"], "num_tiles": [1, 1]})
-    spec = ScheduleSpec(num_pseudo_epochs=1, num_groups=1, positions_per_pseudo_epoch=2)
-    build_schedule(spec, slides, tmp_path / "sched")
-    export_csv(Schedule.open(tmp_path / "sched"), tmp_path / "csv", paths_of=None)
-    lines = (tmp_path / "csv/slide_schedule_0.csv").read_bytes().split(b"\n")
-    assert lines[0] == b"slide_id,index"
-    assert sorted(lines[1:]) == [b"", b'"b,c",0', b"a,0"]
-
-
-def test_some_pseudo_epochs_and_again(schedule: Schedule, tmp_path: Path) -> None:
+def test_some_pseudo_epochs_and_again(schedule, tmp_path):
     export_csv(schedule, tmp_path, paths_of=None, numbers=[2, 0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slide_schedule_0.csv", "slide_schedule_2.csv"]
     before = (tmp_path / "slide_schedule_2.csv").read_bytes()
@@ -88,7 +81,7 @@ def test_some_pseudo_epochs_and_again(schedule: Schedule, tmp_path: Path) -> Non
     check_export(schedule, tmp_path)
 
 
-def test_an_export_that_fails_leaves_no_half_a_file(schedule: Schedule, tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_no_half_a_file(schedule, tmp_path):
     def fails(tiles: np.ndarray) -> list[str]:
         raise OSError(5, "Input/output error")
 
@@ -97,7 +90,7 @@ def test_an_export_that_fails_leaves_no_half_a_file(schedule: Schedule, tmp_path
     assert list((tmp_path / "csv").iterdir()) == []
 
 
-def test_the_check_catches_another_order_and_places_that_count_from_one(schedule: Schedule, tmp_path: Path) -> None:
+def test_the_check_catches_another_order_and_places_that_count_from_one(schedule, tmp_path):
     export_csv(schedule, tmp_path, paths_of=None)
     file = tmp_path / "slide_schedule_1.csv"
     right = reread(file)

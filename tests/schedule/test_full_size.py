@@ -1,4 +1,4 @@
-"""Quotas and coverage at the paper's full size, against a brute-force allocation; nothing is written."""
+"""Quotas and coverage at the paper's full size, against an allocation in exact rationals; nothing is written."""
 
 from __future__ import annotations
 
@@ -27,26 +27,8 @@ def slides() -> pd.DataFrame:
     return pd.DataFrame({"slide_id": ids, "organ": [f"organ {i}" for i in organ], "num_tiles": tiles})
 
 
-def brute_force(total: int, weights: dict[str, Fraction], caps: dict[str, int]) -> dict[str, int]:
-    """Share a total in proportion by largest remainder; who exceeds its cap gets that, the rest is shared anew."""
-    quota: dict[str, int] = {}
-    while True:
-        free = sorted(set(weights) - set(quota))
-        rest, whole = total - sum(quota.values()), sum(weights[organ] for organ in free)
-        share = {organ: rest * weights[organ] / whole for organ in free}
-        over = [organ for organ in free if share[organ] > caps[organ]]
-        if not over:
-            break
-        quota |= {organ: caps[organ] for organ in over}
-    quota |= {organ: share[organ].numerator // share[organ].denominator for organ in free}
-    by_remainder = sorted(free, key=lambda organ: (quota[organ] - share[organ], organ))
-    for organ in by_remainder[: total - sum(quota.values())]:
-        quota[organ] += 1
-    return quota
-
-
 @pytest.mark.parametrize(("power", "max_repeats"), [(0, 20), (0, 1), (1, 20)])
-def test_quotas_and_coverage_of_the_papers_schedule(slides: pd.DataFrame, power: int, max_repeats: int) -> None:
+def test_quotas_and_coverage_of_the_papers_schedule(slides, shares, power, max_repeats):
     spec = ScheduleSpec(organ_power=power, max_repeats=max_repeats)
     builder = Builder(spec, slides)
     organ, tiles = slides["organ"].to_numpy(object), slides["num_tiles"].to_numpy()
@@ -54,8 +36,10 @@ def test_quotas_and_coverage_of_the_papers_schedule(slides: pd.DataFrame, power:
     for number, quotas in enumerate(builder.quotas):
         drawn = pd.Series(quotas.draws).groupby(organ[quotas.slides]).sum()
         size = pd.Series(tiles[quotas.slides]).groupby(organ[quotas.slides]).sum()
-        weights = {name: Fraction(int(n)) ** power for name, n in size.items()}
-        expected = brute_force(65_000_000, weights, {name: max_repeats * int(n) for name, n in size.items()})
+        counts = [int(n) for n in size]  # of the organs in the order of their names
+        bounds = [0] * len(counts), [max_repeats * n for n in counts]
+        quota = shares.whole(65_000_000, [Fraction(n) ** power for n in counts], *bounds)
+        expected = dict(zip(size.index, quota))
         assert drawn.to_dict() == expected == quotas.achieved, f"pseudo-epoch {number}"
         assert (quotas.draws <= max_repeats * tiles[quotas.slides]).all()
         capped += sum(quotas.achieved[name] < quotas.wanted[name] for name in expected)

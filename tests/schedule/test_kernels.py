@@ -32,7 +32,7 @@ def compiled(size: int, key: int, member: int = 0, number: int = 0, *, start: in
 
 
 @pytest.mark.parametrize("size", [*range(1, 71), 100, 7700, 65_000])
-def test_the_kernel_is_permute(size: int) -> None:
+def test_the_kernel_is_permute(size):
     for identity in IDENTITIES:
         found = compiled(size, *identity)
         assert (found == permute(np.arange(size), size, *identity)).all(), identity
@@ -40,14 +40,14 @@ def test_the_kernel_is_permute(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [10**6 + 3, 65_000_000, 2**31 - 1])
-def test_the_kernel_is_permute_at_many_places_of_large_sizes(size: int) -> None:
+def test_the_kernel_is_permute_at_many_places_of_large_sizes(size):
     for start in (0, 1, size // 2, size - 5000):
         index = np.arange(start, start + 5000)
         for identity in IDENTITIES[-2:]:
             assert (compiled(size, *identity, start=start, count=5000) == permute(index, size, *identity)).all()
 
 
-def test_the_sides_are_those_of_the_library() -> None:
+def test_the_sides_are_those_of_the_library():
     squares = [n * n + d for n in (8, 9, 100, 8062, 46340, 46341) for d in (-1, 0, 1)]
     for size in [*range(1, 2000), *(s for s in squares if s < 2**31), 65_000_000, 2**31 - 1]:
         assert tuple(kernels.sides(size)) == sides(size), size
@@ -56,12 +56,9 @@ def test_the_sides_are_those_of_the_library() -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 64, 4096, 4097, 10_000])
 @pytest.mark.parametrize("before", [0, 3, 4096, 9_999])
-def test_draws_of_a_slide_go_through_its_permutations(size: int, before: int) -> None:
-    members, first, draws = (
-        np.array([3, 8]),
-        np.array([100, 70_000]),
-        np.array([size + (4100 if size > 60 else 40), 2 * size + 1]),
-    )
+def test_draws_of_a_slide_go_through_its_permutations(size, before):
+    members, first = np.array([3, 8]), np.array([100, 70_000])
+    draws = np.array([size + (4100 if size > 60 else 40), 2 * size + 1])
     out = np.full(draws.sum() + 1, 7, np.uint32)
     n, start = np.full(2, size), np.full(2, before)
     kernels.draw_tiles(members, n, first, start, draws, np.uint64(9), kernels.tables_for(size), out[:-1])
@@ -75,7 +72,7 @@ def test_draws_of_a_slide_go_through_its_permutations(size: int, before: int) ->
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
-def test_taking_in_order(dtype: type) -> None:
+def test_taking_in_order(dtype):
     tiles = np.random.default_rng(0).integers(0, 2**32, 10_000).astype(dtype) * dtype(1 if dtype == np.uint32 else 9)
     tables = kernels.tables_for(len(tiles))
     kernels.fill_tables(tables, len(tiles), np.uint64(5), 0, 3)
@@ -87,7 +84,7 @@ def test_taking_in_order(dtype: type) -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 999, 1000, 1001])
-def test_the_size_of_the_pieces_changes_nothing(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_pieces_changes_nothing(piece, monkeypatch):
     slides = pd.DataFrame({"slide_id": list("abcdef"), "organ": list("xxyyyz"), "num_tiles": [1, 90, 30, 4, 7, 500]})
     spec = ScheduleSpec(num_pseudo_epochs=3, num_groups=1, positions_per_pseudo_epoch=1000, max_repeats=50)
 
@@ -155,26 +152,26 @@ def check_none_tells_the_next(permutations: Permutations, size: int, key: int) -
 @pytest.mark.parametrize("size", [3, 4, 5])
 @pytest.mark.parametrize("permutations", [by_number, by_member, by_key])
 @pytest.mark.parametrize("key", [0, 2**63])
-def test_every_permutation_of_a_few_is_as_likely(size: int, permutations: Permutations, key: int) -> None:
+def test_every_permutation_of_a_few_is_as_likely(size, permutations, key):
     check_all_as_likely(permutations, size, key)
 
 
 @pytest.mark.parametrize("size", [8, 63, 64, 65, 100])
 @pytest.mark.parametrize("permutations", [by_number, by_member, by_key])
-def test_every_place_is_as_likely(size: int, permutations: Permutations) -> None:
+def test_every_place_is_as_likely(size, permutations):
     check_uniform_places(permutations, size, 1)
     check_none_tells_the_next(permutations, size, 1)
 
 
 @pytest.mark.parametrize("permutations", [by_number, by_member, by_key])
-def test_half_of_the_permutations_are_even(permutations: Permutations) -> None:
+def test_half_of_the_permutations_are_even(permutations):
     # without cycle walking: 64 and 72 places are whole grids
     for size in (64, 72):
         signs = [round(np.linalg.det(np.eye(size)[order])) for order in permutations(size, 2000, 3)]
         assert stats.binomtest(signs.count(1), len(signs)).pvalue > THRESHOLD
 
 
-def test_the_checks_catch_weaker_permutations() -> None:
+def test_the_checks_catch_weaker_permutations():
     def rotations(size: int, count: int, key: int) -> np.ndarray:
         return (np.arange(size) + np.random.default_rng(key).integers(0, size, count)[:, None]) % size
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +27,6 @@ KILLED = 9
 CHANGING = ("replace", "fsync", "unlink")  # functions of `os` by which a build publishes, syncs and removes files
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory, spec: ScheduleSpec, slides: pd.DataFrame) -> ScheduleSpec:
     """Three pseudo-epochs, a slide held out."""
@@ -41,7 +36,7 @@ def held(tmp_path_factory: pytest.TempPathFactory, spec: ScheduleSpec, slides: p
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, held: ScheduleSpec, slides: pd.DataFrame) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory, contents, held, slides) -> dict[str, bytes]:
     """The files of a build that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed") / "sched"
     build_schedule(held, slides, out)
@@ -71,9 +66,7 @@ def killed_at(small: ModuleType, moment: int, build: Callable[[], object]) -> bo
     return small.in_a_fork(run) == KILLED
 
 
-def test_a_build_killed_before_any_change_of_a_file(
-    small: ModuleType, held: ScheduleSpec, slides: pd.DataFrame, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_build_killed_before_any_change_of_a_file(small, held, slides, undisturbed, tmp_path, contents):
     moment, refused, opened = 0, 0, 0
     while killed_at(small, moment, partial(build_schedule, held, slides, tmp_path / str(moment))):
         out = tmp_path / str(moment)
@@ -93,13 +86,7 @@ def test_a_build_killed_before_any_change_of_a_file(
     assert opened >= 4, "marks and checksums are removed when all is done"
 
 
-def has_parts(out: Path, number: int) -> bool:
-    return len(list(out.glob("pseudo_epoch_*.npy"))) >= number
-
-
-def test_a_command_killed_at_random_moments(
-    small: ModuleType, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_a_command_killed_at_random_moments(small, spec, slides, tmp_path, contents):
     moments = random.Random(0)
     large = replace(spec, num_pseudo_epochs=120, max_repeats=100, positions_per_pseudo_epoch=30_000)
     build_schedule(large, slides, tmp_path / "undisturbed")
@@ -112,7 +99,8 @@ def test_a_command_killed_at_random_moments(
     whole = 0
     for _ in range(3):
         process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.DEVNULL)
-        small.wait_until(partial(has_parts, out, whole + moments.randint(1, 6)), 60, "more files")
+        enough = whole + moments.randint(1, 6)
+        small.wait_until(lambda n=enough: len(list(out.glob("pseudo_epoch_*.npy"))) >= n, 60, "more files")
         time.sleep(moments.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the build was over before it was killed"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -80,22 +79,20 @@ LAGS = (1, 2, 3, 7, 64, 223, 224, 448)  # 224 is the side of the grid that permu
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_order_of_a_pseudo_epoch(
-    large: list[np.ndarray], slide_of: np.ndarray, organ_of: np.ndarray, number: int
-) -> None:
+def test_the_order_of_a_pseudo_epoch(large, slide_of, organ_of, number):
     check_no_trend(large[number], slide_of, organ_of)
     check_spread(large[number], slide_of)
     check_spread(large[number], organ_of)
     check_no_memory(large[number], slide_of, organ_of, LAGS)
 
 
-def test_two_pseudo_epochs_do_not_go_together(large: list[np.ndarray], slide_of: np.ndarray) -> None:
+def test_two_pseudo_epochs_do_not_go_together(large, slide_of):
     limit = DEVIATIONS / np.sqrt(TILES)
     assert abs(np.corrcoef(large[0], large[1])[0, 1]) < limit
     assert abs(np.corrcoef(slide_of[large[0]], slide_of[large[1]])[0, 1]) < limit
 
 
-def test_the_first_places_of_many_pseudo_epochs(slides: pd.DataFrame, tmp_path: Path, organ_of: np.ndarray) -> None:
+def test_the_first_places_of_many_pseudo_epochs(slides, tmp_path, organ_of):
     # the shares of organs at the first three places are those of the pseudo-epoch
     spec = replace(LARGE, num_pseudo_epochs=150, positions_per_pseudo_epoch=1500, max_repeats=1000)
     build_schedule(spec, slides, tmp_path / "sched")
@@ -111,9 +108,7 @@ def test_the_first_places_of_many_pseudo_epochs(slides: pd.DataFrame, tmp_path: 
     assert chance(np.sort(whole, axis=1)) < THRESHOLD
 
 
-def test_the_checks_catch_orders_with_a_trend(
-    large: list[np.ndarray], slide_of: np.ndarray, organ_of: np.ndarray
-) -> None:
+def test_the_checks_catch_orders_with_a_trend(large, slide_of, organ_of):
     random = np.random.default_rng(0)
     tiles = large[0]
     by_organ = tiles[np.argsort(organ_of[tiles] + random.normal(0, 25, TILES))]  # hardly to be seen
@@ -126,9 +121,7 @@ def test_the_checks_catch_orders_with_a_trend(
             check_spread(broken, of)
 
 
-def test_the_checks_catch_orders_with_a_memory(
-    large: list[np.ndarray], slide_of: np.ndarray, organ_of: np.ndarray
-) -> None:
+def test_the_checks_catch_orders_with_a_memory(large, slide_of, organ_of):
     pairs = np.sort(large[0])[: TILES // 2 * 2].reshape(-1, 2)  # two draws of a slide always stand together
     pairs = np.random.default_rng(0).permutation(pairs).ravel()
     check_no_trend(pairs, slide_of, organ_of)

@@ -32,28 +32,12 @@ def schedule(built: Path) -> Schedule:
     return Schedule.open(built)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-# reading
-
-
-def test_positions_run_on_across_pseudo_epochs(schedule: Schedule, built: Path) -> None:
+def test_positions_run_on_across_pseudo_epochs(schedule, built):
     whole = np.concatenate([np.load(built / f"pseudo_epoch_{n:04d}.npy") for n in range(12)]).astype(np.int64)
     assert schedule.num_positions == len(whole) == 30_000
     assert (schedule.num_pseudo_epochs, schedule.positions_per_pseudo_epoch) == (12, 2500)
-    for start, stop in (
-        (0, 30_000),
-        (0, 1),
-        (0, 0),
-        (2500, 2500),
-        (30_000, 30_000),
-        (2499, 2501),
-        (2500, 5000),
-        (2400, 7600),
-        (29_999, 30_000),
-    ):
+    places = [(0, 30_000), (0, 1), (0, 0), (2500, 2500), (30_000, 30_000), (2499, 2501), (2500, 5000), (2400, 7600)]
+    for start, stop in [*places, (29_999, 30_000)]:
         found = schedule.tiles_at(start, stop)
         assert found.dtype == np.int64
         assert (found == whole[start:stop]).all(), (start, stop)
@@ -62,12 +46,12 @@ def test_positions_run_on_across_pseudo_epochs(schedule: Schedule, built: Path) 
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 5), (29_999, 30_001), (30_001, 30_001), (5, 4), (-5, -1)])
-def test_positions_outside_are_refused(schedule: Schedule, start: int, stop: int) -> None:
+def test_positions_outside_are_refused(schedule, start, stop):
     with pytest.raises(ScheduleError, match=f"positions {start}:{stop} are not within its 30000 positions"):
         schedule.tiles_at(start, stop)
 
 
-def test_tiles_are_global_numbers_of_the_table(schedule: Schedule, slides: pd.DataFrame) -> None:
+def test_tiles_are_global_numbers_of_the_table(schedule, slides):
     table = schedule.slides()
     assert table.columns.tolist() == ["slide_id", "organ", "num_tiles", "patient_id", "first_tile", "eligible"]
     assert table["eligible"].all()
@@ -78,9 +62,9 @@ def test_tiles_are_global_numbers_of_the_table(schedule: Schedule, slides: pd.Da
     assert schedule.pseudo_epoch(3).max() < slides["num_tiles"].sum()
 
 
-def test_tile_numbers_beyond_32_bits_take_64(tmp_path: Path) -> None:
+def test_tile_numbers_beyond_32_bits_take_64(tmp_path):
     slides = pd.DataFrame({"slide_id": ["a", "b", "c"], "organ": ["x", "x", "y"], "num_tiles": [2**31 - 1] * 3})
-    spec = ScheduleSpec(num_pseudo_epochs=2, num_groups=1, positions_per_pseudo_epoch=3000)
+    spec = ScheduleSpec(num_pseudo_epochs=2, num_groups=1, positions_per_pseudo_epoch=3000, max_repeats=2**31 - 1)
     build_schedule(spec, slides, tmp_path / "sched")
     tiles = Schedule.open(tmp_path / "sched").pseudo_epoch(0)
     assert tiles.dtype == np.uint64
@@ -90,11 +74,10 @@ def test_tile_numbers_beyond_32_bits_take_64(tmp_path: Path) -> None:
     assert both.max() > 2**32
 
 
-def test_opening_what_is_no_schedule(tmp_path: Path, built: Path) -> None:
-    with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
-        Schedule.open(tmp_path)
-    with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
-        Schedule.open(built / "schedule.json")
+def test_opening_what_is_no_schedule(tmp_path, built):
+    for path in (tmp_path, built / "schedule.json"):
+        with pytest.raises(ScheduleError, match="make one with hpcssl schedule build"):
+            Schedule.open(path)
     (tmp_path / "unfinished.json").write_text("{}")
     with pytest.raises(ScheduleError, match="unfinished; run the same hpcssl schedule build again"):
         Schedule.open(tmp_path)
@@ -117,7 +100,7 @@ def test_opening_what_is_no_schedule(tmp_path: Path, built: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pseudo_epoch_0000.npy", "pseudo_epoch_0011.npy"])
-def test_opening_refuses_files_of_another_size(built: Path, tmp_path: Path, name: str) -> None:
+def test_opening_refuses_files_of_another_size(built, tmp_path, name):
     sched = Path(shutil.copytree(built, tmp_path / "sched"))
     whole = (built / name).read_bytes()
     for content in (b"", whole[:-1], whole + b"\0"):
@@ -126,12 +109,9 @@ def test_opening_refuses_files_of_another_size(built: Path, tmp_path: Path, name
             Schedule.open(sched)
     (sched / name).write_bytes(whole)
     Schedule.open(sched)
-    (sched / "slides.parquet").unlink()
-    with pytest.raises(ScheduleError, match=r"slides\.parquet is missing"):
-        Schedule.open(sched)
 
 
-def test_opening_refuses_any_changed_byte_of_the_header(built: Path, tmp_path: Path) -> None:
+def test_opening_refuses_any_changed_byte_of_the_header(built, tmp_path):
     whole = (built / "schedule.json").read_bytes()
     for place in [*range(0, len(whole), 9), whole.index(b"\n"), len(whole) - 1]:
         for flip in (0x01, 0x07, 0x20, 0x80):
@@ -144,13 +124,13 @@ def test_opening_refuses_any_changed_byte_of_the_header(built: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("change", [str.strip, lambda text: text + "\n", lambda text: text.replace("\n", "\r\n")])
-def test_opening_refuses_a_header_that_an_editor_saved(built: Path, tmp_path: Path, change: Any) -> None:
+def test_opening_refuses_a_header_that_an_editor_saved(built, tmp_path, change):
     (tmp_path / "schedule.json").write_text(change((built / "schedule.json").read_text()), newline="")
     with pytest.raises(ScheduleError, match="checksum differs"):
         read_header(tmp_path)
 
 
-def test_the_header_is_json_an_entry_a_line(built: Path, schedule: Schedule) -> None:
+def test_the_header_is_json_an_entry_a_line(built, schedule):
     text = (built / "schedule.json").read_text(encoding="utf-8")
     header = json.loads(text)
     assert schedule.header == header
@@ -166,12 +146,7 @@ def test_the_header_is_json_an_entry_a_line(built: Path, schedule: Schedule) -> 
         assert (record["bytes"], record["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-# building
-
-
-def test_two_builds_and_another_process_give_the_same_bytes(
-    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_two_builds_and_another_process_give_the_same_bytes(built, spec, slides, tmp_path, contents):
     build_schedule(spec, slides, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(built)
     slides.to_csv(tmp_path / "slides.csv", index=False)
@@ -186,7 +161,7 @@ def test_two_builds_and_another_process_give_the_same_bytes(
     assert Schedule.open(tmp_path / "other").digest == Schedule.open(built).digest
 
 
-def test_the_identity_does_not_depend_on_the_version_of_the_parquet_library(built: Path, tmp_path: Path) -> None:
+def test_the_identity_does_not_depend_on_the_version_of_the_parquet_library(built, tmp_path):
     assert pyarrow.__version__.encode() in (built / "slides.parquet").read_bytes()
     before = Schedule.open(built).digest
     shutil.copytree(built, tmp_path / "elsewhere")
@@ -203,9 +178,7 @@ def test_the_identity_does_not_depend_on_the_version_of_the_parquet_library(buil
     assert Schedule.open(tmp_path / "elsewhere").digest != before
 
 
-def test_every_choice_changes_the_positions(
-    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_every_choice_changes_the_positions(built, spec, slides, tmp_path):
     seen = {(built / "pseudo_epoch_0001.npy").read_bytes()}
     changes: list[dict[str, Any]] = [{"seed": 2}, {"num_groups": 4}, {"organ_power": 0.5}, {"max_repeats": 5}]
     changes += [{"organ_size": "slides", "organ_power": 0.5}, {"organ_weights": {"colon": 1.1}}, {"slide_power": 0.5}]
@@ -216,18 +189,14 @@ def test_every_choice_changes_the_positions(
     assert len(seen) == 10
 
 
-def test_a_longer_schedule_begins_as_the_shorter(
-    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_a_longer_schedule_begins_as_the_shorter(built, spec, slides, tmp_path):
     build_schedule(replace(spec, num_pseudo_epochs=3), slides, tmp_path / "short")
     for number in range(3):
         name = f"pseudo_epoch_{number:04d}.npy"
         assert (tmp_path / "short" / name).read_bytes() == (built / name).read_bytes()
 
 
-def test_other_columns_change_no_position(
-    built: Path, spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_other_columns_change_no_position(built, spec, slides, tmp_path):
     labelled = slides.assign(label="x", patient_id=[f"p{i // 2}" for i in range(len(slides))])
     build_schedule(spec, labelled, tmp_path / "sched")
     assert Schedule.open(tmp_path / "sched").header["slides_digest"] == Schedule.open(built).header["slides_digest"]
@@ -235,7 +204,7 @@ def test_other_columns_change_no_position(
     assert Schedule.open(tmp_path / "sched").slides()["patient_id"].tolist()[:3] == ["p0", "p0", "p1"]
 
 
-def test_a_golden_schedule(tmp_path: Path) -> None:
+def test_a_golden_schedule(tmp_path):
     slides = pd.DataFrame({"slide_id": list("abcde"), "organ": list("xxxyy"), "num_tiles": [2, 3, 4, 1, 5]})
     spec = ScheduleSpec(seed=0, num_pseudo_epochs=4, num_groups=2, positions_per_pseudo_epoch=10)
     build_schedule(spec, slides, tmp_path / "sched")
@@ -254,14 +223,12 @@ def test_a_golden_schedule(tmp_path: Path) -> None:
     [
         (
             {"positions_per_pseudo_epoch": 150},
-            "the 30 slides of breast in its group need a position each, but its quota is 2",
+            "30 slides of breast in its group need a position each, but its quota is 2",
         ),
         ({"max_repeats": 1}, "its largest organ, has only"),
     ],
 )
-def test_a_spec_that_cannot_be_met_names_the_organ_and_leaves_nothing(
-    spec: ScheduleSpec, slides: pd.DataFrame, tmp_path: Path, change: dict[str, int], told: str
-) -> None:
+def test_a_spec_that_cannot_be_met_names_the_organ_and_leaves_nothing(spec, slides, tmp_path, change, told):
     with pytest.raises(ScheduleError) as caught:
         build_schedule(replace(spec, **change), slides, tmp_path / "sched")
     assert told in str(caught.value)
@@ -271,30 +238,24 @@ def test_a_spec_that_cannot_be_met_names_the_organ_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fewer_slides_than_groups_are_told(tmp_path: Path) -> None:
+def test_fewer_slides_than_groups_are_told(tmp_path):
     slides = pd.DataFrame({"slide_id": list("abc"), "organ": ["x"] * 3, "num_tiles": [10] * 3})
     with pytest.raises(ScheduleError, match="num_groups"):
         build_schedule(ScheduleSpec(num_pseudo_epochs=5, positions_per_pseudo_epoch=10), slides, tmp_path / "sched")
 
 
-# specs
-
-
-def test_opal_has_the_papers_numbers() -> None:
+def test_every_spec_that_ships_loads_and_opal_has_the_papers_numbers(repository):
     spec = load_spec("opal-3b")
     assert (spec.num_pseudo_epochs, spec.positions_per_pseudo_epoch, spec.num_groups) == (50, 65_000_000, 5)
     assert spec == ScheduleSpec(), "the defaults are the paper's"
     assert load_spec("demo").num_groups == 5
-
-
-def test_every_spec_that_ships_loads(repository: Path) -> None:
     names = [path.stem for path in (repository / "schedules").glob("*.yaml")]
     assert {"opal-3b", "imagenet-epochs", "demo"} <= set(names)
     for name in names:
         assert load_spec(name).hold_out == "", "a list is the user's"
 
 
-def test_a_spec_is_strict(tmp_path: Path) -> None:
+def test_a_spec_is_strict(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 3\nnum_pseudo_epochs: 2\norgan_power: 5e-1\n")
     assert load_spec(str(path)) == ScheduleSpec(seed=3, num_pseudo_epochs=2, organ_power=0.5)
@@ -310,28 +271,26 @@ def test_a_spec_is_strict(tmp_path: Path) -> None:
 
 OUT_OF_RANGE = """
     num_groups=0 max_repeats=-1 organ_power=-0.1 organ_power=5 organ_power=.nan seed=1.5 seed=x slide_power=-1
-    slide_power=4.5 organ_size=area positions_per_pseudo_epoch=2147483648 organ_weights.lung=0 organ_weights.lung=-1
-    organ_weights.lung=.inf organ_weights.lung=1e7 include=breast include.organ=breast exclude.organ=[[1]] hold_out=3
+    slide_power=4.5 organ_size=area positions_per_pseudo_epoch=2147483648 num_groups=100000000000000000000
+    organ_weights.lung=0 organ_weights.lung=-1 organ_weights.lung=.inf organ_weights.lung=1e7
+    include=breast include.organ=breast exclude.organ=[[1]] hold_out=3
 """
 
 
 @pytest.mark.parametrize("override", OUT_OF_RANGE.split())
-def test_values_out_of_range_are_refused(override: str) -> None:
+def test_values_out_of_range_are_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         load_spec("demo", [override])
 
 
-# stores and shares
-
-
-def test_a_store_with_appended_slides_matches(schedule: Schedule, slides: pd.DataFrame) -> None:
+def test_a_store_with_appended_slides_matches(schedule, slides):
     appended = slides.iloc[:3].assign(slide_id=["n1", "n2", "n3"])
     check_matches(schedule, slides, store=Path("store"))
     check_matches(schedule, slides.assign(label="x")[["label", *slides.columns]], store=Path("store"))
     check_matches(schedule, pd.concat([slides, appended], ignore_index=True), store=Path("store"))
 
 
-def test_a_store_with_other_slides_is_refused(schedule: Schedule, slides: pd.DataFrame) -> None:
+def test_a_store_with_other_slides_is_refused(schedule, slides):
     appended = slides.iloc[:1].assign(slide_id="new")
     for other in (
         slides.iloc[:-1],

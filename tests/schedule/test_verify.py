@@ -95,7 +95,7 @@ def verdict(sched: Path) -> str:
     return told[0]
 
 
-def test_a_whole_schedule_passes_and_every_position_is_looked_at(sched: Path, built: Path) -> None:
+def test_a_whole_schedule_passes_and_every_position_is_looked_at(sched, built):
     seen: list[int] = []
     verify_schedule(sched, on_progress=seen.append)
     assert sum(seen) == 240
@@ -107,30 +107,31 @@ def test_a_whole_schedule_passes_and_every_position_is_looked_at(sched: Path, bu
     verify_schedule(sched)  # the tests' own rewriting breaks nothing
 
 
-@pytest.mark.parametrize("name", [*FILES, "slides.parquet", "hold_out.csv", "schedule.json"])
-def test_any_flipped_byte_is_found(sched: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*FILES, "slides.parquet", "hold_out.csv"])
+def test_any_flipped_byte_is_found(sched, name):
     path = sched / name
     whole = path.read_bytes()
     for place in sorted({0, len(whole) - 1, *range(0, len(whole), max(1, len(whole) // 12))}):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x04]) + whole[place + 1 :])
-        said = verdict(sched)
-        # without its format nobody knows what schedule.json is
-        assert name in said or (name == "schedule.json" and "schedule format" in said)
+        assert name in verdict(sched)
     path.write_bytes(whole)
     verify_schedule(sched)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["slides.parquet", "hold_out.csv", "schedule.json"])
-def test_a_table_that_cannot_be_read_is_told(sched: Path, name: str, kept: float) -> None:
+@pytest.mark.parametrize("kept", [0.0, 0.5, None])
+@pytest.mark.parametrize("name", ["slides.parquet", "hold_out.csv", "schedule.json", FILES[3]])
+def test_a_file_that_cannot_be_read_or_is_missing_is_told(sched, name, kept):
     path = sched / name
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    if kept is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     assert name in verdict(sched)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 128, 300])
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_a_truncated_file_is_found(sched: Path, kept: int, rewritten: bool) -> None:
+def test_a_truncated_file_is_found(sched, kept, rewritten):
     path = file_of(sched, 2)
     path.write_bytes(path.read_bytes()[:kept])
     if rewritten:
@@ -138,15 +139,9 @@ def test_a_truncated_file_is_found(sched: Path, kept: int, rewritten: bool) -> N
     assert "pseudo_epoch_0002.npy" in verdict(sched)
 
 
-@pytest.mark.parametrize("name", ["schedule.json", "slides.parquet", "hold_out.csv", "pseudo_epoch_0003.npy"])
-def test_a_missing_file_is_told(sched: Path, name: str) -> None:
-    (sched / name).unlink()
-    assert name in verdict(sched)
-
-
 @pytest.mark.parametrize(("a", "b"), [(0, 1), (0, 2), (2, 3)])
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_two_files_swapped_are_found(sched: Path, a: int, b: int, rewritten: bool) -> None:
+def test_two_files_swapped_are_found(sched, a, b, rewritten):
     first, second = file_of(sched, a).read_bytes(), file_of(sched, b).read_bytes()
     file_of(sched, a).write_bytes(second)
     file_of(sched, b).write_bytes(first)
@@ -194,7 +189,7 @@ BREAKAGES: dict[str, tuple[Callable[[np.ndarray], object], str]] = {
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_broken_guarantee_is_named_although_checksums_match(sched: Path, breakage: str, number: int) -> None:
+def test_a_broken_guarantee_is_named_although_checksums_match(sched, breakage, number):
     change, told = BREAKAGES[breakage]
     change_tiles(sched, number, change)
     match_checksums(sched)
@@ -203,12 +198,9 @@ def test_a_broken_guarantee_is_named_although_checksums_match(sched: Path, break
     assert told in said
 
 
-def test_a_tile_beyond_the_last_is_told(sched: Path) -> None:
-    def beyond(tiles: np.ndarray) -> None:
-        tiles[int(tiles.argmax())] = 64
-
+def test_a_tile_beyond_the_last_is_told(sched):
     number = next(n for n in range(4) if np.load(file_of(sched, n)).max() >= 53)
-    change_tiles(sched, number, beyond)
+    change_tiles(sched, number, lambda tiles: np.put(tiles, tiles.argmax(), 64))
     match_checksums(sched)
     assert f"pseudo_epoch_000{number}.npy" in verdict(sched)
 
@@ -221,24 +213,26 @@ def test_a_tile_beyond_the_last_is_told(sched: Path) -> None:
         {"organ": [*["b", "a", "a"] * 4, "b"]},
     ],
 )
-def test_another_slide_table_is_found_although_checksums_match(sched: Path, columns: dict[str, list]) -> None:
+def test_another_slide_table_is_found_although_checksums_match(sched, columns):
     change_slides(sched, **columns)
     assert re.search(r"slides\.parquet: (not what was written \(checksum differs|\d+ bytes, expected)", verdict(sched))
     match_checksums(sched)
     assert re.search(r"slides\.parquet make it|slides\.parquet: first_tile is|guarantee [12]", verdict(sched))
 
 
-@pytest.mark.parametrize("columns", [{"first_tile": 0}, {"eligible": True}, {"eligible": False}], ids=str)
-def test_a_column_that_the_rest_does_not_make_is_found(sched: Path, columns: dict[str, Any]) -> None:
-    change_slides(sched, **columns)
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("first_tile", 0, "slides.parquet: first_tile is not what spec and slides make it"),
+        ("eligible", True, "slides.parquet: eligible is not what spec and slides make it"),
+        ("eligible", False, "slides.parquet: eligible is not what spec and slides make it"),
+        ("patient_id", "p", "both sides of the hold-out"),
+    ],
+)
+def test_a_column_that_the_rest_does_not_make_is_found(sched, column, value, told):
+    change_slides(sched, **{column: value})
     match_checksums(sched)
-    assert f"slides.parquet: {next(iter(columns))} is not what spec and slides make it" in verdict(sched)
-
-
-def test_a_patient_on_both_sides_of_the_hold_out_is_found(sched: Path) -> None:
-    change_slides(sched, patient_id="p")
-    match_checksums(sched)
-    assert "both sides of the hold-out" in verdict(sched)
+    assert told in verdict(sched)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +247,7 @@ def test_a_patient_on_both_sides_of_the_hold_out_is_found(sched: Path) -> None:
         ("", "not a CSV file"),
     ],
 )
-def test_another_hold_out_list_is_found(sched: Path, text: str, told: str) -> None:
+def test_another_hold_out_list_is_found(sched, text, told):
     (sched / "hold_out.csv").write_text(text)
     assert re.search(r"hold_out\.csv: (not what was written \(checksum differs|\d+ bytes, expected)", verdict(sched))
     match_checksums(sched)
@@ -263,26 +257,26 @@ def test_another_hold_out_list_is_found(sched: Path, text: str, told: str) -> No
         assert re.search(told, verdict(sched))
 
 
-def test_a_hold_out_list_that_was_dropped_is_found(sched: Path) -> None:
+def test_a_hold_out_list_that_was_dropped_is_found(sched):
     (sched / "hold_out.csv").unlink()
     change_header(sched, lambda h: (h["spec"].update(hold_out=""), h.update(hold_out_sha256="")))
     assert "tells eligible" in verdict(sched)
 
 
-def test_a_tile_of_a_held_out_slide_is_found(sched: Path) -> None:
+def test_a_tile_of_a_held_out_slide_is_found(sched):
     change_tiles(sched, 1, lambda tiles: np.put(tiles, 17, 62))
     match_checksums(sched)
     assert "slide s12 is drawn, but filtered or held out; first at place 17" in verdict(sched)
 
 
-def test_another_slide_id_is_found_by_the_digest(sched: Path) -> None:
+def test_another_slide_id_is_found_by_the_digest(sched):
     change_slides(sched, slide_id=[*(f"t{i}" for i in range(12)), "s12"])
     digest, size = digest_file(sched / "slides.parquet"), (sched / "slides.parquet").stat().st_size
     change_header(sched, lambda h: h.update(slides_file_sha256=digest, slides_file_bytes=size))
     assert re.search(r"tells slides_digest = .* but its spec and slides\.parquet make it", verdict(sched))
 
 
-def test_a_changed_quota_in_the_header_is_named(sched: Path) -> None:
+def test_a_changed_quota_in_the_header_is_named(sched):
     change_header(sched, lambda header: header["pseudo_epochs"][1]["organs"]["a"].update(achieved=29))
     assert "what it tells of pseudo-epoch 1" in verdict(sched)
 
@@ -305,7 +299,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_field_of_the_header_is_checked(sched: Path, change: str) -> None:
+def test_every_field_of_the_header_is_checked(sched, change):
     change_header(sched, CHANGES[change])
     verdict(sched)
 
@@ -321,7 +315,7 @@ ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("change", ARRAYS)
-def test_another_array_is_found_although_checksums_match(sched: Path, change: str) -> None:
+def test_another_array_is_found_although_checksums_match(sched, change):
     np.save(file_of(sched, 1), ARRAYS[change](np.load(file_of(sched, 1))))
     match_checksums(sched)
     said = verdict(sched)
@@ -329,7 +323,7 @@ def test_another_array_is_found_although_checksums_match(sched: Path, change: st
     assert change.startswith("longer") or "not an array of 60 uint32 tile numbers" in said
 
 
-def test_the_first_violation_is_named(sched: Path) -> None:
+def test_the_first_violation_is_named(sched):
     for number in (1, 3):
         change_tiles(sched, number, np.ndarray.sort)
     assert "pseudo_epoch_0001.npy" in verdict(sched)

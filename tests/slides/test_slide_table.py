@@ -37,7 +37,7 @@ def as_parquet(csv: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_ids_stay_text_and_every_column_is_carried(tmp_path: Path, kind: str) -> None:
+def test_ids_stay_text_and_every_column_is_carried(tmp_path, kind):
     path = table(tmp_path, HEADER + ROWS)
     frame = read_slides(path if kind == "csv" else as_parquet(path))
     assert frame.columns.tolist() == ["slide_id", "organ", "num_tiles", "patient_id", "label"]
@@ -49,7 +49,7 @@ def test_ids_stay_text_and_every_column_is_carried(tmp_path: Path, kind: str) ->
     assert frame.index.tolist() == [0, 1, 2]
 
 
-def test_parquet_with_missing_values_and_numbers(tmp_path: Path) -> None:
+def test_parquet_with_missing_values_and_numbers(tmp_path):
     path = tmp_path / "slides.parquet"
     columns = {"slide_id": [7, 8], "organ": ["lung", "lung"], "num_tiles": [3.0, 4.0], "patient_id": ["p", None]}
     pd.DataFrame(columns | {"age": [61.0, None]}).to_parquet(path)
@@ -61,7 +61,7 @@ def test_parquet_with_missing_values_and_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["slide_id", "organ", "num_tiles"])
-def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+def test_a_missing_column_is_named(tmp_path, column):
     csv = table(tmp_path, (HEADER + ROWS).replace(column, "other", 1))
     assert f"no column {column}; " in refusal(csv)
 
@@ -76,55 +76,47 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
         ("", "no slides"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, rows: str, told: str) -> None:
+def test_bad_rows_are_named(tmp_path, rows, told):
     assert told in refusal(table(tmp_path, HEADER + rows))
 
 
-@pytest.mark.parametrize("count", ["0", "-3", "2.5", "", "many", "inf", "nan", "0x10", "5 6", "1e-3", "True"])
-def test_a_count_that_is_no_positive_integer_is_refused(tmp_path: Path, count: str) -> None:
+@pytest.mark.parametrize("count", ["0", "-3", "2.5", "", "many", "inf", "nan", "0x10", "5 6", "1e-3", "True", "1e30"])
+def test_a_count_that_is_no_positive_integer_is_refused(tmp_path, count):
     message = refusal(table(tmp_path, f"{HEADER}a,lung,5,,\nb,lung,{count},,\nc,lung,{count},,\n"))
     assert f"slide b has num_tiles {count!r}; expected a positive integer below 2^31 (2 such rows)" in message
 
 
-def test_a_count_beyond_int64_is_refused(tmp_path: Path) -> None:
-    refusal(table(tmp_path, HEADER + "a,lung,1e30,,\n"))
-
-
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b'"a,b\n', b"PK\x03\x04 not text"])
 @pytest.mark.parametrize("name", ["slides.csv", "slides.parquet"])
-def test_what_is_no_table_is_told_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+def test_what_is_no_table_is_told_in_one_line(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     refusal(path)
 
 
-def test_no_file_is_told(tmp_path: Path) -> None:
+def test_no_file_is_told(tmp_path):
     assert "no such slide table" in refusal(tmp_path / "absent.csv")
     assert "no such slide table" in refusal(tmp_path / "absent.parquet")
 
 
-def test_a_byte_order_mark_and_quotes_are_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_quotes_are_read(tmp_path):
     text = '\ufeffslide_id,organ,num_tiles\r\n"a, b","lung ""x""",5\r\n'
     frame = read_slides(table(tmp_path, text))
     assert frame.loc[0].tolist() == ["a, b", 'lung "x"', 5]
 
 
-def test_a_short_row_has_blanks(tmp_path: Path) -> None:
+def test_a_short_row_has_blanks(tmp_path):
     frame = read_slides(table(tmp_path, HEADER + "a,lung,5\nb,lung,6\n"))
     assert frame["patient_id"].tolist() == ["", ""]
     assert group_keys(frame, "patient_id").nunique() == 2
 
 
-def test_rows_longer_than_the_header_are_refused_or_read_in_place(tmp_path: Path) -> None:
+def test_rows_longer_than_the_header_are_refused(tmp_path):
     path = table(tmp_path, "slide_id,organ,num_tiles\na,1,5,7\nb,2,5,8\n")
-    try:
-        frame = read_slides(path)
-    except SlideError:
-        return
-    assert frame["slide_id"].tolist() == ["a", "b"]
+    assert "its rows have more fields than its header" in refusal(path)
 
 
-def test_a_blank_patient_is_a_group_of_its_own() -> None:
+def test_a_blank_patient_is_a_group_of_its_own():
     frame = pd.DataFrame({"slide_id": list("abcde"), "patient_id": ["p", "", "p", "", "a"]})
     keys = group_keys(frame, "patient_id")
     assert keys[0] == keys[2]
@@ -133,17 +125,13 @@ def test_a_blank_patient_is_a_group_of_its_own() -> None:
         group_keys(frame, "case_id")
 
 
-def test_a_patient_of_spaces_is_blank() -> None:
-    frame = pd.DataFrame({"slide_id": list("ab"), "patient_id": [" ", " "]})
+@pytest.mark.parametrize("patients", [[" ", " "], ["", "slide b"]])
+def test_a_patient_of_spaces_or_named_as_a_blank_slides_group_is_none_of_it(patients):
+    frame = pd.DataFrame({"slide_id": ["b", "a"], "patient_id": patients})
     assert group_keys(frame, "patient_id").nunique() == 2
 
 
-def test_a_patient_named_as_a_blank_slides_group_does_not_join_it() -> None:
-    frame = pd.DataFrame({"slide_id": ["b", "a"], "patient_id": ["", "slide b"]})
-    assert group_keys(frame, "patient_id").nunique() == 2
-
-
-def test_the_digest_is_of_the_three_columns_in_order(tmp_path: Path) -> None:
+def test_the_digest_is_of_the_three_columns_in_order(tmp_path):
     frame = read_slides(table(tmp_path, HEADER + ROWS))
     digest = digest_slides(frame)
     assert digest == digest_slides(frame.assign(label="other", age="3"))
@@ -157,17 +145,10 @@ def test_the_digest_is_of_the_three_columns_in_order(tmp_path: Path) -> None:
         frame.assign(slide_id=["1", "1e3", "TCGA-ü 1"]),
     ):
         assert digest_slides(changed) != digest
-    assert digest == "2726883b156998e50047148b270364f711dd3de38d93be52a1e0c8a3bebfbc2f", (
-        "a golden: stores in use depend on it"
-    )
+    golden = "2726883b156998e50047148b270364f711dd3de38d93be52a1e0c8a3bebfbc2f"
+    assert digest == golden, "stores in use depend on it"
 
 
-def test_checked_tables_are_checked_again_without_change(tmp_path: Path) -> None:
+def test_checked_tables_are_checked_again_without_change(tmp_path):
     frame = read_slides(table(tmp_path, HEADER + ROWS))
     pd.testing.assert_frame_equal(check_slides(frame, where="again"), frame)
-
-
-def test_the_real_table(real_data: Path) -> None:
-    frame = read_slides(real_data / "tiles" / "slides.csv")
-    assert frame["organ"].value_counts().to_dict() == {"lung": 370, "breast": 27}
-    assert group_keys(frame, "patient_id").notna().all()

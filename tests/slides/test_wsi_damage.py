@@ -15,7 +15,7 @@ from hpcssl.slides.slide import Slide
 
 
 @pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs"])
-def test_a_truncated_aperio_slide_is_told_as_one(tmp_path: Path, real_data: Path, name: str) -> None:
+def test_a_truncated_aperio_slide_is_told_as_one(tmp_path, real_data, name):
     """Also where the first of its directories, which stand behind the blocks, is not there at all."""
     data = (real_data / "wsi" / name).read_bytes()
     for share in (0, 0.0005, 0.1, 0.5, 2 / 3, 0.9, 0.999):
@@ -26,7 +26,7 @@ def test_a_truncated_aperio_slide_is_told_as_one(tmp_path: Path, real_data: Path
 
 
 @pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"byteorder": ">"}])
-def test_a_slide_cut_off_within_a_directory_is_told_as_truncated(tmp_path: Path, options: dict) -> None:
+def test_a_slide_cut_off_within_a_directory_is_told_as_truncated(tmp_path, options):
     """And never opened without one of its levels, though these stand in directories below the first and behind it."""
     pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
     kind = {"tile": (128, 128), "photometric": "rgb"}
@@ -47,7 +47,7 @@ def test_a_slide_cut_off_within_a_directory_is_told_as_truncated(tmp_path: Path,
             open_slide(tmp_path / "cut.ome.tif")
 
 
-def test_private_tags_that_name_nothing_are_no_truncation(tmp_path: Path) -> None:
+def test_private_tags_that_name_nothing_are_no_truncation(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
     more = [(65_000, "B", 100, bytes(100), True)]
     tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(128, 128), photometric="rgb", extratags=more)
@@ -72,7 +72,7 @@ def write_damaged(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_block_that_openslide_met_spoils_no_other(tmp_path: Path) -> None:
+def test_a_damaged_block_that_openslide_met_spoils_no_other(tmp_path):
     """Though a handle of OpenSlide keeps its first error: in any order, and while other threads read."""
     write_damaged(tmp_path / "a.tif")
     places = [(x, y, 0, 64, 64) for y in range(0, 256, 64) for x in range(0, 256, 64)]

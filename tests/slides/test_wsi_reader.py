@@ -21,11 +21,7 @@ from hpcssl.slides.vendor import OpenSlideSlide
 from hpcssl.synthetic.drawn_slides import draw_slide
 
 WIDTH, HEIGHT = 1200, 900
-KINDS = {
-    "plain.tif": {},
-    "jpeg.svs": {"kind": "svs"},
-    "jpeg2000.svs": {"kind": "svs-jpeg2000"},
-}
+KINDS = {"plain.tif": {}, "jpeg.svs": {"kind": "svs"}, "jpeg2000.svs": {"kind": "svs-jpeg2000"}}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def rectangles(slide: Slide, number: int = 12) -> Iterator[tuple[int, int, int, 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_blocks_read_directly_are_the_pixels_of_openslide(drawn: Path, name: str) -> None:
+def test_blocks_read_directly_are_the_pixels_of_openslide(drawn, name):
     direct, through = open_slide(drawn / name), OpenSlideSlide(str(drawn / name), cache_mb=0)
     assert direct.reader == "tiff"
     assert through.reader == "openslide"
@@ -67,7 +63,7 @@ def test_blocks_read_directly_are_the_pixels_of_openslide(drawn: Path, name: str
         ("TCGA-XK-AAJU-01A-01-TS1_pyramid.tif", [1, 2, 4, 8], None, ""),
     ],
 )
-def test_real_slides(real_data: Path, name: str, levels: list[int], mpp: float | None, scanner: str) -> None:
+def test_real_slides(real_data, name, levels, mpp, scanner):
     slide = open_slide(real_data / "wsi" / name)
     assert [level.downsample for level in slide.levels] == levels
     assert slide.mpp == mpp
@@ -92,28 +88,18 @@ def write_philips(path: Path, pixels: np.ndarray, *, height: float = 1.0) -> Non
         for n in range(3):
             part = pixels[:: 2**n, :: 2**n]
             padding = [(0, -part.shape[0] % 256), (0, -part.shape[1] % 256), (0, 0)]
-            writer.write(
-                np.pad(part, padding, constant_values=255),
-                tile=(256, 256),
-                photometric="rgb",
-                compression="deflate",
-                description=f"level={n}" if n else xml,
-                software="Philips DP v1.0",
-                subfiletype=int(n > 0),
-                metadata=None,
-            )
+            options = {"description": f"level={n}" if n else xml, "software": "Philips DP v1.0", "metadata": None}
+            options |= {"tile": (256, 256), "photometric": "rgb", "compression": "deflate", "subfiletype": int(n > 0)}
+            writer.write(np.pad(part, padding, constant_values=255), **options)
 
 
-def test_philips_levels_are_halves_though_filled_up_to_whole_blocks(tmp_path: Path) -> None:
+def test_philips_levels_are_halves_though_filled_up_to_whole_blocks(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (768, 1280, 3), np.uint8)
     write_philips(tmp_path / "p.tiff", pixels)
     slide = open_slide(tmp_path / "p.tiff")
     assert slide.reader == "tiff"
-    assert [(found.width, found.height, found.downsample) for found in slide.levels] == [
-        (1280, 768, 1),
-        (640, 384, 2),
-        (320, 192, 4),
-    ]
+    levels = [(level.width, level.height, level.downsample) for level in slide.levels]
+    assert levels == [(1280, 768, 1), (640, 384, 2), (320, 192, 4)]
     assert (slide.mpp, slide.about.scanner) == (pytest.approx(0.25), "PHILIPS")
     for n in range(3):
         part = pixels[:: 2**n, :: 2**n]
@@ -121,15 +107,15 @@ def test_philips_levels_are_halves_though_filled_up_to_whole_blocks(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    "options",
     [
-        ("big", {"bigtiff": True, "compression": "deflate"}),
-        ("big-endian", {"byteorder": ">", "compression": "lzw", "predictor": True}),
-        ("plain", {}),
-        ("webp", {"compression": "webp", "compressionargs": {"lossless": True}}),
+        {"bigtiff": True, "compression": "deflate"},
+        {"byteorder": ">", "compression": "lzw", "predictor": True},
+        {},
+        {"compression": "webp", "compressionargs": {"lossless": True}},
     ],
 )
-def test_other_tiffs(tmp_path: Path, kind: str, options: dict) -> None:
+def test_other_tiffs(tmp_path, options):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
     inch = {"resolution": (101_600, 101_600), "resolutionunit": "INCH"}
     tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(128, 128), photometric="rgb", **inch, **options)
@@ -138,7 +124,7 @@ def test_other_tiffs(tmp_path: Path, kind: str, options: dict) -> None:
     np.testing.assert_array_equal(slide.read(0, 0, 0, 500, 300), pixels)
 
 
-def test_ome_levels_that_stand_below_the_first(tmp_path: Path) -> None:
+def test_ome_levels_that_stand_below_the_first(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
     metadata = {"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm"}
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as writer:
@@ -150,7 +136,7 @@ def test_ome_levels_that_stand_below_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["philips", "ome", "resolution", "openslide"])
-def test_pixels_that_are_not_square_are_refused(tmp_path: Path, kind: str) -> None:
+def test_pixels_that_are_not_square_are_refused(tmp_path, kind):
     """And not taken for square ones, whose tiles would be half as high; half a per cent is none of that."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
     path = tmp_path / {"philips": "a.tiff", "ome": "a.ome.tif"}.get(kind, "a.tif")
@@ -177,7 +163,7 @@ def test_pixels_that_are_not_square_are_refused(tmp_path: Path, kind: str) -> No
         open_slide(path)
 
 
-def test_blocks_that_hold_rgb_though_said_to_hold_ycbcr_are_shown_as_rgb(tmp_path: Path, drawn: Path) -> None:
+def test_blocks_that_hold_rgb_though_said_to_hold_ycbcr_are_shown_as_rgb(tmp_path, drawn):
     pixels = draw_slide(tmp_path / "right.tif", seed=3, width=WIDTH, height=HEIGHT, downsamples=(1,))
     tifffile.imwrite(tmp_path / "wrong.tif", pixels, photometric="ycbcr", compression="jpeg", tile=(256, 256))
     wrong, right = open_slide(tmp_path / "wrong.tif"), open_slide(tmp_path / "right.tif")
@@ -187,7 +173,7 @@ def test_blocks_that_hold_rgb_though_said_to_hold_ycbcr_are_shown_as_rgb(tmp_pat
         assert error.mean() < 3
 
 
-def test_what_is_magenta_by_right_stays_so(tmp_path: Path) -> None:
+def test_what_is_magenta_by_right_stays_so(tmp_path):
     pixels = np.full((300, 400, 3), (255, 120, 255), np.uint8)
     pixels[100:200] = (90, 20, 140)
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", compression="jpeg", tile=(128, 128))
@@ -195,14 +181,14 @@ def test_what_is_magenta_by_right_stays_so(tmp_path: Path) -> None:
     assert np.abs(slide.read(0, 0, 0, 400, 300).astype(int) - pixels).mean() < 3
 
 
-def test_pixels_of_real_glass_that_was_stored_untransformed(real_data: Path) -> None:
+def test_pixels_of_real_glass_that_was_stored_untransformed(real_data):
     slide = open_slide(real_data / "wsi" / "TCGA-XK-AAJU-01A-01-TS1_pyramid.tif")
     glass = np.median(slide.read(150, 500, 2, 80, 120), (0, 1))
     assert np.ptp(glass) < 6
     assert glass.min() > 225
 
 
-def test_threads_share_a_slide_and_its_cache(drawn: Path) -> None:
+def test_threads_share_a_slide_and_its_cache(drawn):
     alone, shared = open_slide(drawn / "plain.tif"), open_slide(drawn / "plain.tif", cache_mb=1)
     places = list(rectangles(alone, 60))
     expected = [alone.read(*place) for place in places]
@@ -211,7 +197,7 @@ def test_threads_share_a_slide_and_its_cache(drawn: Path) -> None:
             np.testing.assert_array_equal(found, wanted)
 
 
-def test_neighbours_share_the_blocks_that_are_kept(drawn: Path) -> None:
+def test_neighbours_share_the_blocks_that_are_kept(drawn):
     blocks = {}
     for cache_mb in (0, 8):
         slide = TiffSlide(str(drawn / "plain.tif"), cache_mb=cache_mb)
@@ -221,7 +207,7 @@ def test_neighbours_share_the_blocks_that_are_kept(drawn: Path) -> None:
     assert blocks == {0: 16, 8: 4}
 
 
-def test_an_open_slide_holds_sixteen_bytes_for_a_block(tmp_path: Path) -> None:
+def test_an_open_slide_holds_sixteen_bytes_for_a_block(tmp_path):
     """What `held_bytes` says: Python's numbers in the tags of its pages would be four times as much."""
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((1024, 1024, 3), np.uint8), tile=(16, 16), photometric="rgb")
     open_slide(tmp_path / "a.tif")
@@ -236,7 +222,7 @@ def test_an_open_slide_holds_sixteen_bytes_for_a_block(tmp_path: Path) -> None:
     assert slide.held_bytes == 16 * 64 * 64 < held < 1.3 * slide.held_bytes
 
 
-def test_a_file_is_open_as_long_as_its_slide_and_no_longer(drawn: Path) -> None:
+def test_a_file_is_open_as_long_as_its_slide_and_no_longer(drawn):
     def is_open() -> bool:
         return any(p.resolve().name == "plain.tif" for p in Path("/proc/self/fd").iterdir())
 
@@ -252,7 +238,7 @@ def test_a_file_is_open_as_long_as_its_slide_and_no_longer(drawn: Path) -> None:
         gc.enable()
 
 
-def test_blocks_where_nothing_was_scanned_are_white(tmp_path: Path) -> None:
+def test_blocks_where_nothing_was_scanned_are_white(tmp_path):
     path = tmp_path / "sparse.tif"
     tifffile.imwrite(path, np.zeros((64, 96, 3), np.uint8), tile=(32, 32), photometric="rgb")
     with tifffile.TiffFile(path, mode="r+b") as file:
@@ -265,7 +251,7 @@ def test_blocks_where_nothing_was_scanned_are_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.7, 0.8, 0.9, 0.99])
-def test_a_truncated_slide_is_told_as_one(tmp_path: Path, drawn: Path, share: float) -> None:
+def test_a_truncated_slide_is_told_as_one(tmp_path, drawn, share):
     """Also where level 0 is whole and only a coarser one is cut off."""
     for name in KINDS:
         data = (drawn / name).read_bytes()
@@ -275,7 +261,7 @@ def test_a_truncated_slide_is_told_as_one(tmp_path: Path, drawn: Path, share: fl
         assert "\n" not in str(told.value)
 
 
-def test_what_no_reader_can_read_is_told_with_both_reasons(tmp_path: Path, real_data: Path) -> None:
+def test_what_no_reader_can_read_is_told_with_both_reasons(tmp_path, real_data):
     (tmp_path / "text.svs").write_text("no slide")
     with pytest.raises(SlideError, match=r"OpenSlide knows; nor can its blocks be read directly \(not a TIFF"):
         open_slide(tmp_path / "text.svs")
@@ -285,7 +271,7 @@ def test_what_no_reader_can_read_is_told_with_both_reasons(tmp_path: Path, real_
         open_slide(tmp_path / "absent.svs")
 
 
-def test_what_is_not_read_directly_is_read_through_openslide(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_read_directly_is_read_through_openslide(drawn, monkeypatch):
     direct = open_slide(drawn / "jpeg.svs")
     monkeypatch.setattr(tiff, "_MOST_BLOCK_PX", 128)  # as if its blocks were whole images
     through = open_slide(drawn / "jpeg.svs")
@@ -296,7 +282,7 @@ def test_what_is_not_read_directly_is_read_through_openslide(drawn: Path, monkey
         open_slide(f"file://{drawn / 'jpeg.svs'}")
 
 
-def test_a_block_that_cannot_be_decoded_is_the_slides_fault(tmp_path: Path, drawn: Path) -> None:
+def test_a_block_that_cannot_be_decoded_is_the_slides_fault(tmp_path, drawn):
     data = bytearray((drawn / "plain.tif").read_bytes())
     with tifffile.TiffFile(drawn / "plain.tif") as file:
         start, size = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]
@@ -308,8 +294,10 @@ def test_a_block_that_cannot_be_decoded_is_the_slides_fault(tmp_path: Path, draw
         slide.read(0, 256, 0, 100, 100)
 
 
-def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(online, drawn: Path) -> None:
+def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(online, drawn, monkeypatch):
+    """And, where it fails, so many times; test_online_remote.py is about all that a server may do."""
     pytest.importorskip("aiohttp")
+    monkeypatch.setattr(ranges, "_PAUSE_S", 0.01)
     local = open_slide(drawn / "jpeg2000.svs")
     with online.serving(drawn) as server:
         remote = open_slide(f"{server.url}/jpeg2000.svs")
@@ -321,25 +309,9 @@ def test_a_server_gives_the_same_pixels_and_is_asked_for_what_is_needed_only(onl
             np.testing.assert_array_equal(remote.read(*place), local.read(*place))
         with pytest.raises(SlideError, match="no such slide"):
             open_slide(f"{server.url}/absent.svs")
-
-
-@pytest.mark.timeout(60)  # the server stalls for as long
-@pytest.mark.parametrize("fault", ["stall", "cut"])
-def test_a_server_that_fails_is_asked_again_within_a_bound(
-    online, drawn: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(ranges, "TIMEOUT_S", 0.5)
-    monkeypatch.setattr(ranges, "_PAUSE_S", 0.01)
-    local = open_slide(drawn / "plain.tif")
-    place = (10, 10, 0, 64, 64)  # one block
-    with online.serving(drawn) as server:
-        remote = open_slide(f"{server.url}/plain.tif")
-        server.requests, server.fault_of = 0, lambda number: fault if number < ranges.TRIES - 1 else None
-        np.testing.assert_array_equal(remote.read(*place), local.read(*place))
-        server.requests, server.fault_of = 0, lambda number: fault
+        server.requests, server.fault_of = 0, lambda number: "cut"
         with pytest.raises(OSError, match="does not answer after 3 tries"):
-            remote.read(*place)
+            remote.read(10, 10, 0, 64, 64)  # one block
         assert server.requests == ranges.TRIES
         server.fault_of = lambda number: None
-        np.testing.assert_array_equal(remote.read(*place), local.read(*place))
+        np.testing.assert_array_equal(remote.read(10, 10, 0, 64, 64), local.read(10, 10, 0, 64, 64))

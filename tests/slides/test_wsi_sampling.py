@@ -56,9 +56,7 @@ def shown(slide: Slide, sampling, x: float) -> tuple[float, float]:
         (0.3, (1, 2), 1.0, 1, 0),
     ],
 )
-def test_the_level_and_what_is_exact(
-    slide_mpp: float, downsamples: tuple[float, ...], mpp: float, level: int, halving: int
-) -> None:
+def test_the_level_and_what_is_exact(slide_mpp, downsamples, mpp, level, halving):
     sampling = sample(Ramp(downsamples), slide_mpp=slide_mpp, mpp=mpp, tile_px=64)
     assert (sampling.level, sampling.halving) == (level, halving)
     assert sampling.side * slide_mpp == pytest.approx(64 * mpp, rel=PROMISED)
@@ -67,7 +65,7 @@ def test_the_level_and_what_is_exact(
     assert begins == pytest.approx(200, abs=max(0.6, 0.01 * side))
 
 
-def test_the_physical_size_of_a_tile_at_half_a_micron_from_499_nanometres() -> None:
+def test_the_physical_size_of_a_tile_at_half_a_micron_from_499_nanometres():
     for slide_mpp in (0.499, 0.4952, 0.2527, 0.2531):
         sampling = sample(Ramp(), slide_mpp=slide_mpp, mpp=0.5, tile_px=224)
         _, side = shown(Ramp(), sampling, 100.0)
@@ -75,7 +73,7 @@ def test_the_physical_size_of_a_tile_at_half_a_micron_from_499_nanometres() -> N
     assert SNAP < PROMISED
 
 
-def test_a_half_is_the_mean_of_2_by_2_rounded() -> None:
+def test_a_half_is_the_mean_of_2_by_2_rounded():
     class Noise(Ramp):
         def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
             random = np.random.default_rng((x, y))
@@ -87,7 +85,7 @@ def test_a_half_is_the_mean_of_2_by_2_rounded() -> None:
     np.testing.assert_array_equal(read_tile(Noise(), sampling, 100, 50), means)
 
 
-def test_resampled_neighbours_meet_without_a_seam() -> None:
+def test_resampled_neighbours_meet_without_a_seam():
     """The kernel reaches beyond a tile: cut at its edge, the last column would differ."""
     wide = sample(Ramp(), slide_mpp=0.3, mpp=0.5, tile_px=96)
     half = sample(Ramp(), slide_mpp=0.3, mpp=0.5, tile_px=48)
@@ -96,7 +94,7 @@ def test_resampled_neighbours_meet_without_a_seam() -> None:
     assert np.abs(whole - np.concatenate(parts, 1)).mean(0).max() < 2.5
 
 
-def test_resampling_is_pillows_bicubic_within_a_rounding() -> None:
+def test_resampling_is_pillows_bicubic_within_a_rounding():
     random = np.random.default_rng(0)
     noise = Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).resize((160, 160))
     for step in (0.95, 1.2, 1.613):

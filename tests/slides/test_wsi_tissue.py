@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from hpcssl.slides import foreground
 from hpcssl.slides.foreground import CELL, Foreground, classify, find_foreground
 from hpcssl.slides.grid import MOST_PEN, grid, region_tiles, regions
 from hpcssl.slides.sampling import sample
@@ -27,9 +28,8 @@ class Picture(Slide):
 
     def __init__(self, pixels: NDArray[np.uint8]):
         height, width = pixels.shape[:2]
-        super().__init__(
-            "picture", [Level(width=width, height=height, downsample=1)], About(mpp=None, mpp_places="", scanner="")
-        )
+        level = Level(width=width, height=height, downsample=1)
+        super().__init__("picture", [level], About(mpp=None, mpp_places="", scanner=""))
         self._pixels = np.pad(pixels, ((0, 64), (0, 64), (0, 0)), constant_values=255)
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -57,7 +57,7 @@ def truth(pixels: NDArray[np.uint8], cell: int) -> tuple[NDArray[np.bool_], NDAr
     return mostly(island & ~pen), mostly(pen)
 
 
-def test_tissue_is_found_and_pen_is_left_out(pixels: NDArray[np.uint8]) -> None:
+def test_tissue_is_found_and_pen_is_left_out(pixels):
     found = find_foreground(Picture(pixels), slide_mpp=MPP)
     assert found.cell == CELL * 2 / MPP == 16
     tissue, pen = truth(pixels, 16)
@@ -67,11 +67,7 @@ def test_tissue_is_found_and_pen_is_left_out(pixels: NDArray[np.uint8]) -> None:
     assert found.tissue_mm2 == pytest.approx(found.tissue.sum() * 0.008**2)
 
 
-def test_strips_and_threads_change_nothing(pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from hpcssl.slides import foreground
-
+def test_strips_and_threads_change_nothing(pixels, monkeypatch):
     whole = find_foreground(Picture(pixels), slide_mpp=0.31)
     monkeypatch.setattr(foreground, "_STRIP_PX", 100_000)
     with ThreadPoolExecutor(3) as pool:
@@ -80,7 +76,7 @@ def test_strips_and_threads_change_nothing(pixels: NDArray[np.uint8], monkeypatc
     assert (whole.tissue != parts.tissue).mean() < 0.001  # the focus of a strip's outermost pixels
 
 
-def test_what_is_out_of_focus_is_no_tissue(pixels: NDArray[np.uint8]) -> None:
+def test_what_is_out_of_focus_is_no_tissue(pixels):
     image = Image.fromarray(pixels)
     slightly, badly = (np.asarray(image.filter(ImageFilter.GaussianBlur(sigma))) for sigma in (1, 8))
     sharp = find_foreground(Picture(pixels), slide_mpp=MPP).tissue.sum()
@@ -88,19 +84,19 @@ def test_what_is_out_of_focus_is_no_tissue(pixels: NDArray[np.uint8]) -> None:
     assert find_foreground(Picture(badly), slide_mpp=MPP).tissue.sum() < 0.02 * sharp
 
 
-def test_glass_with_dust_is_blank() -> None:
+def test_glass_with_dust_is_blank():
     random = np.random.default_rng(0)
     glass = random.integers(236, 246, (900, 900, 3)).astype(np.uint8)
     glass[100:140, 200:260] = (180, 90, 140)  # 0.2 % of a square millimetre
     assert not find_foreground(Picture(glass), slide_mpp=MPP).tissue.any()
 
 
-def test_a_slide_full_of_tissue_is_all_tissue(real_data: Path) -> None:
+def test_a_slide_full_of_tissue_is_all_tissue(real_data):
     tile = Image.open(real_data / "qc" / "high-nuclei-score-level0.png").convert("RGB").crop((0, 0, 512, 512))
     assert find_foreground(Picture(np.asarray(tile)), slide_mpp=MPP).tissue.mean() > 0.95
 
 
-def test_tissue_stained_in_violet_is_no_pen_but_pen_on_it_is(real_data: Path) -> None:
+def test_tissue_stained_in_violet_is_no_pen_but_pen_on_it_is(real_data):
     """Laboratories whose haematoxylin is bluer than a pen elsewhere: judged against the slide's own colours."""
     files = sorted((real_data / "tiles" / "lung").glob("lung_scc*/*.jpg"))[::40][:9]
     tiles = [np.asarray(Image.open(file).convert("RGB").resize((224, 224))) for file in files]
@@ -116,7 +112,7 @@ def test_tissue_stained_in_violet_is_no_pen_but_pen_on_it_is(real_data: Path) ->
     assert find_foreground(Picture(pixels), slide_mpp=MPP).pen.mean() > 0.8 * (60 * 900) / 1120**2
 
 
-def test_blocks_of_a_wide_slide_are_hardly_decoded_twice(tmp_path: Path) -> None:
+def test_blocks_of_a_wide_slide_are_hardly_decoded_twice(tmp_path):
     draw_slide(tmp_path / "wide.tif", seed=1, width=12288, height=1536, mpp=MPP, downsamples=(1,))
     slide = TiffSlide(str(tmp_path / "wide.tif"), cache_mb=0)
     before = slide.blocks_decoded
@@ -139,14 +135,14 @@ def test_blocks_of_a_wide_slide_are_hardly_decoded_twice(tmp_path: Path) -> None
         ("tissue-level2-3000-7666-7096-11763", (0.55, 0.8), (0, 0)),
     ],
 )
-def test_real_pictures(real_data: Path, name: str, tissue: tuple[float, float], pen: tuple[float, float]) -> None:
+def test_real_pictures(real_data, name, tissue, pen):
     image = Image.open(real_data / "qc" / f"{name}.png").convert("RGB")
     found = find_foreground(Picture(np.asarray(image)), slide_mpp=MPP)
     assert tissue[0] <= found.tissue.mean() <= tissue[1]
     assert pen[0] <= found.pen.mean() <= pen[1]
 
 
-def test_a_cell_is_never_both() -> None:
+def test_a_cell_is_never_both():
     random = np.random.default_rng(0)
     colours = random.integers(0, 256, (40, 50, 3)).astype(np.uint8)
     tissue, pen = classify(colours, np.full((40, 50), 9, np.float32))
@@ -158,7 +154,7 @@ def foreground_of(tissue: NDArray[np.bool_], pen: NDArray[np.bool_], cell: float
     return Foreground(tissue=tissue, pen=pen, colours=np.zeros((*tissue.shape, 3), np.uint8), cell=cell, cell_mm2=1.0)
 
 
-def test_shares_of_tiles_that_cut_cells_are_exact() -> None:
+def test_shares_of_tiles_that_cut_cells_are_exact():
     """A tile of 3 cells a side, a third of it tissue to a hair."""
     slide = Picture(np.zeros((90, 90, 3), np.uint8))
     sampling = sample(slide, slide_mpp=1, mpp=1, tile_px=30)
@@ -172,7 +168,7 @@ def test_shares_of_tiles_that_cut_cells_are_exact() -> None:
     assert grid(slide, shifted, sampling, 9 * 24 / 900 + 1e-9).tolist() == []
 
 
-def test_a_tile_with_pen_is_left_out_though_it_has_tissue() -> None:
+def test_a_tile_with_pen_is_left_out_though_it_has_tissue():
     slide = Picture(np.zeros((60, 60, 3), np.uint8))
     sampling = sample(slide, slide_mpp=1, mpp=1, tile_px=30)
     pen = np.zeros((30, 30), bool)
@@ -181,7 +177,7 @@ def test_a_tile_with_pen_is_left_out_though_it_has_tissue() -> None:
     assert grid(slide, foreground_of(~pen, pen, 2), sampling, 0.4).tolist() == [[30, 0], [0, 30], [30, 30]]
 
 
-def test_the_grid_stands_region_by_region_within_the_slide() -> None:
+def test_the_grid_stands_region_by_region_within_the_slide():
     slide = Picture(np.zeros((5000, 4000, 3), np.uint8))
     sampling = sample(slide, slide_mpp=0.5, mpp=0.5, tile_px=224)
     everything = foreground_of(np.ones((313, 250), bool), np.zeros((313, 250), bool), 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from hpcssl.core.arrays import map_array, npy_header
-from hpcssl.core.atomic import digest_file
+from hpcssl.core.atomic import digest_file, sync
 from hpcssl.stores.store import FORMAT, TABLE, IndexLayout, Store
 
 _HEADER = 128  # bytes of the header of a .npy file; numpy leaves room in it for any length of the array
@@ -110,16 +109,12 @@ class IndexWriter:
 def seal(folder: Path, kind: type[Store], slides: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
     """Complete an index whose writer has finished by the slide table; returns the store's header.
 
-    Parameters
-    ----------
-    slides : with `num_tiles`
-    about : what the header says of a store of this kind
+    `slides` has `num_tiles`; `about` is what the header says of a store of this kind.
     """
     counts = slides["num_tiles"]
     slides = slides.assign(first_tile=counts.cumsum() - counts)
     slides.to_parquet(folder / TABLE, index=False)
     for name in kind.layout.files:
-        with (folder / name).open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(folder / name)
     header = {"format": FORMAT, "kind": kind.kind, **about, "num_slides": len(slides), "num_tiles": int(counts.sum())}
     return kind.sealed(header, slides, {name: digest_file(folder / name) for name in kind.layout.files})

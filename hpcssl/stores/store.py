@@ -137,18 +137,8 @@ class Store(ABC):
     def fetch(self, position: int, tile: int) -> TileData:
         """Return a tile: the bytes of its JPEG, by one read, or its pixels.
 
-        Parameters
-        ----------
-        position : of the schedule; a store that draws places draws this tile's from it
-
-        Raises
-        ------
-        BadTileError
-            If the tile is not there, or cannot be read.
-        StoreError
-            If many tiles are lost with it.
-        OSError
-            If a disk fails.
+        `position` is of the schedule: a store that draws places draws this tile's from it. BadTileError where the tile
+        is not there or cannot be read, StoreError where many tiles are lost with it, OSError where a disk fails.
         """
 
     @abstractmethod
@@ -182,15 +172,8 @@ class Store(ABC):
     def drawn_by(self, seed: int, mpp_weights: Mapping[float, float]) -> Store:
         """Return the store as the positions of a schedule see it: a store of slides draws places, any other is itself.
 
-        Parameters
-        ----------
-        seed : of the schedule
-        mpp_weights : MPP → share of the positions; empty for all MPPs alike
-
-        Raises
-        ------
-        StoreError
-            If the store has no places at one of these MPPs.
+        `seed` is the schedule's; `mpp_weights` maps an MPP to its share of the positions, and is empty for all alike.
+        StoreError where the store has no places at one of these MPPs.
         """
         if mpp_weights:
             raise StoreError(f"{self.path}: a store of tiles of one MPP; mpp_weights is for stores of slides")
@@ -224,12 +207,8 @@ class Store(ABC):
     ) -> None:
         """Check every checksum of the index, and that every tile file, shard or slide is there with its size.
 
-        With `deep`, decode every tile, too. `on_progress` is called with numbers of tiles.
-
-        Raises
-        ------
-        StoreError
-            Naming the first file that differs, and how many do.
+        With `deep`, decode every tile, too. `on_progress` is called with numbers of tiles. StoreError names the first
+        file that differs, and how many do.
         """
         for name, digest in self.header["files"].items():
             if digest_file(self.index / name) != digest:
@@ -239,6 +218,26 @@ class Store(ABC):
             if self.header[key] != sealed[key]:
                 raise StoreError(f"{self.path / 'store.json'}: {key} is not that of its files; build the store anew")
         self._check_tiles(on_progress, deep=deep, threads=threads)
+
+    def _refuse_faults(
+        self,
+        look: Callable[[int], tuple[int, list[str]]],
+        at: Iterable[int],
+        on_progress: Callable[[int], None],
+        threads: int,
+        *,
+        what: str,
+        advice: str,
+    ) -> None:
+        """Raise StoreError where `look` finds faults at some place; it returns tiles looked at, and faults."""
+        total, first = 0, ""
+        with ThreadPoolExecutor(threads) as pool:
+            for _, (num_tiles, faults) in in_order(pool, look, at, window=4 * threads):
+                total += len(faults)
+                first = first or (faults[0] if faults else "")
+                on_progress(num_tiles)
+        if total:
+            raise StoreError(f"{self.path}: {total} of {what}; first: {first}; {advice}")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -252,19 +251,6 @@ def read_header(path: Path) -> dict[str, Any]:
     if header.get("format") != FORMAT:
         raise StoreError(f"{path}: store format {header.get('format')}; this version reads {FORMAT}")
     return header
-
-
-def sum_faults(
-    look: Callable[[int], tuple[int, list[str]]], at: Iterable[int], on_progress: Callable[[int], None], threads: int
-) -> tuple[int, str]:
-    """Return how many faults `look` finds in all places, and the first; it returns tiles looked at, and faults."""
-    total, first = 0, ""
-    with ThreadPoolExecutor(threads) as pool:
-        for _, (num_tiles, faults) in in_order(pool, look, at, window=4 * threads):
-            total += len(faults)
-            first = first or (faults[0] if faults else "")
-            on_progress(num_tiles)
-    return total, first
 
 
 def _opened_again(kind: type[Store], path: Path) -> Store:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ from hpcssl.stores.tar import ShardWriter
 COMMIT_S = 5.0
 _DONE = "done.bin"
 _MARK_BYTES = 16
+SlidesRead: TypeAlias = Iterator[tuple[SlideEntry, list[int]]]  # of each what it holds, and where its tiles are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class SlideSource(ABC):
         """Return what a slide holds now, as cheaply as that is known."""
 
     @abstractmethod
-    def read(self, first: int, pool: Executor, build: Build) -> Iterator[tuple[SlideEntry, list[int]]]:
+    def read(self, first: int, pool: Executor, build: Build) -> SlidesRead:
         """Yield (what it holds, offsets of its tiles in `build.shards`) of every slide from number `first` on."""
 
     def check(self, counts: np.ndarray) -> None:  # noqa: B027 (most sources have nothing to refuse)
@@ -111,13 +112,7 @@ class Build:
         commit_s: float = COMMIT_S,
         on_progress: Callable[[int], None] = lambda n: None,
     ):
-        """Prepare to build.
-
-        Parameters
-        ----------
-        commit_s : seconds of work that a kill may cost
-        on_progress : called with 1 after every new slide
-        """
+        """Prepare a build of which a kill costs `commit_s`; `on_progress` is called with 1 after every new slide."""
         self._target, self._source = target, source
         self._commit_s, self._on_progress = commit_s, on_progress
         self._in_place = "index" in target.header

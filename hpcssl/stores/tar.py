@@ -36,18 +36,14 @@ def header(path: bytes, size: int) -> bytes:
     if len(path) > _MOST_NAME:
         slash = path.find(b"/", len(path) - _MOST_NAME - 1)
         if slash < 0 or slash > _MOST_PREFIX:
-            return _long_header(path, size)
+            info = tarfile.TarInfo(path.decode())
+            info.size, info.mtime, info.mode = size, _TIME, 0o644
+            return info.tobuf(tarfile.PAX_FORMAT, encoding="utf-8")
         prefix, name = path[:slash], path[slash + 1 :]
     length = b"%011o\0" % size
     checksum = _FIXED_SUM + sum(prefix) + sum(name) + sum(length)
     block = name.ljust(100, b"\0") + _OWNER + length + _MTIME + b"%06o\0 " % checksum + _REST + prefix
     return block.ljust(BLOCK, b"\0")
-
-
-def _long_header(path: bytes, size: int) -> bytes:
-    info = tarfile.TarInfo(path.decode())
-    info.size, info.mtime, info.mode = size, _TIME, 0o644
-    return info.tobuf(tarfile.PAX_FORMAT, encoding="utf-8")
 
 
 def shard_name(number: int) -> str:
@@ -83,7 +79,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, shard_bytes: int, *, first: int = 0):
-        self._folder, self._shard_bytes, self._first = folder, shard_bytes, first
+        self._folder, self._shard_bytes = folder, shard_bytes
         self.number = first
         self.sizes: list[int] = []
         self._file: BinaryIO | None = None

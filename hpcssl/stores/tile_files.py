@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import pandas as pd
@@ -73,7 +74,7 @@ def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     for name in names:
-        if not _decodable([os.fsencode(name)]):
+        if _name_fault(os.fsencode(name)):
             raise StoreError(f"{folder}/{os.fsencode(name).decode(errors='replace')}: its name is not UTF-8; rename it")
     return names
 
@@ -85,12 +86,8 @@ def list_names(root: Path, folder: str) -> list[bytes]:
 
 def list_tiles(root: Path, folder: str) -> Tiles:
     """Return names and sizes of a slide's JPEG files without opening them; an empty one is bad all the same."""
-    pairs = _entries(root, folder, sizes=True)
-    sizes = [size for _, size in pairs]
-    if _decodable([name for name, _ in pairs]) and min(sizes, default=1) > 0 and max(sizes, default=1) <= _MOST_BYTES:
-        return Tiles(names=[name for name, _ in pairs], sizes=sizes)
     tiles = Tiles()
-    for name, size in pairs:
+    for name, size in _entries(root, folder, sizes=True):
         _add(tiles, folder, name, size, _name_fault(name) or _size_fault(size))
     return tiles
 
@@ -105,41 +102,39 @@ def sizes_in(root: Path, folder: str) -> dict[bytes, int]:
 
 def check_tiles(root: Path, folder: str) -> Tiles:
     """Return names and sizes of a slide's JPEG files, having looked at both ends of each."""
-    tiles = Tiles()
-    start = f"{root / folder}/"
-    for name in list_names(root, folder):
-        fault, size = _name_fault(name), 0
-        if not fault:
-            fd = _opened(start + name.decode())
-            if fd is None:
-                fault = _size_fault(-1)
-            else:
-                try:
-                    size = os.fstat(fd).st_size
-                    fault = _size_fault(size) or jpeg_fault(
-                        os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
-                    )
-                finally:
-                    os.close(fd)
-        _add(tiles, folder, name, size, fault)
-    return tiles
+    return _look_inside(root, folder, list_names(root, folder), check=True, keep=False)
 
 
 def read_tiles(root: Path, folder: str, names: list[bytes], *, check: bool) -> Tiles:
     """Return these files of a slide with their bytes; every file is opened once."""
+    return _look_inside(root, folder, names, check=check, keep=True)
+
+
+def _look_inside(root: Path, folder: str, names: list[bytes], *, check: bool, keep: bool) -> Tiles:
+    """Return these files of a slide, with their bytes where `keep`, having looked at both ends of each for `check`."""
     tiles = Tiles()
     start = f"{root / folder}/"
     for name in names:
-        fault, content = _name_fault(name), b""
+        fault, size, content = _name_fault(name), 0, b""
         if not fault:
-            fd = _opened(start + name.decode())
-            if fd is None:
+            try:
+                fd = os.open(start + name.decode(), os.O_RDONLY)
+            except OSError as error:
+                if error.errno not in _NOWHERE:
+                    raise
                 fault = _size_fault(-1)
             else:
-                with open(fd, "rb", buffering=0) as stream:
-                    content = stream.readall()
-                fault = _size_fault(len(content)) or (jpeg_fault(content[:3], content[-PADDING:]) if check else None)
-        if _add(tiles, folder, name, len(content), fault):
+                try:
+                    if keep:
+                        content = FileIO(fd, closefd=False).readall()
+                        size, ends = len(content), (content[:3], content[-PADDING:])
+                    else:
+                        size = os.fstat(fd).st_size
+                        ends = os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
+                finally:
+                    os.close(fd)
+                fault = _size_fault(size) or (jpeg_fault(*ends) if check else None)
+        if _add(tiles, folder, name, size, fault) and keep:
             tiles.contents.append(content)
     return tiles
 
@@ -186,26 +181,12 @@ def _size_of(entry: os.DirEntry[bytes], *, ask: bool) -> int | None:
         return -1
 
 
-def _opened(path: str) -> int | None:
-    """Return a descriptor of a file, or None where a link leads nowhere."""
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in _NOWHERE:
-            raise
-        return None
-
-
-def _decodable(names: list[bytes]) -> bool:
-    try:
-        b"/".join(names).decode()  # no name holds a slash, so that no character spans two of them
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _name_fault(name: bytes) -> str | None:
-    return None if _decodable([name]) else "its name is not UTF-8"
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return "its name is not UTF-8"
+    return None
 
 
 def _size_fault(size: int) -> str | None:

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import StoreError
 from hpcssl.slides.slide_table import digest_slides, slide_of
-from hpcssl.stores.store import Store, Texts, sum_faults
+from hpcssl.stores.store import Store, Texts
 from hpcssl.stores.tile_files import PADDING, jpeg_fault
 
 TEXTS, SIZES = ("folders", "names"), {"sizes.npy": "<u4"}
@@ -92,13 +92,9 @@ class TileStore(Store):
             tiles = range(start, min(start + _DECODED_TOGETHER, self.num_tiles))
             return len(tiles), [fault for fault in map(self._fault, tiles) if fault]
 
-        starts = range(0, self.num_tiles, _DECODED_TOGETHER)
-        total, first = sum_faults(undecodable, starts, on_progress, threads)
-        if total:
-            raise StoreError(
-                f"{self.path}: {total} of {self.num_tiles} tiles cannot be decoded; first: {first};"
-                " mend or remove them and build the store anew"
-            )
+        starts, advice = range(0, self.num_tiles, _DECODED_TOGETHER), "mend or remove them and build the store anew"
+        what = f"{self.num_tiles} tiles cannot be decoded"
+        self._refuse_faults(undecodable, starts, on_progress, threads, what=what, advice=advice)
 
     def _fault(self, tile: int) -> str | None:
         try:

@@ -296,7 +296,7 @@ def test_a_full_disk_is_no_slides_fault(folder: Path, tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tiling, "_write_files", full)
+    monkeypatch.setattr(tiling, "atomic_dir", full)
     with pytest.raises(OSError, match="No space left"):
         tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / "out", LOOSE)
     monkeypatch.undo()

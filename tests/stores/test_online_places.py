@@ -8,15 +8,7 @@ from numpy.typing import NDArray
 
 from hpcssl.core.rng import uniforms
 from hpcssl.stores import online_places
-from hpcssl.stores.online_places import (
-    Runs,
-    choose,
-    corner_cells,
-    draw_corner,
-    first_pixel,
-    runs_of,
-    whole_weights,
-)
+from hpcssl.stores.online_places import Runs, choose, corner_cells, draw_corner, first_pixel, runs_of, whole_weights
 
 SLIDE_PX = (1000, 730)
 CELL = 16.7  # pixels a side; the last row and column of cells reach beyond the slide

@@ -118,15 +118,18 @@ def remote(online, server, tmp_path) -> OnlineStore:
     return online.build(tmp_path / "store", table_of(server.url))
 
 
-@pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_server_that_fails_for_a_while_is_asked_again(
-    remote, local, server, quick, fault, opened, monkeypatch
-) -> None:
-    monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
+@pytest.fixture(params=[True, False], ids=["opened", "unopened"])
+def store(remote, request) -> Store:
+    """The store, with its first slide opened or not."""
     store = open_store(remote.path)
-    if opened:
+    if request.param:
         store.fetch(0, 0)
+    return store
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
+def test_a_server_that_fails_for_a_while_is_asked_again(store, local, server, quick, fault, monkeypatch) -> None:
+    monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
     server.requests = 0
     server.fault_of = lambda number: fault if number < 2 else None
     assert (store.fetch(0, 0) == local.fetch(0, 0)).all()
@@ -134,13 +137,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(
 
 
 @pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_server_that_goes_on_failing_gives_a_bad_tile_within_the_bound(
-    small, remote, server, quick, fault, opened
-) -> None:
-    store = open_store(remote.path)
-    if opened:
-        store.fetch(0, 0)
+def test_a_server_that_goes_on_failing_gives_a_bad_tile_within_the_bound(small, store, server, quick, fault) -> None:
     server.fault_of = lambda number: fault
     bound = ranges.TRIES * TIMEOUT_S + 10  # of a busy machine; the server stalls for 60
     with small.within(bound), pytest.raises(UnreachableTileError, match=r"does not answer after 3 tries"):
@@ -174,12 +171,8 @@ def test_a_slide_that_the_server_does_not_have_is_a_bad_tile_at_once(remote, ser
         store.fetch(0, 0)
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_slide_that_may_not_be_read_is_told_so_at_once(remote, server, opened) -> None:
+def test_a_slide_that_may_not_be_read_is_told_so_at_once(store, server) -> None:
     """As one that cannot be reached: where a password has run out, a run ends and does not replace all its tiles."""
-    store = open_store(remote.path)
-    if opened:
-        store.fetch(0, 0)
     server.requests = 0
     server.fault_of = lambda number: "forbid"
     with pytest.raises(UnreachableTileError, match=r"s0.tif: its server refuses to give it \(403 Forbidden\); check"):

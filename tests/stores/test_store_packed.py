@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcssl.core.errors import BadTileError, ScheduleError, StoreError
+from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.stores.kinds import open_store
 from hpcssl.stores.packed import PackedStore
 from hpcssl.stores.scan import BuildOptions, build_store
@@ -148,19 +148,6 @@ def test_members_are_padded_to_blocks(size: int, tmp_path: Path) -> None:
     assert store.fetch(0, 1) == b"b" * size
 
 
-def test_a_schedule_of_the_loose_store_takes_the_packed_one(loose: Store, packed: Store, tmp_path: Path) -> None:
-    from hpcssl.schedule.build import build_schedule
-    from hpcssl.schedule.file import Schedule, check_matches
-    from hpcssl.schedule.spec import ScheduleSpec
-
-    spec = ScheduleSpec(seed=0, num_pseudo_epochs=1, positions_per_pseudo_epoch=20, num_groups=1, max_repeats=200)
-    build_schedule(spec, loose.slides, tmp_path / "schedule")
-    schedule = Schedule.open(tmp_path / "schedule")
-    check_matches(schedule, packed.slides, store=packed.path)
-    with pytest.raises(ScheduleError, match="was built for other slides"):
-        check_matches(schedule, packed.slides[1:], store=packed.path)
-
-
 # reading
 
 
@@ -264,13 +251,6 @@ def test_verify_finds_a_changed_index(packed: Store, name: str) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(StoreError, match=name.replace(".bin", "").replace(".npy", "")):
         open_store(packed.path).verify()
-
-
-def test_a_store_of_another_kind_is_refused(packed: Store) -> None:
-    text = (packed.path / "store.json").read_text()
-    (packed.path / "store.json").write_text(text.replace('"packed"', '"online"'))
-    with pytest.raises(StoreError, match="a store of kind 'online'; this version reads loose, packed and slides"):
-        open_store(packed.path)
 
 
 def spoil(store: Store, tile: int, begin: int, end: int | None) -> None:

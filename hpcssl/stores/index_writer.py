@@ -22,20 +22,12 @@ _CHUNK = 1 << 20  # entries of an array that are copied at a time
 
 @dataclass(kw_only=True)
 class SlideEntry:
-    """What an index holds of one slide.
+    """What an index holds of one slide."""
 
-    Attributes
-    ----------
-    count : number of its tiles
-    arrays : what is appended to each array
-    names : of its tiles, where they have any
-    bad : files of it that are no tiles: (path below the root, what is wrong)
-    """
-
-    count: int
-    arrays: Mapping[str, Any]
-    names: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    count: int  # number of its tiles
+    arrays: Mapping[str, Any]  # what is appended to each array
+    names: list[bytes] = field(default_factory=list)  # of its tiles, where they have any
+    bad: list[tuple[str, str]] = field(default_factory=list)  # files that are no tiles: (path below the root, fault)
 
 
 class IndexWriter:

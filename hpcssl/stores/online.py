@@ -53,22 +53,8 @@ class Place(NamedTuple):
         return f"x {self.x}, y {self.y}, MPP {self.mpp:g}"
 
 
-class _Draws(NamedTuple):
-    """How places are drawn: key, and the weight of every MPP of the store."""
-
-    seed: int
-    weights: list[int]
-
-
 class OnlineStore(Store):
-    """An opened store of slides; threads may share it, also with what `drawn_by` returns.
-
-    Attributes
-    ----------
-    mpps : microns per pixel of its tiles; the first is the grid's
-    tile_px : side of a tile
-    of_grid : built to give the tiles of the grid, whatever the position
-    """
+    """An opened store of slides; threads may share it, also with what `drawn_by` returns."""
 
     kind = "slides"
     layout = IndexLayout(
@@ -76,13 +62,13 @@ class OnlineStore(Store):
         arrays={"corners.npy": "<u4", "run_starts.npy": "<u4", "run_ends.npy": "<u4", "areas.npy": "<u8"},
         ends_in={"areas.npy": "run_ends.npy"},
     )
-    _draws: _Draws | None = None
+    _draws: tuple[int, list[int]] | None = None  # of places: seed, and the weight of every MPP of the store
 
     def __init__(self, path: Path, header: dict[str, Any]):
         super().__init__(path, header)
-        self.mpps: list[float] = header["mpps"]
+        self.mpps: list[float] = header["mpps"]  # microns per pixel of its tiles; the first is the grid's
         self.tile_px: int = header["tile_px"]
-        self.of_grid: bool = header["of_grid"]
+        self.of_grid: bool = header["of_grid"]  # built to give the tiles of the grid, whatever the position
         self._paths = Texts(self.index, "paths", self.num_slides)
         self._areas = self._array("areas.npy", self.num_slides * (1 + len(self.mpps)))
         num_runs = int(self._areas[-1]) if self.num_slides else 0
@@ -126,7 +112,7 @@ class OnlineStore(Store):
                 f" ({len(lost)} such slides); name another MPP in mpp_weights, or build the store without them"
             )
         store = type(self).__new__(type(self))  # shares all with this one but how it draws
-        vars(store).update(vars(self), _draws=_Draws(seed, weights))
+        vars(store).update(vars(self), _draws=(seed, weights))
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -142,10 +128,11 @@ class OnlineStore(Store):
         """Return where the tile at a position is."""
         slide = self.slide_of(tile)
         if self._draws is None:
-            return Place(slide, int(self._corners[2 * tile]), int(self._corners[2 * tile + 1]), self.mpps[0])
-        words = uniforms(self._draws.seed, "place", position, view=tile % 2**32, stream=tile >> 32).tolist()
+            return Place(slide, *self.coordinates_of(tile), self.mpps[0])
+        seed, weights = self._draws
+        words = uniforms(seed, "place", position, view=tile % 2**32, stream=tile >> 32).tolist()
         areas = [self.area(slide, mpp) for mpp in self.mpps]
-        number = choose(words[0], [w if a.total else 0 for w, a in zip(self._draws.weights, areas)])
+        number = choose(words[0], [w if a.total else 0 for w, a in zip(weights, areas)])
         x, y = draw_corner(areas[number], words[1:], int(self._columns[slide]), float(self._cell[slide]))
         return Place(slide, x, y, self.mpps[number])
 

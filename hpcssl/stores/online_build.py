@@ -35,7 +35,7 @@ from hpcssl.stores.online import OnlineStore
 from hpcssl.stores.online_places import Cells, corner_cells, runs_of
 from hpcssl.stores.slide_records import Row, SlideWork, old_and_new, record_stem
 from hpcssl.stores.store import FORMAT, Store
-from hpcssl.stores.store_build import Build, SlideSource, SlidesRead, Target, next_index
+from hpcssl.stores.store_build import Build, SlideSource, Target, next_index
 
 
 @settings
@@ -192,10 +192,6 @@ class _LookedAt(SlideSource):
             arrays = {name: content[name] for name in ("corners.npy", "run_starts.npy", "run_ends.npy")}
             arrays["areas.npy"] = np.cumsum(content["num_runs"])
         return SlideEntry(count=len(arrays["corners.npy"]) // 2, arrays=arrays)
-
-    def read(self, first: int, pool: Executor, build: Build) -> SlidesRead:
-        """See `SlideSource.read`."""
-        return ((self.look(number), []) for number in range(first, len(self.keys)))
 
 
 def look_at(row: Row, options: OnlineOptions, pool: Executor) -> dict[str, Any]:

@@ -39,18 +39,11 @@ def old_and_new(
 
 
 class SlideWork(ABC):
-    """What is done with every slide, and how a store is made of them; it can be pickled for a job array.
+    """What is done with every slide, and how a store is made of them; it can be pickled for a job array."""
 
-    Attributes
-    ----------
-    out : folder of the store
-    threads : that read and decode
-    assume_mpp : of slides whose MPP nothing says
-    """
-
-    out: Path
-    threads: int
-    assume_mpp: float | None
+    out: Path  # folder of the store
+    threads: int  # that read and decode
+    assume_mpp: float | None  # of slides whose MPP nothing says
 
     @abstractmethod
     def claim(self) -> Store | None:

@@ -40,18 +40,12 @@ TileData: TypeAlias = bytes | NDArray[np.uint8]  # a JPEG, or pixels (height, wi
 
 @dataclass(frozen=True, kw_only=True)
 class IndexLayout:
-    """The files of an index beside the slide table.
+    """The files of an index beside the slide table."""
 
-    Attributes
-    ----------
-    texts : stems of files of texts, `.bin` and `.npy`; the first holds one text a slide, by which the slide is known
-    arrays : dtype of every array, by file name
-    ends_in : of arrays that hold ends, the array that these count in
-    """
-
+    # stems of files of texts, `.bin` and `.npy`; the first holds one text a slide, by which the slide is known
     texts: tuple[str, ...]
-    arrays: Mapping[str, str]
-    ends_in: Mapping[str, str] = field(default_factory=dict)
+    arrays: Mapping[str, str]  # dtype of every array, by file name
+    ends_in: Mapping[str, str] = field(default_factory=dict)  # of arrays that hold ends, the array these count in
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -94,11 +88,8 @@ class Store(ABC):
     Attributes
     ----------
     kind : as store.json names it
-    layout : of its index
-    path : folder of the store
-    index : folder of its index files
+    path, index : folder of the store, and of its index files
     root : folder of the tile files, where every tile is a file; else the store's
-    num_tiles, num_slides : int
     digest : SHA-256 of all that tiles depend on, but not of where they lie; the store's identity
     """
 
@@ -145,9 +136,9 @@ class Store(ABC):
     def file_of(self, tile: int) -> Path:
         """Return the file of a tile; of a packed store a name for messages, `shard.tar:member`."""
 
-    @abstractmethod
     def files_of(self, tiles: np.ndarray) -> list[str]:
         """Return the files of many tiles, as text."""
+        return [str(self.file_of(tile)) for tile in tiles.tolist()]
 
     @abstractmethod
     def coordinates_of(self, tile: int) -> tuple[int, int]:

@@ -70,18 +70,12 @@ def unpack_offset(packed: int) -> tuple[int, int]:
 
 
 class ShardWriter:
-    """Writes members into shards one after the other; a shard ends with the slide that fills it.
-
-    Attributes
-    ----------
-    number : the shard that is written now
-    sizes : bytes of the shards before it, the first being `first`
-    """
+    """Writes members into shards one after the other; a shard ends with the slide that fills it."""
 
     def __init__(self, folder: Path, shard_bytes: int, *, first: int = 0):
         self._folder, self._shard_bytes = folder, shard_bytes
-        self.number = first
-        self.sizes: list[int] = []
+        self.number = first  # of the shard that is written now
+        self.sizes: list[int] = []  # bytes of the shards before it, the first being `first`
         self._file: BinaryIO | None = None
         self._end = 0
 

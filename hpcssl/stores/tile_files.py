@@ -24,20 +24,12 @@ _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what a link may lead to
 
 @dataclass
 class Tiles:
-    """Some tiles of one slide, in the order of their names.
+    """Some tiles of one slide, in the order of their names."""
 
-    Attributes
-    ----------
-    names : file names, UTF-8
-    sizes : bytes of every file
-    contents : the files' bytes where they were asked for, else empty
-    bad : files that are no tiles: (path below the root, what is wrong)
-    """
-
-    names: list[bytes] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    contents: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the files, UTF-8
+    sizes: list[int] = field(default_factory=list)  # bytes of every file
+    contents: list[bytes] = field(default_factory=list)  # of the files where they were asked for, else empty
+    bad: list[tuple[str, str]] = field(default_factory=list)  # files that are no tiles: (path below the root, fault)
 
     @property
     def entry(self) -> SlideEntry:
@@ -60,14 +52,10 @@ def slides_below(tiles: Path, table: Path | None, *, out: Path | None = None) ->
             f"{out}: lies below {tiles}, all folders of which are taken for slides; choose an --out elsewhere,"
             " or name the slides with --slides"
         )
-    rows = [
-        {"slide_id": slide, "organ": organ, "num_tiles": "1"}
-        for organ in _subfolders(tiles)
-        for slide in _subfolders(tiles / organ)
-    ]
+    rows = [(slide, organ, "1") for organ in _subfolders(tiles) for slide in _subfolders(tiles / organ)]
     if not rows:
         raise StoreError(f"{tiles}: no tiles below it; expected <organ>/<slide_id>/<name>.jpg")
-    return check_slides(pd.DataFrame(rows), where=str(tiles)), False
+    return check_slides(pd.DataFrame(rows, columns=["slide_id", "organ", "num_tiles"]), where=str(tiles)), False
 
 
 def _subfolders(folder: Path) -> list[str]:

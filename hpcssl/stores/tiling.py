@@ -214,8 +214,7 @@ class _CutSlides(TileSource):
 
     def read(self, first: int, pool: Executor, build: Build) -> SlidesRead:
         """See `SlideSource.read`."""
-        for number in range(first, len(self.keys)):
-            slide, offsets = self.look(number), []
+        for number, (slide, offsets) in enumerate(super().read(first, pool, build), first):
             if build.shards:
                 build.shards.begin_slide()
                 with self._records[number].with_suffix(".jpegs").open("rb") as stream:

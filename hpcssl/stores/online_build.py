@@ -33,7 +33,7 @@ from hpcssl.stores.index_writer import SlideEntry
 from hpcssl.stores.kinds import open_store
 from hpcssl.stores.online import OnlineStore
 from hpcssl.stores.online_places import Cells, corner_cells, runs_of
-from hpcssl.stores.slide_records import Row, SlideWork, old_and_new, record_stem
+from hpcssl.stores.slide_records import Row, SlideWork, record_stem
 from hpcssl.stores.store import FORMAT, Store
 from hpcssl.stores.store_build import Build, SlideSource, Target, next_index
 
@@ -84,21 +84,21 @@ def build_online(
 ) -> OnlineStore:
     """Look at every slide, and write the store; the same call after a kill goes on.
 
+    Slides that cannot be used are not in the store, but in its `failed_slides.csv` with their reasons. StoreError where
+    no slide can be used, or the store at `out` is another one.
+
     Parameters
     ----------
     slides : slide_id, organ, path (or URL), and mpp, blank where the file says it; other columns are carried along
     out : folder of the store; must hold nothing else, and a store only for `append`
     append : keep the slides of the store at `out`, and add those that it lacks at its end
     on_progress : called with 1 after every slide
-
-    Slides that cannot be used are not in the store, but in its `failed_slides.csv` with their reasons. StoreError where
-    no slide can be used, or the store at `out` is another one.
     """
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / "store.json"):
         work = Looking(out, options, append=append)
         base = work.claim()
-        old, rows = old_and_new(base, _with_paths(slides), options.assume_mpp)
+        old, rows = work.old_and_new(base, slides)
         failed = work.read_each(rows, on_progress)
         if base is None and len(failed) == len(rows):
             raise StoreError(f"{out}: none of {len(rows)} slides can be used; first: {failed[0]['reason']}")
@@ -113,10 +113,6 @@ def _online_store_at(out: Path) -> OnlineStore:
     if not isinstance(store, OnlineStore):
         raise StoreError(f"{out}: a store of tiles; it is extended without --online")
     return store
-
-
-def _with_paths(slides: pd.DataFrame) -> pd.DataFrame:
-    return slides.assign(path=[p if is_remote(p) else str(Path(p).absolute()) for p in slides["path"]])
 
 
 class Looking(SlideWork):
@@ -151,9 +147,10 @@ class Looking(SlideWork):
         claim(file, about, made=made, advice=advice, error=StoreError, damaged=damaged)
         return base
 
-    def missing(self, slides: pd.DataFrame) -> list[dict[str, Any]]:
-        """See `SlideWork.missing`."""
-        return super().missing(_with_paths(slides))
+    def old_and_new(self, base: Store | None, slides: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """See `SlideWork.old_and_new`."""
+        paths = [path if is_remote(path) else str(Path(path).absolute()) for path in slides["path"]]
+        return super().old_and_new(base, slides.assign(path=paths))
 
     def record(self, row: Row) -> Path:
         """Return the file of what was seen in a slide; its name says for which row, and which MPP was assumed."""

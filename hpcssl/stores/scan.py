@@ -74,6 +74,9 @@ def build_store(
 ) -> TileStore:
     """Index a folder of JPEG tiles laid out as `<organ>/<slide_id>/<name>.jpg`, or pack it.
 
+    StoreError for an empty folder, files that are no whole JPEG (with their number and list), a table that does not
+    match, or a slide of an extended store that is not what it was.
+
     Parameters
     ----------
     tiles : root of the tiles
@@ -83,9 +86,6 @@ def build_store(
     append : keep the slides of the store at `out` and add those that it lacks at its end; it keeps its kind
     on_total : called once with the number of slides
     on_progress : called with 1 after every slide
-
-    StoreError for an empty folder, files that are no whole JPEG (with their number and list), a table that does not
-    match, or a slide of an extended store that is not what it was.
     """
     options = options or BuildOptions()
     slides, counted = slides_below(tiles, table, out=out)

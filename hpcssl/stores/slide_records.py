@@ -26,18 +26,6 @@ def record_stem(row: Row, read_by: object) -> str:
     return f"{row['slide_id']}-{digest_bytes(repr(read_by).encode())[:16]}"
 
 
-def old_and_new(
-    base: Store | None, slides: pd.DataFrame, assume_mpp: float | None
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Return the slides of the store that is extended as the table names them now, and the rows of the others.
-
-    StoreError for a row that was corrected of a slide that is in the store.
-    """
-    old = slides[:0] if base is None else relabelled(base, slides, assume_mpp)
-    rows: Any = slides[~slides["slide_id"].isin(old["slide_id"])].to_dict("records")
-    return old, rows
-
-
 class SlideWork(ABC):
     """What is done with every slide, and how a store is made of them; it can be pickled for a job array."""
 
@@ -68,9 +56,18 @@ class SlideWork(ABC):
     def write(self, base: Store | None, slides: pd.DataFrame, records: Sequence[Path]) -> None:
         """Write the store of these slides; the last ones are new, and these are their records."""
 
+    def old_and_new(self, base: Store | None, slides: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """Return the slides of the store that is extended as the table names them now, and the rows of the others.
+
+        StoreError for a row that was corrected of a slide that is in the store.
+        """
+        old = slides[:0] if base is None else relabelled(base, slides, self.assume_mpp)
+        rows: Any = slides[~slides["slide_id"].isin(old["slide_id"])].to_dict("records")
+        return old, rows
+
     def missing(self, slides: pd.DataFrame) -> list[dict[str, Any]]:
         """Take the folder, and return the rows of the slides that are neither in the store nor done."""
-        _, rows = old_and_new(self.claim(), slides, self.assume_mpp)
+        _, rows = self.old_and_new(self.claim(), slides)
         return [row for row in rows if not self.record(row).exists()]
 
     def read_some(self, slides: pd.DataFrame, slide_ids: Collection[str]) -> None:

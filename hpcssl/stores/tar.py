@@ -99,7 +99,6 @@ class ShardWriter:
 
     def begin(self) -> None:
         """Begin behind what was skipped, dropping what an earlier try wrote there."""
-        self.abandon()
         self.drop_from(self.number + bool(self._end))
         if self._end:
             self._file = (self._folder / shard_name(self.number)).open("r+b")

@@ -39,7 +39,7 @@ from hpcssl.slides.qc import qc_picture
 from hpcssl.slides.slide_list import mpp_from, mpp_to_go_by, write_failed
 from hpcssl.stores.index_writer import SlideEntry
 from hpcssl.stores.scan import BuildOptions, TileSource, tile_store_at, tile_target
-from hpcssl.stores.slide_records import Row, SlideWork, old_and_new, record_stem
+from hpcssl.stores.slide_records import Row, SlideWork, record_stem
 from hpcssl.stores.store import Store
 from hpcssl.stores.store_build import Build, SlidesRead, Target
 from hpcssl.stores.tile_store import TileStore
@@ -81,7 +81,9 @@ def tile_slides(
     on_total: Callable[[int], None] = lambda n: None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[TileStore | None, list[dict[str, Any]]]:
-    """Cut slides into tiles and write their store.
+    """Cut slides into tiles; return their store, None if there is none yet, and the rows of `failed_slides.csv`.
+
+    StoreError where `out` holds something else, or tiles that were cut otherwise.
 
     Parameters
     ----------
@@ -89,15 +91,12 @@ def tile_slides(
     out : folder of the tiles and their store
     on_total : called once with the number of slides to cut
     on_progress : called with 1 after every slide
-
-    Returns the store, None if there is none yet, and the rows of `failed_slides.csv`. StoreError where `out` holds
-    something else, or tiles that were cut otherwise.
     """
     work = Tiling(out, options)
     work.claim()
     with alone(out / ".tiling" / "all"):
         base = _store_at(out)
-        old, rows = old_and_new(base, slides, work.assume_mpp)
+        old, rows = work.old_and_new(base, slides)
         missing = [row for row in rows if not work.record(row).exists()]
         on_total(len(missing))
         failed = work.read_each(missing, on_progress)

@@ -58,15 +58,10 @@ def interrupted(tiles: Path, out: Path, options: BuildOptions, *, after: int) ->
 def opened_by(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Store]) -> tuple[Store, list[str]]:
     """Return the store and the slides whose files were opened for it."""
     opened: list[str] = []
-    real_check, real_read = scan.check_tiles, scan.read_tiles
-
-    def read(root: Path, folder: str, names: list[bytes], *, check: bool) -> scan.Tiles:
-        opened.append(folder)
-        return real_read(root, folder, names, check=check)
-
     with monkeypatch.context() as patch:
-        patch.setattr(scan, "check_tiles", lambda root, folder: opened.append(folder) or real_check(root, folder))
-        patch.setattr(scan, "read_tiles", read)
+        for name in ("check_tiles", "read_tiles"):
+            real = getattr(scan, name)
+            patch.setattr(scan, name, lambda r, key, *a, real=real, **k: opened.append(key) or real(r, key, *a, **k))
         return build(), sorted(set(opened))
 
 

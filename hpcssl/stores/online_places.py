@@ -8,7 +8,9 @@ search in them, and the same on every machine: integers decide, but for the prod
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -126,12 +128,7 @@ def choose(word: int, weights: Sequence[int]) -> int:
     >>> [choose(word, [1, 0, 3]) for word in (0, 2**30 - 1, 2**30, 2**32 - 1)]
     [0, 0, 2, 2]
     """
-    mark = word * sum(weights) >> 32
-    for number, weight in enumerate(weights):
-        mark -= weight
-        if mark < 0:
-            return number
-    raise AssertionError("the mark is below the sum")
+    return bisect(list(accumulate(weights)), word * sum(weights) >> 32)
 
 
 def draw_corner(runs: Runs, words: Words, columns: int, cell: float) -> tuple[int, int]:

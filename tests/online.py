@@ -44,10 +44,8 @@ def draw_slide(
     with tifffile.TiffWriter(path) as file:
         for level in range(levels):
             step = 2**level
-            reduced = pixels[: height // step * step, : width // step * step]
-            reduced = (
-                reduced.reshape(height // step, step, width // step, step, 3).mean((1, 3)).round().astype(np.uint8)
-            )
+            blocks = pixels.reshape(height // step, step, width // step, step, 3)
+            reduced = blocks.mean((1, 3)).round().astype(np.uint8)
             about = {"subifds": levels - 1} if level == 0 else {"subfiletype": 1}
             resolution = (10_000 / (mpp * step),) * 2
             file.write(reduced, photometric="rgb", resolution=resolution, resolutionunit=3, **about, **options)
@@ -56,13 +54,10 @@ def draw_slide(
 
 def draw_slides(folder: Path, *, count: int = 4) -> pd.DataFrame:
     """Write slides of two organs and their table, slides.csv; returns the table."""
-    rows = [
-        {"slide_id": f"s{number}", "organ": ("breast", "lung")[number % 2], "path": f"s{number}.tif", "mpp": ""}
-        for number in range(count)
-    ]
-    for number, row in enumerate(rows):
-        draw_slide(folder / row["path"], seed=number, width=1536 - 128 * number)
-    table = pd.DataFrame(rows)
+    rows = [(f"s{number}", ("breast", "lung")[number % 2], f"s{number}.tif", "") for number in range(count)]
+    table = pd.DataFrame(rows, columns=["slide_id", "organ", "path", "mpp"])
+    for number, path in enumerate(table["path"]):
+        draw_slide(folder / path, seed=number, width=1536 - 128 * number)
     table.to_csv(folder / "slides.csv", index=False)
     return table.assign(path=[str(folder / path) for path in table["path"]])
 
@@ -161,13 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[SlideServer]:
     """Serve a folder for as long as the block runs."""
-    server = SlideServer(folder)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.released.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with SlideServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.released.set()
+            server.shutdown()
+            thread.join()

@@ -48,11 +48,8 @@ def extended(base: TileStore, slides: pd.DataFrame, tiles: Path, *, counted: boo
 def relabelled(base: Store, slides: pd.DataFrame, assume_mpp: float | None) -> pd.DataFrame:
     """Return the store's slides as a table of whole slides names them now: its other columns are taken.
 
-    Raises
-    ------
-    StoreError
-        If a slide was read from elsewhere, or at another MPP than is stated now, or has another organ: what the store
-        holds of it would be wrong.
+    StoreError where a slide was read from elsewhere, or at another MPP than is stated now, or has another organ: what
+    the store holds of it would be wrong.
     """
     old = base.slides.drop(columns="first_tile")
     given = slides[slides["slide_id"].isin(old["slide_id"])].set_index("slide_id").reindex(old["slide_id"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from hpcssl.core.arrays import map_array, npy_header
-from hpcssl.core.atomic import digest_file
+from hpcssl.core.atomic import digest_file, sync
 from hpcssl.stores.store import FORMAT, TABLE, IndexLayout, Store
 
 _HEADER = 128  # bytes of the header of a .npy file; numpy leaves room in it for any length of the array
@@ -23,20 +22,12 @@ _CHUNK = 1 << 20  # entries of an array that are copied at a time
 
 @dataclass(kw_only=True)
 class SlideEntry:
-    """What an index holds of one slide.
+    """What an index holds of one slide."""
 
-    Attributes
-    ----------
-    count : number of its tiles
-    arrays : what is appended to each array
-    names : of its tiles, where they have any
-    bad : files of it that are no tiles: (path below the root, what is wrong)
-    """
-
-    count: int
-    arrays: Mapping[str, Any]
-    names: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    count: int  # number of its tiles
+    arrays: Mapping[str, Any]  # what is appended to each array
+    names: list[bytes] = field(default_factory=list)  # of its tiles, where they have any
+    bad: list[tuple[str, str]] = field(default_factory=list)  # files that are no tiles: (path below the root, fault)
 
 
 class IndexWriter:
@@ -110,16 +101,12 @@ class IndexWriter:
 def seal(folder: Path, kind: type[Store], slides: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
     """Complete an index whose writer has finished by the slide table; returns the store's header.
 
-    Parameters
-    ----------
-    slides : with `num_tiles`
-    about : what the header says of a store of this kind
+    `slides` has `num_tiles`; `about` is what the header says of a store of this kind.
     """
     counts = slides["num_tiles"]
     slides = slides.assign(first_tile=counts.cumsum() - counts)
     slides.to_parquet(folder / TABLE, index=False)
     for name in kind.layout.files:
-        with (folder / name).open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(folder / name)
     header = {"format": FORMAT, "kind": kind.kind, **about, "num_slides": len(slides), "num_tiles": int(counts.sum())}
     return kind.sealed(header, slides, {name: digest_file(folder / name) for name in kind.layout.files})

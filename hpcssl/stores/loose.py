@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl.core.errors import BadTileError, StoreError
-from hpcssl.stores.store import IndexLayout, sum_faults
+from hpcssl.stores.store import IndexLayout
 from hpcssl.stores.tile_files import sizes_in
 from hpcssl.stores.tile_store import SIZES, TEXTS, TileStore
 
@@ -45,14 +45,10 @@ class LooseStore(TileStore):
         return f"all {self.num_tiles} tile files"
 
     def _check_tiles(self, on_progress: Callable[[int], None], *, deep: bool, threads: int) -> None:
-        total, first = sum_faults(
-            self._changed_files, range(self.num_slides), (lambda n: None) if deep else on_progress, threads
-        )
-        if total:
-            raise StoreError(
-                f"{self.path}: {total} of {self.num_tiles} tiles changed since it was built; first: {first};"
-                " build the store anew"
-            )
+        advance = (lambda n: None) if deep else on_progress
+        what, advice = f"{self.num_tiles} tiles changed since it was built", "build the store anew"
+        slides = range(self.num_slides)
+        self._refuse_faults(self._changed_files, slides, advance, threads, what=what, advice=advice)
         if deep:
             self._check_pixels(on_progress, threads=threads)
 

@@ -35,7 +35,7 @@ from hpcssl.slides.ranges import Ranges, is_remote
 from hpcssl.slides.sampling import read_tile, sample
 from hpcssl.slides.slide_table import digest_slides, slide_of
 from hpcssl.stores.online_places import Runs, choose, draw_corner, whole_weights
-from hpcssl.stores.store import IndexLayout, Store, Texts, sum_faults
+from hpcssl.stores.store import IndexLayout, Store, Texts
 
 _MOST_OPEN = 64  # slides; each holds a file and a table of its blocks
 _MOST_HELD = 1 << 27  # bytes of these tables; a slide of 200,000 blocks has about 4 MB
@@ -53,22 +53,8 @@ class Place(NamedTuple):
         return f"x {self.x}, y {self.y}, MPP {self.mpp:g}"
 
 
-class _Draws(NamedTuple):
-    """How places are drawn: key, and the weight of every MPP of the store."""
-
-    seed: int
-    weights: list[int]
-
-
 class OnlineStore(Store):
-    """An opened store of slides; threads may share it, also with what `drawn_by` returns.
-
-    Attributes
-    ----------
-    mpps : microns per pixel of its tiles; the first is the grid's
-    tile_px : side of a tile
-    of_grid : built to give the tiles of the grid, whatever the position
-    """
+    """An opened store of slides; threads may share it, also with what `drawn_by` returns."""
 
     kind = "slides"
     layout = IndexLayout(
@@ -76,13 +62,13 @@ class OnlineStore(Store):
         arrays={"corners.npy": "<u4", "run_starts.npy": "<u4", "run_ends.npy": "<u4", "areas.npy": "<u8"},
         ends_in={"areas.npy": "run_ends.npy"},
     )
-    _draws: _Draws | None = None
+    _draws: tuple[int, list[int]] | None = None  # of places: seed, and the weight of every MPP of the store
 
     def __init__(self, path: Path, header: dict[str, Any]):
         super().__init__(path, header)
-        self.mpps: list[float] = header["mpps"]
+        self.mpps: list[float] = header["mpps"]  # microns per pixel of its tiles; the first is the grid's
         self.tile_px: int = header["tile_px"]
-        self.of_grid: bool = header["of_grid"]
+        self.of_grid: bool = header["of_grid"]  # built to give the tiles of the grid, whatever the position
         self._paths = Texts(self.index, "paths", self.num_slides)
         self._areas = self._array("areas.npy", self.num_slides * (1 + len(self.mpps)))
         num_runs = int(self._areas[-1]) if self.num_slides else 0
@@ -117,16 +103,6 @@ class OnlineStore(Store):
         if self.of_grid:
             return self
         weights = whole_weights([mpp_weights.get(mpp, 0) if mpp_weights else 1 for mpp in self.mpps])
-        self._check_places(weights)
-        store = type(self).__new__(type(self))  # shares all with this one but how it draws
-        vars(store).update(vars(self), _draws=_Draws(seed, weights))
-        return store
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (*super().__reduce__(), {"_draws": self._draws})
-
-    def _check_places(self, weights: list[int]) -> None:
-        """Refuse weights that leave a slide without a place to draw from."""
         runs = np.diff(self._areas, prepend=np.uint64(0)).reshape(self.num_slides, 1 + len(self.mpps))
         lost = np.flatnonzero(~((runs[:, 1:] > 0) & (np.array(weights) > 0)).any(axis=1))
         if len(lost):
@@ -135,6 +111,12 @@ class OnlineStore(Store):
                 f"{self.path}: slide {self.slides['slide_id'].iloc[lost[0]]} has no place for a tile at MPP {named}"
                 f" ({len(lost)} such slides); name another MPP in mpp_weights, or build the store without them"
             )
+        store = type(self).__new__(type(self))  # shares all with this one but how it draws
+        vars(store).update(vars(self), _draws=(seed, weights))
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"_draws": self._draws})
 
     def area(self, slide: int, mpp: float | None = None) -> Runs:
         """Return the tissue of a slide, or the cells in which a tile's corner at one of the store's MPPs may lie."""
@@ -146,31 +128,26 @@ class OnlineStore(Store):
         """Return where the tile at a position is."""
         slide = self.slide_of(tile)
         if self._draws is None:
-            return Place(slide, int(self._corners[2 * tile]), int(self._corners[2 * tile + 1]), self.mpps[0])
-        words = uniforms(self._draws.seed, "place", position, view=tile % 2**32, stream=tile >> 32).tolist()
+            return Place(slide, *self.coordinates_of(tile), self.mpps[0])
+        seed, weights = self._draws
+        words = uniforms(seed, "place", position, view=tile % 2**32, stream=tile >> 32).tolist()
         areas = [self.area(slide, mpp) for mpp in self.mpps]
-        number = choose(words[0], [w if a.total else 0 for w, a in zip(self._draws.weights, areas)])
+        number = choose(words[0], [w if a.total else 0 for w, a in zip(weights, areas)])
         x, y = draw_corner(areas[number], words[1:], int(self._columns[slide]), float(self._cell[slide]))
         return Place(slide, x, y, self.mpps[number])
 
     def fetch(self, position: int, tile: int) -> NDArray[np.uint8]:
-        """Return a tile's pixels, (tile_px, tile_px, 3) RGB.
+        """Return a tile's pixels, (tile_px, tile_px, 3) RGB; see `Store.fetch`.
 
-        Raises
-        ------
-        BadTileError
-            If its blocks cannot be decoded or its slide cannot be read.
-        UnreachableTileError
-            If the slide's server does not answer, after the tries and within the time of `hpcssl.slides.ranges`.
-        StoreError
-            If the slide's folder is not there.
-        OSError
-            If a disk fails.
+        UnreachableTileError where the slide's server does not answer, after the tries and within the time of
+        `hpcssl.slides.ranges`.
         """
         place = self.place_of(position, tile)
-        path = self._paths[place.slide]
+        path, slide_mpp = self._paths[place.slide], float(self._slide_mpp[place.slide])
         try:
-            return self._read(path, place)
+            slide = self._open.get(path)
+            sampling = sample(slide, slide_mpp=slide_mpp, mpp=place.mpp, tile_px=self.tile_px)
+            return read_tile(slide, sampling, place.x, place.y)
         except SlideError as error:
             if not is_remote(path) and not Path(path).parent.is_dir():  # not a slide that is missing, but a disk
                 raise StoreError(f"{Path(path).parent}: no such folder; is its file system mounted?") from None
@@ -179,11 +156,6 @@ class OnlineStore(Store):
             if not is_remote(path):
                 raise
             raise UnreachableTileError(f"{path}: {error.strerror or error} ({place})") from None
-
-    def _read(self, path: str, place: Place) -> NDArray[np.uint8]:
-        slide, slide_mpp = self._open.get(path), float(self._slide_mpp[place.slide])
-        sampling = sample(slide, slide_mpp=slide_mpp, mpp=place.mpp, tile_px=self.tile_px)
-        return read_tile(slide, sampling, place.x, place.y)
 
     def file_of(self, tile: int) -> Path:
         """Return the file of a tile's slide."""
@@ -226,9 +198,5 @@ class OnlineStore(Store):
                 return count, [str(error)]
             return count, []
 
-        total, first = sum_faults(changes, range(self.num_slides), on_progress, threads)
-        if total:
-            raise StoreError(
-                f"{self.path}: {total} of {self.num_slides} slides changed since it was built; first: {first};"
-                " put them back or build the store anew"
-            )
+        what, advice = f"{self.num_slides} slides changed since it was built", "put them back or build the store anew"
+        self._refuse_faults(changes, range(self.num_slides), on_progress, threads, what=what, advice=advice)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from hpcssl.stores.index_writer import SlideEntry
 from hpcssl.stores.kinds import open_store
 from hpcssl.stores.online import OnlineStore
 from hpcssl.stores.online_places import Cells, corner_cells, runs_of
-from hpcssl.stores.slide_records import Row, SlideWork, is_table_of, old_and_new, record_stem, with_facts
-from hpcssl.stores.store import FORMAT
+from hpcssl.stores.slide_records import Row, SlideWork, record_stem
+from hpcssl.stores.store import FORMAT, Store
 from hpcssl.stores.store_build import Build, SlideSource, Target, next_index
 
 
@@ -84,35 +84,26 @@ def build_online(
 ) -> OnlineStore:
     """Look at every slide, and write the store; the same call after a kill goes on.
 
+    Slides that cannot be used are not in the store, but in its `failed_slides.csv` with their reasons. StoreError where
+    no slide can be used, or the store at `out` is another one.
+
     Parameters
     ----------
     slides : slide_id, organ, path (or URL), and mpp, blank where the file says it; other columns are carried along
     out : folder of the store; must hold nothing else, and a store only for `append`
     append : keep the slides of the store at `out`, and add those that it lacks at its end
     on_progress : called with 1 after every slide
-
-    Returns
-    -------
-    The store; slides that cannot be used are not in it, but in its `failed_slides.csv` with their reasons.
-
-    Raises
-    ------
-    StoreError
-        If no slide can be used, or the store at `out` is another one.
     """
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / "store.json"):
         work = Looking(out, options, append=append)
         base = work.claim()
-        old, rows = old_and_new(base, _with_paths(slides), options.assume_mpp)
+        old, rows = work.old_and_new(base, slides)
         failed = work.read_each(rows, on_progress)
-        lost = {row["slide_id"] for row in failed}
-        used = [row for row in rows if row["slide_id"] not in lost]
-        if not used and base is None:
+        if base is None and len(failed) == len(rows):
             raise StoreError(f"{out}: none of {len(rows)} slides can be used; first: {failed[0]['reason']}")
         write_failed(out, failed)
-        if used or not is_table_of(base, old):
-            _write_store(used, work, base, old)
+        work.add_slides(base, old, rows, failed)
         shutil.rmtree(work.folder)
     return _online_store_at(out)
 
@@ -122,10 +113,6 @@ def _online_store_at(out: Path) -> OnlineStore:
     if not isinstance(store, OnlineStore):
         raise StoreError(f"{out}: a store of tiles; it is extended without --online")
     return store
-
-
-def _with_paths(slides: pd.DataFrame) -> pd.DataFrame:
-    return slides.assign(path=[p if is_remote(p) else str(Path(p).absolute()) for p in slides["path"]])
 
 
 class Looking(SlideWork):
@@ -155,19 +142,15 @@ class Looking(SlideWork):
             if others:
                 raise StoreError(f"{out}: holds {others[0]}, no store; choose another --out")
         self.folder.mkdir(exist_ok=True)
-        claim(
-            self.folder / "options.json",
-            {"format": FORMAT, **about},
-            made=f"{self.folder}: begun with",
-            advice="give the same, or remove it",
-            error=StoreError,
-            damaged=f"remove {self.folder}",
-        )
+        made, advice, damaged = f"{self.folder}: begun with", "give the same, or remove it", f"remove {self.folder}"
+        file, about = self.folder / "options.json", {"format": FORMAT, **about}
+        claim(file, about, made=made, advice=advice, error=StoreError, damaged=damaged)
         return base
 
-    def missing(self, slides: pd.DataFrame) -> list[dict[str, Any]]:
-        """See `SlideWork.missing`."""
-        return super().missing(_with_paths(slides))
+    def old_and_new(self, base: Store | None, slides: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """See `SlideWork.old_and_new`."""
+        paths = [path if is_remote(path) else str(Path(path).absolute()) for path in slides["path"]]
+        return super().old_and_new(base, slides.assign(path=paths))
 
     def record(self, row: Row) -> Path:
         """Return the file of what was seen in a slide; its name says for which row, and which MPP was assumed."""
@@ -179,22 +162,16 @@ class Looking(SlideWork):
         np.savez(stream, **look_at(row, self.options, pool))
         write_atomic(self.record(row), stream.getvalue())
 
-
-def _write_store(rows: list[dict[str, Any]], work: Looking, base: OnlineStore | None, old: pd.DataFrame) -> None:
-    """Add slides that were looked at to the store, whose table becomes `old`."""
-    records, facts = [work.record(row) for row in rows], []
-    for record in records:
+    def facts(self, record: Path) -> dict[str, Any]:
+        """See `SlideWork.facts`."""
         with np.load(record) as content:
-            facts.append(json.loads(str(content["facts"])) | {"num_tiles": 1})
-    target = Target(
-        out=work.out,
-        kind=OnlineStore,
-        slides=with_facts(old, rows, facts),
-        base=base,
-        work=work.folder / "index",
-        header={"index": next_index(base), **work.options.about},
-    )
-    Build(target, _LookedAt(target, records, work.options)).run()
+            return json.loads(str(content["facts"])) | {"num_tiles": 1}
+
+    def write(self, base: Store | None, slides: pd.DataFrame, records: Sequence[Path]) -> None:
+        """See `SlideWork.write`."""
+        work, header = self.folder / "index", {"index": next_index(base), **self.options.about}
+        target = Target(out=self.out, kind=OnlineStore, slides=slides, base=base, work=work, header=header)
+        Build(target, _LookedAt(target, records, self.options)).run()
 
 
 class _LookedAt(SlideSource):
@@ -213,18 +190,11 @@ class _LookedAt(SlideSource):
             arrays["areas.npy"] = np.cumsum(content["num_runs"])
         return SlideEntry(count=len(arrays["corners.npy"]) // 2, arrays=arrays)
 
-    def read(self, first: int, pool: Executor, build: Build) -> Iterator[tuple[SlideEntry, list[int]]]:
-        """See `SlideSource.read`."""
-        return ((self.look(number), []) for number in range(first, len(self.keys)))
-
 
 def look_at(row: Row, options: OnlineOptions, pool: Executor) -> dict[str, Any]:
     """Return what the store holds of a slide: facts, corners of the grid, run lengths of tissue and corners.
 
-    Raises
-    ------
-    SlideError
-        If it cannot be read, its MPP is not known, or it has no tile.
+    SlideError where it cannot be read, its MPP is not known, or it has no tile.
     """
     with reading(row["path"]):
         slide = open_slide(row["path"])

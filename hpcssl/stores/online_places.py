@@ -8,7 +8,9 @@ search in them, and the same on every machine: integers decide, but for the prod
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -63,13 +65,9 @@ def first_pixel(number: int, cell: float) -> int:
 def corner_cells(tissue: Cells, cell: float, slide_px: tuple[int, int], side: float, least: float) -> Cells:
     """Return the cells in which the upper left corner of a tile may lie, wherever in them it lies.
 
-    Every tile with such a corner is within the slide, and at least a share `least` of its area is tissue.
-
-    Parameters
-    ----------
-    tissue : (rows, columns) of cells, which cover the slide
-    cell, side : sides of a cell and of a tile, in level-0 pixels
-    slide_px : width and height of the slide
+    Every tile with such a corner is within the slide, and at least a share `least` of its area is tissue. The cells of
+    `tissue`, (rows, columns), cover the slide of width and height `slide_px`; `cell` and `side` are the sides of a cell
+    and of a tile, in level-0 pixels.
     """
     height, width = tissue.shape
     sums = np.zeros((height + 1, width + 1))
@@ -130,22 +128,13 @@ def choose(word: int, weights: Sequence[int]) -> int:
     >>> [choose(word, [1, 0, 3]) for word in (0, 2**30 - 1, 2**30, 2**32 - 1)]
     [0, 0, 2, 2]
     """
-    mark = word * sum(weights) >> 32
-    for number, weight in enumerate(weights):
-        mark -= weight
-        if mark < 0:
-            return number
-    raise AssertionError("the mark is below the sum")
+    return bisect(list(accumulate(weights)), word * sum(weights) >> 32)
 
 
 def draw_corner(runs: Runs, words: Words, columns: int, cell: float) -> tuple[int, int]:
     """Return a level-0 corner (x, y): a cell by the first word, a pixel in it by the second and third.
 
-    Parameters
-    ----------
-    runs : cells in which the corner may lie, at least one
-    columns : of all cells
-    cell : side of a cell, at least one level-0 pixel
+    `runs` are the cells in which it may lie, at least one, of so many `columns`, with sides `cell` of at least a pixel.
     """
     row, column = divmod(runs.cell(words[0] * runs.total >> 32), columns)
     first, end = [(first_pixel(column + k, cell), first_pixel(row + k, cell)) for k in (0, 1)]

@@ -17,20 +17,14 @@ from hpcssl.stores.tile_store import SIZES, TEXTS, TileStore
 
 
 class PackedStore(TileStore):
-    """An opened store of shards.
-
-    Attributes
-    ----------
-    shards : all of them
-    offsets : (num_tiles,) uint64, memory-mapped: where the bytes of every tile are
-    """
+    """An opened store of shards."""
 
     kind = "packed"
     layout = IndexLayout(texts=TEXTS, arrays={**SIZES, "offsets.npy": "<u8"})
 
     def __init__(self, path: Path, header: dict[str, Any]):
         super().__init__(path, header)
-        self.offsets = self._array("offsets.npy", self.num_tiles)
+        self.offsets = self._array("offsets.npy", self.num_tiles)  # where the bytes of every tile are
         self.shards = Shards(path, header["shards"])
         self.shards.check()
 

@@ -16,9 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,13 @@ import pandas as pd
 from hpcssl.core.atomic import alone, atomic_file, digest_bytes, read_json, write_atomic
 from hpcssl.core.claim import check_same
 from hpcssl.core.errors import StoreError
-from hpcssl.core.ordered import in_order
 from hpcssl.stores.index_writer import IndexWriter, seal
 from hpcssl.stores.kinds import KINDS, open_store
-from hpcssl.stores.scan import BuildOptions, build_store
+from hpcssl.stores.scan import BuildOptions, Folders, tile_target
 from hpcssl.stores.store import FORMAT, TABLE, Store, read_header
-from hpcssl.stores.store_build import move_synced, write_header
+from hpcssl.stores.store_build import Build, move_synced, write_header
 from hpcssl.stores.tar import pack_offset, shard_name
-from hpcssl.stores.tile_files import list_names, slides_below
+from hpcssl.stores.tile_files import slides_below
 
 _FREE = ("threads", "commit_s")  # how, not what is built
 
@@ -48,15 +45,8 @@ def parts_folder(out: Path) -> Path:
 def plan_parts(tiles: Path, out: Path, *, table: Path | None, options: BuildOptions, num_parts: int) -> list[int]:
     """Say which slides each part has, or check that this was said before; returns the numbers of the parts to build.
 
-    Parameters
-    ----------
-    tiles, out, table, options : as for `build_store`
-    num_parts : at most; parts of about the same number of tiles where the table tells it, else of slides
-
-    Raises
-    ------
-    StoreError
-        If the store exists, or parts of it that were planned otherwise.
+    There are at most `num_parts`, of about the same number of tiles where the table tells it, else of slides; the rest
+    is as for `build_store`. StoreError where the store exists, or parts of it that were planned otherwise.
     """
     if out.exists():
         raise StoreError(f"{out}: exists already; remove it, or choose another --out")
@@ -82,35 +72,23 @@ def plan_parts(tiles: Path, out: Path, *, table: Path | None, options: BuildOpti
 
 
 def build_part(out: Path, number: int) -> None:
-    """Build one part that was planned; one that is there stays.
-
-    Raises
-    ------
-    StoreError
-        As `build_store` does, for the slides of the part.
-    """
+    """Build one part that was planned; one that is there stays. StoreError as of `build_store`, for its slides."""
     part, plan = _part(out, number), _plan_of(out)
     if (part / "store.json").exists():
         return
     first, end = [0, *plan["ends"]][number : number + 2]
-    slides = pd.read_parquet(parts_folder(out) / "slides.parquet").iloc[first:end]
-    tiles = Path(plan["tiles"])
+    slides = pd.read_parquet(parts_folder(out) / "slides.parquet")[first:end].reset_index(drop=True)
     options = BuildOptions(**{name: plan[name] for name in asdict(BuildOptions())})
-    if not plan["counted"]:  # a table says how many tiles there are
-        slides = slides.assign(num_tiles=_counts(tiles, slides, options.threads))
-    table = part.with_suffix(".parquet")
-    with atomic_file(table) as temporary:
-        slides.to_parquet(temporary, index=False)
-    build_store(tiles, part, table=table, options=options)
+    with alone(part):
+        tiles = Path(plan["tiles"])
+        target = tile_target(part, tiles, slides, None, options, in_place=False)
+        Build(target, Folders(tiles, target, options, counted=plan["counted"]), commit_s=options.commit_s).run()
 
 
 def join_parts(out: Path) -> Store:
     """Make the store of its parts, which are used up; a killed try goes on.
 
-    Raises
-    ------
-    StoreError
-        If a part is not there, or the store exists.
+    StoreError where a part is not there, or the store exists.
     """
     with alone(out):
         if out.exists():
@@ -176,12 +154,3 @@ def _header_of(part: Path) -> dict[str, Any]:
     if not (part / "store.json").exists():
         raise StoreError(f"{part}: not built yet; the same hpcssl store build … --array N builds it")
     return read_header(part)
-
-
-def _counts(tiles: Path, slides: pd.DataFrame, threads: int) -> list[int]:
-    """Return the number of tiles of every slide, at least 1: `build_store` tells of one that has none."""
-    folders = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"])]
-    with ThreadPoolExecutor(threads) as pool:
-        return [
-            max(1, len(names)) for _, names in in_order(pool, partial(list_names, tiles), folders, window=4 * threads)
-        ]

@@ -28,7 +28,7 @@ from hpcssl.stores.kinds import open_store
 from hpcssl.stores.loose import LooseStore
 from hpcssl.stores.packed import PackedStore
 from hpcssl.stores.store import FORMAT, Store
-from hpcssl.stores.store_build import COMMIT_S, Build, SlideSource, Target, next_index
+from hpcssl.stores.store_build import COMMIT_S, Build, SlideSource, SlidesRead, Target, next_index
 from hpcssl.stores.tar import MOST_SHARD_BYTES, ShardWriter
 from hpcssl.stores.tile_files import Tiles, check_tiles, list_names, list_tiles, read_tiles, slides_below
 from hpcssl.stores.tile_store import TileStore
@@ -58,9 +58,8 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_gb * 1e9 < MOST_SHARD_BYTES:
-            raise StoreError(
-                f"shards of {self.shard_gb} GB; expected more than 0 and less than {MOST_SHARD_BYTES / 1e9:.0f}"
-            )
+            most = f"{MOST_SHARD_BYTES / 1e9:.0f}"
+            raise StoreError(f"shards of {self.shard_gb} GB; expected more than 0 and less than {most}")
 
 
 def build_store(
@@ -75,6 +74,9 @@ def build_store(
 ) -> TileStore:
     """Index a folder of JPEG tiles laid out as `<organ>/<slide_id>/<name>.jpg`, or pack it.
 
+    StoreError for an empty folder, files that are no whole JPEG (with their number and list), a table that does not
+    match, or a slide of an extended store that is not what it was.
+
     Parameters
     ----------
     tiles : root of the tiles
@@ -84,12 +86,6 @@ def build_store(
     append : keep the slides of the store at `out` and add those that it lacks at its end; it keeps its kind
     on_total : called once with the number of slides
     on_progress : called with 1 after every slide
-
-    Raises
-    ------
-    StoreError
-        For an empty folder, files that are no whole JPEG (with their number and list), a table that does not match, or
-        a slide of an extended store that is not what it was.
     """
     options = options or BuildOptions()
     slides, counted = slides_below(tiles, table, out=out)
@@ -102,7 +98,7 @@ def build_store(
             slides = extended(base, slides, tiles, counted=counted)
         on_total(len(slides))
         target = tile_target(out, tiles, slides, base, options, in_place=base is not None)
-        source = _Folders(tiles, target, options, counted=counted)
+        source = Folders(tiles, target, options, counted=counted)
         build = Build(target, source, commit_s=options.commit_s, on_progress=on_progress)
         if base is not None:
             check_unchanged(base, tiles, threads=options.threads, on_progress=on_progress)
@@ -124,7 +120,7 @@ def tile_store_at(out: Path) -> TileStore | None:
 
 
 def tile_target(
-    out: Path, tiles: Path, slides: pd.DataFrame, base: TileStore | None, options: BuildOptions, *, in_place: bool
+    out: Path, tiles: Path, slides: pd.DataFrame, base: Store | None, options: BuildOptions, *, in_place: bool
 ) -> Target:
     """Return what a build of a store of tiles makes: a packed one or a loose one, whose tiles are below `tiles`."""
     kind: type[Store] = type(base) if base else PackedStore if options.pack else LooseStore
@@ -148,17 +144,12 @@ class TileSource(SlideSource):
         slides = target.slides
         self.root, self.threads = root, options.threads
         self.keys = [f"{organ}/{slide_id}" for organ, slide_id in zip(slides["organ"], slides["slide_id"])]
-        self.about = {
-            "format": FORMAT,
-            "root": str(root.resolve()),
-            "packed": target.kind is PackedStore,
-            "check": options.check,
-            "shard_gb": options.shard_gb,
-            "base": target.base.digest if target.base else None,
-        }
+        kind = {"packed": target.kind is PackedStore, "check": options.check, "shard_gb": options.shard_gb}
+        base = target.base and target.base.digest
+        self.about = {"format": FORMAT, "root": str(root.resolve()), **kind, "base": base}
 
 
-class _Folders(TileSource):
+class Folders(TileSource):
     """Slides that are folders of files."""
 
     def __init__(self, tiles: Path, target: Target, options: BuildOptions, *, counted: bool):
@@ -170,7 +161,7 @@ class _Folders(TileSource):
         """Return names and sizes of a slide's tiles, none of which is opened."""
         return list_tiles(self.root, self.keys[number]).entry
 
-    def read(self, first: int, pool: Executor, build: Build) -> Iterator[tuple[SlideEntry, list[int]]]:
+    def read(self, first: int, pool: Executor, build: Build) -> SlidesRead:
         """See `SlideSource.read`."""
         if build.shards:
             yield from self._pack(first, pool, build.shards, build)
@@ -187,9 +178,7 @@ class _Folders(TileSource):
         for _, tiles in in_order(pool, look_inside, self.keys[first:], window=4 * self.threads):
             yield tiles.entry, []
 
-    def _pack(
-        self, first: int, pool: Executor, shards: ShardWriter, build: Build
-    ) -> Iterator[tuple[SlideEntry, list[int]]]:
+    def _pack(self, first: int, pool: Executor, shards: ShardWriter, build: Build) -> SlidesRead:
         """Copy the slides' tiles into the shards and yield what they hold."""
         listings = in_order(pool, partial(list_names, self.root), self.keys[first:], window=2 * self.threads)
 

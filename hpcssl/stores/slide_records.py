@@ -26,47 +26,12 @@ def record_stem(row: Row, read_by: object) -> str:
     return f"{row['slide_id']}-{digest_bytes(repr(read_by).encode())[:16]}"
 
 
-def old_and_new(
-    base: Store | None, slides: pd.DataFrame, assume_mpp: float | None
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Return the slides of the store that is extended as the table names them now, and the rows of the others.
-
-    Raises
-    ------
-    StoreError
-        For a row that was corrected of a slide that is in the store.
-    """
-    old = slides[:0] if base is None else relabelled(base, slides, assume_mpp)
-    rows: Any = slides[~slides["slide_id"].isin(old["slide_id"])].to_dict("records")
-    return old, rows
-
-
-def is_table_of(base: Store | None, slides: pd.DataFrame) -> bool:
-    """Say whether these are the slides of a store, with all their columns."""
-    return base is not None and slides.equals(base.slides.drop(columns="first_tile"))
-
-
-def with_facts(old: pd.DataFrame, rows: Sequence[Row], facts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the table of a store: its old slides, then new ones with what their records say."""
-    if not rows:
-        return old
-    new = pd.DataFrame([{**row, **more} for row, more in zip(rows, facts, strict=True)])
-    return pd.concat([old, new], ignore_index=True).fillna("") if len(old) else new
-
-
 class SlideWork(ABC):
-    """What is done with every slide before a store is made of them; it can be pickled for a job array.
+    """What is done with every slide, and how a store is made of them; it can be pickled for a job array."""
 
-    Attributes
-    ----------
-    out : folder of the store
-    threads : that read and decode
-    assume_mpp : of slides whose MPP nothing says
-    """
-
-    out: Path
-    threads: int
-    assume_mpp: float | None
+    out: Path  # folder of the store
+    threads: int  # that read and decode
+    assume_mpp: float | None  # of slides whose MPP nothing says
 
     @abstractmethod
     def claim(self) -> Store | None:
@@ -83,9 +48,26 @@ class SlideWork(ABC):
     def read(self, row: Row, pool: Executor) -> None:
         """Read a slide with the help of a pool of `threads`, and write its record; SlideError if that fails."""
 
+    @abstractmethod
+    def facts(self, record: Path) -> dict[str, Any]:
+        """Return what the slide table says of a slide beyond its row, `num_tiles` with it."""
+
+    @abstractmethod
+    def write(self, base: Store | None, slides: pd.DataFrame, records: Sequence[Path]) -> None:
+        """Write the store of these slides; the last ones are new, and these are their records."""
+
+    def old_and_new(self, base: Store | None, slides: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """Return the slides of the store that is extended as the table names them now, and the rows of the others.
+
+        StoreError for a row that was corrected of a slide that is in the store.
+        """
+        old = slides[:0] if base is None else relabelled(base, slides, self.assume_mpp)
+        rows: Any = slides[~slides["slide_id"].isin(old["slide_id"])].to_dict("records")
+        return old, rows
+
     def missing(self, slides: pd.DataFrame) -> list[dict[str, Any]]:
         """Take the folder, and return the rows of the slides that are neither in the store nor done."""
-        _, rows = old_and_new(self.claim(), slides, self.assume_mpp)
+        _, rows = self.old_and_new(self.claim(), slides)
         return [row for row in rows if not self.record(row).exists()]
 
     def read_some(self, slides: pd.DataFrame, slide_ids: Collection[str]) -> None:
@@ -123,3 +105,17 @@ class SlideWork(ABC):
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)  # after an error: slides under way are not finished
         return failed
+
+    def add_slides(
+        self, base: Store | None, old: pd.DataFrame, rows: Sequence[Row], failed: Sequence[Row]
+    ) -> list[Path]:
+        """Add the slides that did not fail to the store, whose others become `old`; returns their records."""
+        lost = {row["slide_id"] for row in failed}
+        whole = [row for row in rows if row["slide_id"] not in lost]
+        records = [self.record(row) for row in whole]
+        if whole:
+            new = pd.DataFrame([{**row, **self.facts(record)} for row, record in zip(whole, records)])
+            old = pd.concat([old, new], ignore_index=True).fillna("") if len(old) else new
+        if whole or (base and not old.equals(base.slides.drop(columns="first_tile"))):
+            self.write(base, old, records)
+        return records

@@ -45,9 +45,10 @@ def spread_of(values: np.ndarray) -> Spread:
     Spread(smallest=7, median=9, largest=70001)
     """
     rank = (len(values) - 1) // 2
-    high = _counted(chunk >> 16 for chunk in _chunks(values))
+    chunks = [values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK)]  # views
+    high = _counted(chunk >> 16 for chunk in chunks)
     upper = int(np.searchsorted(np.cumsum(high), rank, side="right"))
-    low = _counted(chunk[chunk >> 16 == upper] & 0xFFFF for chunk in _chunks(values))
+    low = _counted(chunk[chunk >> 16 == upper] & 0xFFFF for chunk in chunks)
     before = int(high[:upper].sum())
     lower = int(np.searchsorted(np.cumsum(low), rank - before, side="right"))
     return Spread(int(values.min()), upper << 16 | lower, int(values.max()))
@@ -55,12 +56,4 @@ def spread_of(values: np.ndarray) -> Spread:
 
 def _counted(chunks: Iterable[np.ndarray]) -> np.ndarray:
     """Return how often each number of 16 bits stands in the chunks."""
-    counts = np.zeros(1 << 16, np.int64)
-    for chunk in chunks:
-        counts += np.bincount(chunk, minlength=1 << 16)
-    return counts
-
-
-def _chunks(values: np.ndarray) -> list[np.ndarray]:
-    """Return views of some values, each small enough for the counting."""
-    return [values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK)]
+    return sum((np.bincount(chunk, minlength=1 << 16) for chunk in chunks), np.zeros(1 << 16, np.int64))

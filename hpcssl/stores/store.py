@@ -40,18 +40,12 @@ TileData: TypeAlias = bytes | NDArray[np.uint8]  # a JPEG, or pixels (height, wi
 
 @dataclass(frozen=True, kw_only=True)
 class IndexLayout:
-    """The files of an index beside the slide table.
+    """The files of an index beside the slide table."""
 
-    Attributes
-    ----------
-    texts : stems of files of texts, `.bin` and `.npy`; the first holds one text a slide, by which the slide is known
-    arrays : dtype of every array, by file name
-    ends_in : of arrays that hold ends, the array that these count in
-    """
-
+    # stems of files of texts, `.bin` and `.npy`; the first holds one text a slide, by which the slide is known
     texts: tuple[str, ...]
-    arrays: Mapping[str, str]
-    ends_in: Mapping[str, str] = field(default_factory=dict)
+    arrays: Mapping[str, str]  # dtype of every array, by file name
+    ends_in: Mapping[str, str] = field(default_factory=dict)  # of arrays that hold ends, the array these count in
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -94,11 +88,8 @@ class Store(ABC):
     Attributes
     ----------
     kind : as store.json names it
-    layout : of its index
-    path : folder of the store
-    index : folder of its index files
+    path, index : folder of the store, and of its index files
     root : folder of the tile files, where every tile is a file; else the store's
-    num_tiles, num_slides : int
     digest : SHA-256 of all that tiles depend on, but not of where they lie; the store's identity
     """
 
@@ -137,27 +128,17 @@ class Store(ABC):
     def fetch(self, position: int, tile: int) -> TileData:
         """Return a tile: the bytes of its JPEG, by one read, or its pixels.
 
-        Parameters
-        ----------
-        position : of the schedule; a store that draws places draws this tile's from it
-
-        Raises
-        ------
-        BadTileError
-            If the tile is not there, or cannot be read.
-        StoreError
-            If many tiles are lost with it.
-        OSError
-            If a disk fails.
+        `position` is of the schedule: a store that draws places draws this tile's from it. BadTileError where the tile
+        is not there or cannot be read, StoreError where many tiles are lost with it, OSError where a disk fails.
         """
 
     @abstractmethod
     def file_of(self, tile: int) -> Path:
         """Return the file of a tile; of a packed store a name for messages, `shard.tar:member`."""
 
-    @abstractmethod
     def files_of(self, tiles: np.ndarray) -> list[str]:
         """Return the files of many tiles, as text."""
+        return [str(self.file_of(tile)) for tile in tiles.tolist()]
 
     @abstractmethod
     def coordinates_of(self, tile: int) -> tuple[int, int]:
@@ -182,15 +163,8 @@ class Store(ABC):
     def drawn_by(self, seed: int, mpp_weights: Mapping[float, float]) -> Store:
         """Return the store as the positions of a schedule see it: a store of slides draws places, any other is itself.
 
-        Parameters
-        ----------
-        seed : of the schedule
-        mpp_weights : MPP → share of the positions; empty for all MPPs alike
-
-        Raises
-        ------
-        StoreError
-            If the store has no places at one of these MPPs.
+        `seed` is the schedule's; `mpp_weights` maps an MPP to its share of the positions, and is empty for all alike.
+        StoreError where the store has no places at one of these MPPs.
         """
         if mpp_weights:
             raise StoreError(f"{self.path}: a store of tiles of one MPP; mpp_weights is for stores of slides")
@@ -224,12 +198,8 @@ class Store(ABC):
     ) -> None:
         """Check every checksum of the index, and that every tile file, shard or slide is there with its size.
 
-        With `deep`, decode every tile, too. `on_progress` is called with numbers of tiles.
-
-        Raises
-        ------
-        StoreError
-            Naming the first file that differs, and how many do.
+        With `deep`, decode every tile, too. `on_progress` is called with numbers of tiles. StoreError names the first
+        file that differs, and how many do.
         """
         for name, digest in self.header["files"].items():
             if digest_file(self.index / name) != digest:
@@ -239,6 +209,26 @@ class Store(ABC):
             if self.header[key] != sealed[key]:
                 raise StoreError(f"{self.path / 'store.json'}: {key} is not that of its files; build the store anew")
         self._check_tiles(on_progress, deep=deep, threads=threads)
+
+    def _refuse_faults(
+        self,
+        look: Callable[[int], tuple[int, list[str]]],
+        at: Iterable[int],
+        on_progress: Callable[[int], None],
+        threads: int,
+        *,
+        what: str,
+        advice: str,
+    ) -> None:
+        """Raise StoreError where `look` finds faults at some place; it returns tiles looked at, and faults."""
+        total, first = 0, ""
+        with ThreadPoolExecutor(threads) as pool:
+            for _, (num_tiles, faults) in in_order(pool, look, at, window=4 * threads):
+                total += len(faults)
+                first = first or (faults[0] if faults else "")
+                on_progress(num_tiles)
+        if total:
+            raise StoreError(f"{self.path}: {total} of {what}; first: {first}; {advice}")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -252,19 +242,6 @@ def read_header(path: Path) -> dict[str, Any]:
     if header.get("format") != FORMAT:
         raise StoreError(f"{path}: store format {header.get('format')}; this version reads {FORMAT}")
     return header
-
-
-def sum_faults(
-    look: Callable[[int], tuple[int, list[str]]], at: Iterable[int], on_progress: Callable[[int], None], threads: int
-) -> tuple[int, str]:
-    """Return how many faults `look` finds in all places, and the first; it returns tiles looked at, and faults."""
-    total, first = 0, ""
-    with ThreadPoolExecutor(threads) as pool:
-        for _, (num_tiles, faults) in in_order(pool, look, at, window=4 * threads):
-            total += len(faults)
-            first = first or (faults[0] if faults else "")
-            on_progress(num_tiles)
-    return total, first
 
 
 def _opened_again(kind: type[Store], path: Path) -> Store:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -39,69 +39,44 @@ from hpcssl.stores.tar import ShardWriter
 COMMIT_S = 5.0
 _DONE = "done.bin"
 _MARK_BYTES = 16
+SlidesRead: TypeAlias = Iterator[tuple[SlideEntry, list[int]]]  # of each what it holds, and where its tiles are
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a build makes, and where.
+    """What a build makes, and where."""
 
-    Attributes
-    ----------
-    out : folder of the store
-    kind : of the store
-    slides : all slides as they will be in its table, those of `base` first
-    base : the store at `out` that is extended
-    work : folder in which the index grows; on the file system of `out`
-    header : what the header says of this store alone; with `index` where the store's folder is there already
-    shard_bytes : size from which on a shard ends with the slide that fills it; of a packed store
-    """
-
-    out: Path
+    out: Path  # folder of the store
     kind: type[Store]
-    slides: pd.DataFrame
-    base: Store | None
-    work: Path
-    header: Mapping[str, Any]
-    shard_bytes: int | None = None
+    slides: pd.DataFrame  # all as they will be in its table, those of `base` first
+    base: Store | None  # the store at `out` that is extended
+    work: Path  # folder in which the index grows; on the file system of `out`
+    header: Mapping[str, Any]  # of this store alone; with `index` where the store's folder is there already
+    shard_bytes: int | None = None  # from which on a shard ends with the slide that fills it; of a packed store
 
 
 class SlideSource(ABC):
-    """Where a build has its slides from.
+    """Where a build has its slides from."""
 
-    Attributes
-    ----------
-    keys : what the index knows every slide by, those of an extended store first
-    about : what must be the same for a killed build to go on
-    root : of the tile files, for errors
-    threads : that the build may use
-    """
-
-    keys: list[str]
-    about: Mapping[str, Any]
-    root: Path
-    threads: int = 1
+    keys: list[str]  # what the index knows every slide by, those of an extended store first
+    about: Mapping[str, Any]  # what must be the same for a killed build to go on
+    root: Path  # of the tile files, for errors
+    threads: int = 1  # that the build may use
 
     @abstractmethod
     def look(self, number: int) -> SlideEntry:
         """Return what a slide holds now, as cheaply as that is known."""
 
-    @abstractmethod
-    def read(self, first: int, pool: Executor, build: Build) -> Iterator[tuple[SlideEntry, list[int]]]:
+    def read(self, first: int, pool: Executor, build: Build) -> SlidesRead:
         """Yield (what it holds, offsets of its tiles in `build.shards`) of every slide from number `first` on."""
+        return ((self.look(number), []) for number in range(first, len(self.keys)))
 
     def check(self, counts: np.ndarray) -> None:  # noqa: B027 (most sources have nothing to refuse)
         """Refuse what a complete store may not be, by the number of tiles of every slide; StoreError."""
 
 
 class Build:
-    """A build of a target from a source.
-
-    Attributes
-    ----------
-    shards : of a packed store, to be written by the source; else None
-    num_bad : files found so far that are no tiles
-    whole : what tells the slides that tries before this one found whole
-    """
+    """A build of a target from a source."""
 
     def __init__(
         self,
@@ -111,19 +86,13 @@ class Build:
         commit_s: float = COMMIT_S,
         on_progress: Callable[[int], None] = lambda n: None,
     ):
-        """Prepare to build.
-
-        Parameters
-        ----------
-        commit_s : seconds of work that a kill may cost
-        on_progress : called with 1 after every new slide
-        """
+        """Prepare a build of which a kill costs `commit_s`; `on_progress` is called with 1 after every new slide."""
         self._target, self._source = target, source
         self._commit_s, self._on_progress = commit_s, on_progress
         self._in_place = "index" in target.header
         self._num_old = target.base.num_slides if target.base else 0
         self._old_shards: list[int] = target.base.header.get("shards", []) if target.base else []
-        self.shards: ShardWriter | None = None
+        self.shards: ShardWriter | None = None  # of a packed store, to be written by the source
         if target.shard_bytes is not None:
             folder = target.out if self._in_place else target.work
             self.shards = ShardWriter(folder, target.shard_bytes, first=len(self._old_shards))
@@ -131,10 +100,10 @@ class Build:
         self._marks: BinaryIO
         self._done: list[bytes] = []
         self._new_marks: list[bytes] = []
-        self.whole: set[bytes] = set()
+        self.whole: set[bytes] = set()  # what tells the slides that tries before this one found whole
         self._bad_list = target.out.with_name(f"{target.out.name}.bad_tiles.csv")
         self._bad: TextIO | None = None
-        self.num_bad, self._first_bad = 0, ""
+        self.num_bad, self._first_bad = 0, ""  # files found so far that are no tiles
         self._num_tiles = 0
         self._worth_keeping = False
 

@@ -36,18 +36,14 @@ def header(path: bytes, size: int) -> bytes:
     if len(path) > _MOST_NAME:
         slash = path.find(b"/", len(path) - _MOST_NAME - 1)
         if slash < 0 or slash > _MOST_PREFIX:
-            return _long_header(path, size)
+            info = tarfile.TarInfo(path.decode())
+            info.size, info.mtime, info.mode = size, _TIME, 0o644
+            return info.tobuf(tarfile.PAX_FORMAT, encoding="utf-8")
         prefix, name = path[:slash], path[slash + 1 :]
     length = b"%011o\0" % size
     checksum = _FIXED_SUM + sum(prefix) + sum(name) + sum(length)
     block = name.ljust(100, b"\0") + _OWNER + length + _MTIME + b"%06o\0 " % checksum + _REST + prefix
     return block.ljust(BLOCK, b"\0")
-
-
-def _long_header(path: bytes, size: int) -> bytes:
-    info = tarfile.TarInfo(path.decode())
-    info.size, info.mtime, info.mode = size, _TIME, 0o644
-    return info.tobuf(tarfile.PAX_FORMAT, encoding="utf-8")
 
 
 def shard_name(number: int) -> str:
@@ -74,18 +70,12 @@ def unpack_offset(packed: int) -> tuple[int, int]:
 
 
 class ShardWriter:
-    """Writes members into shards one after the other; a shard ends with the slide that fills it.
-
-    Attributes
-    ----------
-    number : the shard that is written now
-    sizes : bytes of the shards before it, the first being `first`
-    """
+    """Writes members into shards one after the other; a shard ends with the slide that fills it."""
 
     def __init__(self, folder: Path, shard_bytes: int, *, first: int = 0):
-        self._folder, self._shard_bytes, self._first = folder, shard_bytes, first
-        self.number = first
-        self.sizes: list[int] = []
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self.number = first  # of the shard that is written now
+        self.sizes: list[int] = []  # bytes of the shards before it, the first being `first`
         self._file: BinaryIO | None = None
         self._end = 0
 
@@ -109,7 +99,6 @@ class ShardWriter:
 
     def begin(self) -> None:
         """Begin behind what was skipped, dropping what an earlier try wrote there."""
-        self.abandon()
         self.drop_from(self.number + bool(self._end))
         if self._end:
             self._file = (self._folder / shard_name(self.number)).open("r+b")

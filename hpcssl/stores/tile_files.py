@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import pandas as pd
@@ -23,20 +24,12 @@ _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what a link may lead to
 
 @dataclass
 class Tiles:
-    """Some tiles of one slide, in the order of their names.
+    """Some tiles of one slide, in the order of their names."""
 
-    Attributes
-    ----------
-    names : file names, UTF-8
-    sizes : bytes of every file
-    contents : the files' bytes where they were asked for, else empty
-    bad : files that are no tiles: (path below the root, what is wrong)
-    """
-
-    names: list[bytes] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    contents: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the files, UTF-8
+    sizes: list[int] = field(default_factory=list)  # bytes of every file
+    contents: list[bytes] = field(default_factory=list)  # of the files where they were asked for, else empty
+    bad: list[tuple[str, str]] = field(default_factory=list)  # files that are no tiles: (path below the root, fault)
 
     @property
     def entry(self) -> SlideEntry:
@@ -59,21 +52,17 @@ def slides_below(tiles: Path, table: Path | None, *, out: Path | None = None) ->
             f"{out}: lies below {tiles}, all folders of which are taken for slides; choose an --out elsewhere,"
             " or name the slides with --slides"
         )
-    rows = [
-        {"slide_id": slide, "organ": organ, "num_tiles": "1"}
-        for organ in _subfolders(tiles)
-        for slide in _subfolders(tiles / organ)
-    ]
+    rows = [(slide, organ, "1") for organ in _subfolders(tiles) for slide in _subfolders(tiles / organ)]
     if not rows:
         raise StoreError(f"{tiles}: no tiles below it; expected <organ>/<slide_id>/<name>.jpg")
-    return check_slides(pd.DataFrame(rows), where=str(tiles)), False
+    return check_slides(pd.DataFrame(rows, columns=["slide_id", "organ", "num_tiles"]), where=str(tiles)), False
 
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     for name in names:
-        if not _decodable([os.fsencode(name)]):
+        if _name_fault(os.fsencode(name)):
             raise StoreError(f"{folder}/{os.fsencode(name).decode(errors='replace')}: its name is not UTF-8; rename it")
     return names
 
@@ -85,12 +74,8 @@ def list_names(root: Path, folder: str) -> list[bytes]:
 
 def list_tiles(root: Path, folder: str) -> Tiles:
     """Return names and sizes of a slide's JPEG files without opening them; an empty one is bad all the same."""
-    pairs = _entries(root, folder, sizes=True)
-    sizes = [size for _, size in pairs]
-    if _decodable([name for name, _ in pairs]) and min(sizes, default=1) > 0 and max(sizes, default=1) <= _MOST_BYTES:
-        return Tiles(names=[name for name, _ in pairs], sizes=sizes)
     tiles = Tiles()
-    for name, size in pairs:
+    for name, size in _entries(root, folder, sizes=True):
         _add(tiles, folder, name, size, _name_fault(name) or _size_fault(size))
     return tiles
 
@@ -105,41 +90,39 @@ def sizes_in(root: Path, folder: str) -> dict[bytes, int]:
 
 def check_tiles(root: Path, folder: str) -> Tiles:
     """Return names and sizes of a slide's JPEG files, having looked at both ends of each."""
-    tiles = Tiles()
-    start = f"{root / folder}/"
-    for name in list_names(root, folder):
-        fault, size = _name_fault(name), 0
-        if not fault:
-            fd = _opened(start + name.decode())
-            if fd is None:
-                fault = _size_fault(-1)
-            else:
-                try:
-                    size = os.fstat(fd).st_size
-                    fault = _size_fault(size) or jpeg_fault(
-                        os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
-                    )
-                finally:
-                    os.close(fd)
-        _add(tiles, folder, name, size, fault)
-    return tiles
+    return _look_inside(root, folder, list_names(root, folder), check=True, keep=False)
 
 
 def read_tiles(root: Path, folder: str, names: list[bytes], *, check: bool) -> Tiles:
     """Return these files of a slide with their bytes; every file is opened once."""
+    return _look_inside(root, folder, names, check=check, keep=True)
+
+
+def _look_inside(root: Path, folder: str, names: list[bytes], *, check: bool, keep: bool) -> Tiles:
+    """Return these files of a slide, with their bytes where `keep`, having looked at both ends of each for `check`."""
     tiles = Tiles()
     start = f"{root / folder}/"
     for name in names:
-        fault, content = _name_fault(name), b""
+        fault, size, content = _name_fault(name), 0, b""
         if not fault:
-            fd = _opened(start + name.decode())
-            if fd is None:
+            try:
+                fd = os.open(start + name.decode(), os.O_RDONLY)
+            except OSError as error:
+                if error.errno not in _NOWHERE:
+                    raise
                 fault = _size_fault(-1)
             else:
-                with open(fd, "rb", buffering=0) as stream:
-                    content = stream.readall()
-                fault = _size_fault(len(content)) or (jpeg_fault(content[:3], content[-PADDING:]) if check else None)
-        if _add(tiles, folder, name, len(content), fault):
+                try:
+                    if keep:
+                        content = FileIO(fd, closefd=False).readall()
+                        size, ends = len(content), (content[:3], content[-PADDING:])
+                    else:
+                        size = os.fstat(fd).st_size
+                        ends = os.pread(fd, 3, 0), os.pread(fd, PADDING, max(0, size - PADDING))
+                finally:
+                    os.close(fd)
+                fault = _size_fault(size) or (jpeg_fault(*ends) if check else None)
+        if _add(tiles, folder, name, size, fault) and keep:
             tiles.contents.append(content)
     return tiles
 
@@ -186,26 +169,12 @@ def _size_of(entry: os.DirEntry[bytes], *, ask: bool) -> int | None:
         return -1
 
 
-def _opened(path: str) -> int | None:
-    """Return a descriptor of a file, or None where a link leads nowhere."""
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in _NOWHERE:
-            raise
-        return None
-
-
-def _decodable(names: list[bytes]) -> bool:
-    try:
-        b"/".join(names).decode()  # no name holds a slash, so that no character spans two of them
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _name_fault(name: bytes) -> str | None:
-    return None if _decodable([name]) else "its name is not UTF-8"
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return "its name is not UTF-8"
+    return None
 
 
 def _size_fault(size: int) -> str | None:

@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import StoreError
-from hpcssl.slides.slide_table import digest_slides, slide_of
-from hpcssl.stores.store import Store, Texts, sum_faults
+from hpcssl.slides.slide_table import digest_slides
+from hpcssl.stores.store import Store, Texts
 from hpcssl.stores.tile_files import PADDING, jpeg_fault
 
 TEXTS, SIZES = ("folders", "names"), {"sizes.npy": "<u4"}
@@ -31,14 +31,9 @@ _UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, S
 
 
 class TileStore(Store):
-    """An opened store of JPEG tiles.
+    """An opened store of JPEG tiles."""
 
-    Attributes
-    ----------
-    sizes : (num_tiles,) uint32, memory-mapped: bytes of every tile
-    """
-
-    sizes: np.ndarray
+    sizes: np.ndarray  # (num_tiles,) uint32, memory-mapped: bytes of every tile
 
     def __init__(self, path: Path, header: dict[str, Any]):
         super().__init__(path, header)
@@ -73,13 +68,6 @@ class TileStore(Store):
         """See `Store.file_of`."""
         return Path(f"{self._prefix(tile)}{self._folders[self.slide_of(tile)]}/{self._names[tile]}")
 
-    def files_of(self, tiles: np.ndarray) -> list[str]:
-        """See `Store.files_of`."""
-        slides = slide_of(tiles, self.first_tiles)
-        folders = {int(slide): self._folders[int(slide)] for slide in np.unique(slides)}
-        pairs = zip(slides.tolist(), tiles.tolist())
-        return [f"{self._prefix(tile)}{folders[slide]}/{self._names[tile]}" for slide, tile in pairs]
-
     def coordinates_of(self, tile: int) -> tuple[int, int]:
         """Return a tile's corner (x, y) in level-0 pixels, from a name that ends in `_x<x>_y<y>.jpg`; else (-1, -1)."""
         match = _COORDINATES.search(self._names[tile])
@@ -92,13 +80,9 @@ class TileStore(Store):
             tiles = range(start, min(start + _DECODED_TOGETHER, self.num_tiles))
             return len(tiles), [fault for fault in map(self._fault, tiles) if fault]
 
-        starts = range(0, self.num_tiles, _DECODED_TOGETHER)
-        total, first = sum_faults(undecodable, starts, on_progress, threads)
-        if total:
-            raise StoreError(
-                f"{self.path}: {total} of {self.num_tiles} tiles cannot be decoded; first: {first};"
-                " mend or remove them and build the store anew"
-            )
+        starts, advice = range(0, self.num_tiles, _DECODED_TOGETHER), "mend or remove them and build the store anew"
+        what = f"{self.num_tiles} tiles cannot be decoded"
+        self._refuse_faults(undecodable, starts, on_progress, threads, what=what, advice=advice)
 
     def _fault(self, tile: int) -> str | None:
         try:

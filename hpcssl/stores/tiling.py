@@ -20,11 +20,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,13 +34,14 @@ from hpcssl.core.atomic import alone, atomic_dir, atomic_file, read_json, remove
 from hpcssl.core.claim import claim
 from hpcssl.core.config import AtLeast1, settings
 from hpcssl.core.errors import SlideError, StoreError
-from hpcssl.slides.cutting import Cut, CutOptions, plan_cut, tile_name
+from hpcssl.slides.cutting import CutOptions, plan_cut, tile_name
 from hpcssl.slides.qc import qc_picture
 from hpcssl.slides.slide_list import mpp_from, mpp_to_go_by, write_failed
 from hpcssl.stores.index_writer import SlideEntry
 from hpcssl.stores.scan import BuildOptions, TileSource, tile_store_at, tile_target
-from hpcssl.stores.slide_records import Row, SlideWork, is_table_of, old_and_new, record_stem, with_facts
-from hpcssl.stores.store_build import Build, Target
+from hpcssl.stores.slide_records import Row, SlideWork, record_stem
+from hpcssl.stores.store import Store
+from hpcssl.stores.store_build import Build, SlidesRead, Target
 from hpcssl.stores.tile_store import TileStore
 
 _TOGETHER = 256  # tiles that are copied into a shard at a time
@@ -79,7 +81,9 @@ def tile_slides(
     on_total: Callable[[int], None] = lambda n: None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[TileStore | None, list[dict[str, Any]]]:
-    """Cut slides into tiles and write their store.
+    """Cut slides into tiles; return their store, None if there is none yet, and the rows of `failed_slides.csv`.
+
+    StoreError where `out` holds something else, or tiles that were cut otherwise.
 
     Parameters
     ----------
@@ -87,29 +91,17 @@ def tile_slides(
     out : folder of the tiles and their store
     on_total : called once with the number of slides to cut
     on_progress : called with 1 after every slide
-
-    Returns
-    -------
-    (store, failed) : the store, None if there is none yet; the rows of `failed_slides.csv`
-
-    Raises
-    ------
-    StoreError
-        If `out` holds something else, or tiles that were cut otherwise.
     """
     work = Tiling(out, options)
     work.claim()
     with alone(out / ".tiling" / "all"):
         base = _store_at(out)
-        old, rows = old_and_new(base, slides, work.assume_mpp)
+        old, rows = work.old_and_new(base, slides)
         missing = [row for row in rows if not work.record(row).exists()]
         on_total(len(missing))
         failed = work.read_each(missing, on_progress)
-        lost = {row["slide_id"] for row in failed}
-        whole = [row for row in rows if row["slide_id"] not in lost]
-        if whole or (base and not is_table_of(base, old)):
-            _write_store(whole, work, base, old)
-        _finish(out, failed, {work.record(row) for row in whole})
+        used = work.add_slides(base, old, rows, failed)
+        _finish(out, failed, set(used))
         return _store_at(out), failed
 
 
@@ -132,15 +124,9 @@ class Tiling(SlideWork):
         if not file.exists() and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise StoreError(f"{out}: not empty, and nothing of hpcssl tile; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        claim(
-            file,
-            cut,
-            made=f"{out}: tiles cut with",
-            now="asked for is",
-            advice="choose another --out",
-            error=StoreError,
-            damaged=f"remove {out} or choose another --out",
-        )
+        made, advice = f"{out}: tiles cut with", "choose another --out"
+        damaged = f"remove {out} or {advice}"
+        claim(file, cut, made=made, now="asked for is", advice=advice, error=StoreError, damaged=damaged)
         for folder in (out / "qc", out / ".tiling"):
             folder.mkdir(exist_ok=True)
         return _store_at(out)
@@ -164,47 +150,30 @@ class Tiling(SlideWork):
                 f"{row['path']}: no tile of which {100 * options.cut.min_tissue:g} % is tissue"
                 f" ({cut.foreground.tissue_mm2:.3f} mm² of tissue in it); see its picture in {out / 'qc'}"
             )
-        jpegs = cut.jpegs(pool, window=2 * options.threads)
+        jpegs = chain.from_iterable(cut.jpegs(pool, window=2 * options.threads))
         if options.pack:
             with atomic_file(record.with_suffix(".jpegs")) as temporary, temporary.open("wb") as stream:
-                sizes = _write_joined(jpegs, stream)
+                sizes = [stream.write(jpeg) for jpeg in jpegs]
         else:
             folder = out / row["organ"] / row["slide_id"]
             shutil.rmtree(folder, ignore_errors=True)  # of a try that was killed before its record
             with atomic_dir(folder) as partial:
-                sizes = _write_files(jpegs, cut, partial)
+                files = (partial / tile_name(n, x, y) for n, (x, y) in enumerate(cut.corners.tolist()))
+                sizes = [file.write_bytes(jpeg) for file, jpeg in zip(files, jpegs, strict=True)]
         with atomic_file(record.with_suffix(".npy")) as temporary, temporary.open("wb") as stream:
             np.save(stream, np.column_stack([cut.corners, sizes]))
         facts = {"organ": row["organ"]} | cut.facts | {"mpp_from": mpp_from(cut.slide, row)}
         write_atomic(record, json.dumps(facts) + "\n")
 
+    def facts(self, record: Path) -> dict[str, Any]:
+        """See `SlideWork.facts`."""
+        return {"num_tiles": 1} | read_json(record, StoreError(f"{self.out}: damaged; choose another --out"))
 
-def _write_joined(jpegs: Iterator[list[bytes]], stream: BinaryIO) -> list[int]:
-    sizes = []
-    for some in jpegs:
-        stream.writelines(some)
-        sizes += [len(jpeg) for jpeg in some]
-    return sizes
-
-
-def _write_files(jpegs: Iterator[list[bytes]], cut: Cut, folder: Path) -> list[int]:
-    sizes: list[int] = []
-    for some in jpegs:
-        for jpeg in some:
-            x, y = cut.corners[len(sizes)].tolist()
-            with open(f"{folder}/{tile_name(len(sizes), x, y)}", "wb") as stream:
-                stream.write(jpeg)
-            sizes.append(len(jpeg))
-    return sizes
-
-
-def _write_store(rows: list[dict[str, Any]], work: Tiling, base: TileStore | None, old: pd.DataFrame) -> None:
-    """Add the slides that are cut to the store, whose table becomes `old`."""
-    out, options = work.out, work.options.build
-    records = [work.record(row) for row in rows]
-    facts = [{"num_tiles": 1} | read_json(r, StoreError(f"{out}: damaged; choose another --out")) for r in records]
-    target = tile_target(out, out, with_facts(old, rows, facts), base, options, in_place=True)
-    Build(target, _CutSlides(target, options, records)).run()
+    def write(self, base: Store | None, slides: pd.DataFrame, records: Sequence[Path]) -> None:
+        """See `SlideWork.write`."""
+        options = self.options.build
+        target = tile_target(self.out, self.out, slides, base, options, in_place=True)
+        Build(target, _CutSlides(target, options, records)).run()
 
 
 def _finish(out: Path, failed: list[dict[str, Any]], used: set[Path]) -> None:
@@ -242,10 +211,9 @@ class _CutSlides(TileSource):
         names = [tile_name(n, x, y).encode() for n, (x, y, _) in enumerate(table)]
         return SlideEntry(count=len(table), arrays={"sizes.npy": [size for _, _, size in table]}, names=names)
 
-    def read(self, first: int, pool: Executor, build: Build) -> Iterator[tuple[SlideEntry, list[int]]]:
+    def read(self, first: int, pool: Executor, build: Build) -> SlidesRead:
         """See `SlideSource.read`."""
-        for number in range(first, len(self.keys)):
-            slide, offsets = self.look(number), []
+        for number, (slide, offsets) in enumerate(super().read(first, pool, build), first):
             if build.shards:
                 build.shards.begin_slide()
                 with self._records[number].with_suffix(".jpegs").open("rb") as stream:

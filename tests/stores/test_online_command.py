@@ -90,37 +90,34 @@ def test_a_list_of_mpps_that_is_none_is_refused(folder, tmp_path, capsys) -> Non
     assert "expected numbers such as 0.25,0.5,1.0" in capsys.readouterr().err
 
 
-@pytest.fixture
-def schedule(store, tmp_path) -> Path:
-    out = tmp_path / "schedule"
-    settings = ["num_pseudo_epochs=2", "positions_per_pseudo_epoch=48", "num_groups=1", "mpp_weights={0.5: 1, 1: 3}"]
+def build_schedule(store: Path, out: Path, *settings: str) -> Path:
+    settings = ("num_pseudo_epochs=2", "positions_per_pseudo_epoch=48", "num_groups=1", *settings)
     changes = [part for setting in settings for part in ("--set", setting)]
     assert main(["schedule", "build", "--store", str(store), "--spec", "demo", "--out", str(out), *changes]) == 0
     return out
 
 
+@pytest.fixture
+def schedule(store, tmp_path) -> Path:
+    return build_schedule(store, tmp_path / "schedule", "mpp_weights={0.5: 1, 1: 3}")
+
+
 def test_a_schedule_of_slides_is_verified_and_its_weights_are_compared(store, schedule, tmp_path, capsys) -> None:
     assert run(capsys, "schedule", "verify", schedule)[0] == 0
-    settings = ["num_pseudo_epochs=2", "positions_per_pseudo_epoch=48", "num_groups=1"]
-    changes = [part for setting in settings for part in ("--set", setting)]
-    run(capsys, "schedule", "build", "--store", store, "--spec", "demo", "--out", tmp_path / "other", *changes)
-    for pair in ((schedule, tmp_path / "other"), (tmp_path / "other", schedule)):
+    other = build_schedule(store, tmp_path / "other")
+    for pair in ((schedule, other), (other, schedule)):
         code, out, _ = run(capsys, "schedule", "diff", *pair)
         assert code == 1
         assert "spec: mpp_weights is" in out
 
 
 def test_weights_for_an_mpp_that_the_store_lacks_are_refused_at_once(store, tmp_path, capsys) -> None:
-    arguments = ("--spec", "demo", "--out", tmp_path / "s", "--set", "mpp_weights={2: 1}")
-    code, _, err = run(capsys, "schedule", "build", "--store", store, *arguments)
-    assert code == 2
-    assert "names MPP 2.0; this store has places at 0.5, 1.0" in err
-    for weights in ("{0.5: -1}", "{0: 1}", "{fine: 1}"):
-        code, _, err = run(
-            capsys, "schedule", "build", "--store", store, *arguments[:4], "--set", f"mpp_weights={weights}"
-        )
+    build = ("schedule", "build", "--store", store, "--spec", "demo", "--out", tmp_path / "s", "--set")
+    refusals = {"{2: 1}": "names MPP 2.0; this store has places at 0.5, 1.0"}
+    for weights in ("{2: 1}", "{0.5: -1}", "{0: 1}", "{fine: 1}"):
+        code, _, err = run(capsys, *build, f"mpp_weights={weights}")
         assert code == 2
-        assert "mpp_weights" in err
+        assert refusals.get(weights, "mpp_weights") in err
 
 
 def test_plan_draws_the_places(store, schedule, tmp_path, capsys) -> None:

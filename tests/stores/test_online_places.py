@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from hpcssl.core.rng import uniforms
 from hpcssl.stores import online_places
-from hpcssl.stores.online_places import (
-    Runs,
-    choose,
-    corner_cells,
-    draw_corner,
-    first_pixel,
-    runs_of,
-    whole_weights,
-)
+from hpcssl.stores.online_places import Runs, corner_cells, draw_corner, first_pixel, runs_of
 
 SLIDE_PX = (1000, 730)
 CELL = 16.7  # pixels a side; the last row and column of cells reach beyond the slide
@@ -50,27 +44,21 @@ def allowed(mask: NDArray[np.bool_], side: float) -> NDArray[np.bool_]:
     return corner_cells(mask, CELL, SLIDE_PX, side, LEAST)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_run_lengths_are_the_mask(seed: int) -> None:
-    mask = blobs(seed)
-    runs = runs_of(mask)
-    assert [runs.cell(rank) for rank in range(runs.total)] == np.flatnonzero(mask).tolist()
-
-
-def test_no_tissue_has_no_cells_and_a_full_mask_one_run() -> None:
-    assert runs_of(np.zeros(MASK, bool)).total == 0
-    full = runs_of(np.ones(MASK, bool))
-    assert (full.starts.tolist(), full.ends.tolist()) == ([0], [44 * 60])
+def test_run_lengths_are_the_mask() -> None:
+    for mask in (*map(blobs, range(5)), np.zeros(MASK, bool), np.ones(MASK, bool)):
+        runs = runs_of(mask)
+        assert [runs.cell(rank) for rank in range(runs.total)] == np.flatnonzero(mask).tolist()
+    assert (runs.starts.tolist(), runs.ends.tolist()) == ([0], [44 * 60]), "a full mask is one run"
 
 
 def worst_share(mask: NDArray[np.bool_], cells: NDArray[np.bool_], side: float) -> float:
     """Return the least tissue of a tile that begins on a lattice of nine places in any of the cells."""
-    least = 1.0
-    for row, column in np.argwhere(cells):
-        for part_y in np.linspace(0, 0.9999, 9):
-            for part_x in np.linspace(0, 0.9999, 9):
-                least = min(least, share_of_tissue(mask, (column + part_x) * CELL, (row + part_y) * CELL, side))
-    return least
+    lattice = list(product(np.linspace(0, 0.9999, 9), repeat=2))
+    return min(
+        share_of_tissue(mask, (column + part_x) * CELL, (row + part_y) * CELL, side)
+        for row, column in np.argwhere(cells)
+        for part_y, part_x in lattice
+    )
 
 
 @pytest.mark.parametrize("side", [40.0, 57.3, 100.0, 224.9])
@@ -150,11 +138,3 @@ def test_the_places_of_some_positions_are_these() -> None:
     """A golden: the same on every machine."""
     runs = runs_of(allowed(blobs(4), 57.3))
     assert draws(4, runs).tolist() == GOLDEN_CORNERS
-
-
-def test_mpps_are_mixed_by_weight() -> None:
-    weights = whole_weights([1, 2, 0, 5])
-    words = uniforms(0, "place", np.arange(40_000))[:, 0].tolist()
-    counts = np.bincount([choose(word, weights) for word in words], minlength=4)
-    np.testing.assert_allclose(counts / 40_000, np.array([1, 2, 0, 5]) / 8, atol=0.01)
-    assert counts[2] == 0

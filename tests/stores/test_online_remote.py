@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from collections import Counter
@@ -105,12 +104,15 @@ def test_tiles_by_s3_are_the_local_ones(online, local, folder, tmp_path, monkeyp
         server.stop()
 
 
+def build_by_command(server: Any, folder: Path) -> int:
+    table_of(server.url).to_csv(folder / "slides.csv", index=False)
+    arguments = ["store", "build", str(folder / "slides.csv"), "--out", str(folder / "store"), "--online"]
+    return main([*arguments, "--mpp", "0.5,1.0", "--tile-px", "64"])
+
+
 def test_the_command_takes_a_table_of_urls(server, local, tmp_path) -> None:
-    table_of(server.url).to_csv(tmp_path / "slides.csv", index=False)
-    out = tmp_path / "store"
-    arguments = ["store", "build", str(tmp_path / "slides.csv"), "--out", str(out), "--online", "--mpp", "0.5,1.0"]
-    assert main([*arguments, "--tile-px", "64"]) == 0
-    assert open_store(out).digest == local.digest
+    assert build_by_command(server, tmp_path) == 0
+    assert open_store(tmp_path / "store").digest == local.digest
 
 
 @pytest.fixture
@@ -118,15 +120,18 @@ def remote(online, server, tmp_path) -> OnlineStore:
     return online.build(tmp_path / "store", table_of(server.url))
 
 
-@pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_server_that_fails_for_a_while_is_asked_again(
-    remote, local, server, quick, fault, opened, monkeypatch
-) -> None:
-    monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
+@pytest.fixture(params=[True, False], ids=["opened", "unopened"])
+def store(remote, request) -> Store:
+    """The store, with its first slide opened or not."""
     store = open_store(remote.path)
-    if opened:
+    if request.param:
         store.fetch(0, 0)
+    return store
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
+def test_a_server_that_fails_for_a_while_is_asked_again(store, local, server, quick, fault, monkeypatch) -> None:
+    monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
     server.requests = 0
     server.fault_of = lambda number: fault if number < 2 else None
     assert (store.fetch(0, 0) == local.fetch(0, 0)).all()
@@ -134,13 +139,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(
 
 
 @pytest.mark.parametrize("fault", ["stall", "cut", "refuse"])
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_server_that_goes_on_failing_gives_a_bad_tile_within_the_bound(
-    small, remote, server, quick, fault, opened
-) -> None:
-    store = open_store(remote.path)
-    if opened:
-        store.fetch(0, 0)
+def test_a_server_that_goes_on_failing_gives_a_bad_tile_within_the_bound(small, store, server, quick, fault) -> None:
     server.fault_of = lambda number: fault
     bound = ranges.TRIES * TIMEOUT_S + 10  # of a busy machine; the server stalls for 60
     with small.within(bound), pytest.raises(UnreachableTileError, match=r"does not answer after 3 tries"):
@@ -174,12 +173,8 @@ def test_a_slide_that_the_server_does_not_have_is_a_bad_tile_at_once(remote, ser
         store.fetch(0, 0)
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_slide_that_may_not_be_read_is_told_so_at_once(remote, server, opened) -> None:
+def test_a_slide_that_may_not_be_read_is_told_so_at_once(store, server) -> None:
     """As one that cannot be reached: where a password has run out, a run ends and does not replace all its tiles."""
-    store = open_store(remote.path)
-    if opened:
-        store.fetch(0, 0)
     server.requests = 0
     server.fault_of = lambda number: "forbid"
     with pytest.raises(UnreachableTileError, match=r"s0.tif: its server refuses to give it \(403 Forbidden\); check"):
@@ -244,10 +239,8 @@ def test_a_file_that_became_shorter_is_told_as_truncated(online, server, folder,
     [("forbid", "its server refuses to give it (403 Forbidden)"), ("refuse", "does not answer after 3 tries (503")],
 )
 def test_the_command_tells_what_a_server_says(server, quick, tmp_path, capsys, fault, told) -> None:
-    table_of(server.url).to_csv(tmp_path / "slides.csv", index=False)
     server.fault_of = lambda number: fault
-    arguments = ["store", "build", str(tmp_path / "slides.csv"), "--out", str(tmp_path / "o"), "--online"]
-    assert main([*arguments, "--mpp", "0.5"]) == 2
+    assert build_by_command(server, tmp_path) == 2
     assert f"{server.url}/s0.tif: {told}" in capsys.readouterr().err
 
 
@@ -257,8 +250,12 @@ def stream_of(small: Any, store: Store, schedule: Any, **more: Any) -> TileStrea
     return TileStream(store, schedule, small.request_of("mae", stop=2, global_batch=6), config=config, **more)
 
 
-def test_a_run_stops_where_no_server_answers(online, small, remote, server, quick, tmp_path) -> None:
-    schedule = online.build_schedule_of(remote, tmp_path / "schedule", num_groups=1)
+@pytest.fixture
+def schedule(online, remote, tmp_path) -> Any:
+    return online.build_schedule_of(remote, tmp_path / "schedule", num_groups=1)
+
+
+def test_a_run_stops_where_no_server_answers(small, remote, schedule, server, quick) -> None:
     server.fault_of = lambda number: "stall"
     stream = stream_of(small, open_store(remote.path), schedule)
     with small.within(40), pytest.raises(StoreError, match=r"neither its tile nor 2 substitutes can be reached; last:"):
@@ -266,18 +263,16 @@ def test_a_run_stops_where_no_server_answers(online, small, remote, server, quic
 
 
 def test_a_run_goes_on_where_one_slide_cannot_be_read(
-    online, small, remote, server, quick, tmp_path, monkeypatch
+    small, remote, schedule, server, quick, tmp_path, monkeypatch
 ) -> None:
     """Tiles of the stalled slide are replaced by others of the schedule, and recorded."""
-    schedule = online.build_schedule_of(remote, tmp_path / "schedule", num_groups=1)
     server.fault_of_file = lambda name: "stall" if name == "s1.tif" else None
     stream = stream_of(small, open_store(remote.path), schedule, bad_tiles=tmp_path / "bad_tiles.csv")
     monkeypatch.setattr(ranges, "TRIES", 1)
     monkeypatch.setattr(ranges, "TIMEOUT_S", PATIENT_S)
     with small.within(30):
         assert len(list(stream)) == 2
-    with (tmp_path / "bad_tiles.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     first, count = remote.tiles_of_slide(1)
-    assert rows
-    assert all(first <= int(row["tile"]) < first + count for row in rows)
+    bad = pd.read_csv(tmp_path / "bad_tiles.csv")["tile"]
+    assert len(bad)
+    assert bad.between(first, first + count - 1).all()

@@ -70,6 +70,19 @@ def killed_at(number: int, work: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
+def interrupt(tiles: Path, out: Path, options: BuildOptions, *, after: int) -> None:
+    """Stop a build with its slide number `after`."""
+    done: list[int] = []
+
+    def stop(_: int) -> None:
+        done.append(1)
+        if len(done) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_store(tiles, out, options=options, on_progress=stop)
+
+
 def build_again(tiles: Path, out: Path, options: BuildOptions) -> None:
     """Give the command again that was killed: it may have been done."""
     if not out.exists():
@@ -164,16 +177,7 @@ def test_without_cutting_off_what_follows_the_commit_the_bytes_differ(
 def test_slides_that_were_done_are_not_read_again(
     kind: str, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = 0
-
-    def stop_after_two(_: int) -> None:
-        nonlocal done
-        done += 1
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_store(tiles, tmp_path / "store", options=KINDS[kind], on_progress=stop_after_two)
+    interrupt(tiles, tmp_path / "store", KINDS[kind], after=3)
     looked_at: list[str] = []
     name = "list_names" if KINDS[kind].pack else "check_tiles"
     real = getattr(scan, name)
@@ -184,25 +188,18 @@ def test_slides_that_were_done_are_not_read_again(
     assert told == [1] * 4
 
 
-@pytest.mark.parametrize("change", ["options", "slides", "order", "lost bytes"])
+@pytest.mark.parametrize("change", ["options", "lost bytes", "lung-0,lung,3", "breast-1,breast,4"])
 def test_what_belongs_to_another_build_is_not_gone_on_with(change: str, tiles: Path, tmp_path: Path) -> None:
-    def stop(_: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_store(tiles, tmp_path / "store", options=KINDS["packed"], on_progress=stop)
-    partial = tmp_path / ".store.partial"
+    """Other options, bytes that were lost, other slides first, the same slides in another order."""
+    interrupt(tiles, tmp_path / "store", KINDS["packed"], after=1)
     options, table = KINDS["packed"], None
     if change == "options":
         options = BuildOptions(pack=True, commit_s=0)
-    elif change == "slides":
-        table = tmp_path / "slides.csv"
-        table.write_text("slide_id,organ,num_tiles\nlung-0,lung,3\nbreast-0,breast,3\n")
-    elif change == "order":
-        table = tmp_path / "slides.csv"
-        table.write_text("slide_id,organ,num_tiles\nbreast-1,breast,4\nbreast-0,breast,3\n")
+    elif change == "lost bytes":
+        os.truncate(tmp_path / ".store.partial" / "tiles-000000.tar", 100)
     else:
-        os.truncate(partial / "tiles-000000.tar", 100)
+        table = tmp_path / "slides.csv"
+        table.write_text(f"slide_id,organ,num_tiles\n{change}\nbreast-0,breast,3\n")
     store = build_store(tiles, tmp_path / "store", table=table, options=options)
     undisturbed = build_store(tiles, tmp_path / "whole", table=table, options=options)
     assert files(store.path) == files(undisturbed.path)

@@ -44,12 +44,11 @@ def first_of(tiles: Path, slide: str) -> Path:
 
 
 def interrupted(tiles: Path, out: Path, options: BuildOptions, *, after: int) -> None:
-    done = 0
+    done: list[int] = []
 
     def stop(_: int) -> None:
-        nonlocal done
-        done += 1
-        if done == after:
+        done.append(1)
+        if len(done) == after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -59,15 +58,10 @@ def interrupted(tiles: Path, out: Path, options: BuildOptions, *, after: int) ->
 def opened_by(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Store]) -> tuple[Store, list[str]]:
     """Return the store and the slides whose files were opened for it."""
     opened: list[str] = []
-    real_check, real_read = scan.check_tiles, scan.read_tiles
-
-    def read(root: Path, folder: str, names: list[bytes], *, check: bool) -> scan.Tiles:
-        opened.append(folder)
-        return real_read(root, folder, names, check=check)
-
     with monkeypatch.context() as patch:
-        patch.setattr(scan, "check_tiles", lambda root, folder: opened.append(folder) or real_check(root, folder))
-        patch.setattr(scan, "read_tiles", read)
+        for name in ("check_tiles", "read_tiles"):
+            real = getattr(scan, name)
+            patch.setattr(scan, name, lambda r, key, *a, real=real, **k: opened.append(key) or real(r, key, *a, **k))
         return build(), sorted(set(opened))
 
 
@@ -86,12 +80,7 @@ def test_once_bad_files_are_mended_the_slides_found_whole_are_not_opened(
     bad.write_bytes(content)
     store, opened = opened_by(monkeypatch, lambda: build_store(tiles, out, options=options))
     assert files(store.path) == files(whole.path)
-    assert (
-        opened
-        == {"loose": ORDER[1:2], "unchecked": [], "packed": ORDER[1:]}[
-            next(name for name, kind in KINDS.items() if kind is options)
-        ]
-    )
+    assert opened == (ORDER[1:] if options.pack else ORDER[1:2] if options.check else [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store", "tiles", "whole"], "nothing is left"
 
 

@@ -52,9 +52,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slides(folder: Path) -> pd.DataFrame:
+    return slides_to_read(folder / "slides.csv")
+
+
+@pytest.fixture(scope="module")
+def tiled(slides: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiled") / "tiles"
-    assert tile_slides(slides_to_read(folder / "slides.csv"), out, LOOSE)[1] == []
+    assert tile_slides(slides, out, LOOSE)[1] == []
     return out
 
 
@@ -104,12 +109,10 @@ def test_the_slide_table_says_what_reading_told(tiled: Path) -> None:
     assert list((tiled / ".tiling").iterdir()) == []
 
 
-def test_packed_is_the_same_store(folder: Path, tiled: Path, tmp_path: Path) -> None:
-    packed, failed = tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / "packed", PACKED)
+def test_packed_is_the_same_store(slides: pd.DataFrame, tiled: Path, tmp_path: Path) -> None:
+    packed, failed = tile_slides(slides, tmp_path / "packed", PACKED)
     loose = open_store(tiled)
-    assert failed == []
-    assert packed.kind == "packed"
-    assert len(packed.header["shards"]) == 3
+    assert (failed, packed.kind, len(packed.header["shards"])) == ([], "packed", 3)
     packed.verify(deep=True)
     assert packed.digest == loose.digest
     for tile in range(0, loose.num_tiles, 7):
@@ -117,10 +120,10 @@ def test_packed_is_the_same_store(folder: Path, tiled: Path, tmp_path: Path) -> 
     assert not any((tmp_path / "packed" / organ).exists() for organ in ("skin", "lung"))
 
 
-def test_threads_change_no_byte(folder: Path, tiled: Path, tmp_path: Path) -> None:
+def test_threads_change_no_byte(slides: pd.DataFrame, tiled: Path, tmp_path: Path) -> None:
     for threads in (1, 5):
         options = TilingOptions(cut=CUT, threads=threads)
-        tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / str(threads), options)
+        tile_slides(slides, tmp_path / str(threads), options)
         assert files(tmp_path / str(threads)) == files(tiled)
 
 
@@ -151,9 +154,9 @@ STEPS += ["failed_slides.csv", "slides.csv"]
     ids=["loose", "packed"],
 )
 def test_killed_anywhere_and_run_again_it_is_the_same_byte_for_byte(
-    small: ModuleType, folder: Path, tmp_path: Path, options: TilingOptions, steps: list[str]
+    small: ModuleType, slides: pd.DataFrame, tmp_path: Path, options: TilingOptions, steps: list[str]
 ) -> None:
-    slides = slides_to_read(folder / "slides.csv").iloc[:2]
+    slides = slides.iloc[:2]
     tile_slides(slides, tmp_path / "whole", options)
     whole = files(tmp_path / "whole")
     out = tmp_path / "killed"
@@ -165,32 +168,26 @@ def test_killed_anywhere_and_run_again_it_is_the_same_byte_for_byte(
         shutil.rmtree(out)
 
 
-def test_a_killed_slide_is_not_cut_twice(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slides, cut = slides_to_read(folder / "slides.csv"), []
+def test_a_killed_slide_is_not_cut_twice(slides: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[str] = []
     real = tiling.plan_cut
 
-    def stopping(row, *args, **more):
-        if row["slide_id"] == "c":
+    def stopping_once(row, *args, **more):
+        cut.append(row["slide_id"])
+        if cut.count("c") == 1 and row["slide_id"] == "c":
             raise RuntimeError("stopped")
         return real(row, *args, **more)
 
-    monkeypatch.setattr(tiling, "plan_cut", stopping)
+    monkeypatch.setattr(tiling, "plan_cut", stopping_once)
     with pytest.raises(RuntimeError, match="stopped"):
         tile_slides(slides, tmp_path / "out", LOOSE)
-
-    def noting(row, *args, **more):
-        cut.append(row["slide_id"])
-        return real(row, *args, **more)
-
-    monkeypatch.setattr(tiling, "plan_cut", noting)
-    tile_slides(slides, tmp_path / "out", LOOSE)
-    assert cut == ["c"]
-    tile_slides(slides, tmp_path / "out", LOOSE)
-    assert cut == ["c"]
+    assert sorted(cut) == ["a", "b", "c"]
+    for _ in range(2):
+        tile_slides(slides, tmp_path / "out", LOOSE)
+        assert cut[3:] == ["c"]
 
 
-def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path) -> None:
-    slides = slides_to_read(folder / "slides.csv")
+def test_a_slide_whose_row_was_changed_is_cut_again(slides: pd.DataFrame, tmp_path: Path) -> None:
     Tiling(tmp_path / "out", LOOSE).read_some(slides, list(SLIDES))
     begun: list[int] = []
     store, _ = tile_slides(slides.assign(mpp=["", "", "0.4"]), tmp_path / "out", LOOSE, on_total=begun.append)
@@ -200,12 +197,10 @@ def test_a_slide_whose_row_was_changed_is_cut_again(folder: Path, tmp_path: Path
 
 
 def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_folder(
-    folder: Path, tmp_path: Path
+    slides: pd.DataFrame, tmp_path: Path
 ) -> None:
     """Also from task to task: a slide cut with another assumption is cut again, and no other."""
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
-    row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
-    slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
+    slides = pd.concat([slides.iloc[:1], unknown(tmp_path)], ignore_index=True)
     for out, held in ((tmp_path / "one", slides[1:]), (tmp_path / "both", slides)):
         tiled, failed = tile_slides(held, out, LOOSE)
         assert (tiled is None) == (len(held) == 1)
@@ -220,6 +215,13 @@ def test_what_the_refusal_of_a_slide_without_mpp_advises_goes_on_in_the_same_fol
         tiled.verify(deep=True)
 
 
+def unknown(folder: Path) -> pd.DataFrame:
+    """Draw a slide that does not say its MPP; returns its row."""
+    path = folder / "unknown.tif"
+    draw_slide(path, seed=9, width=1000, height=800, with_mpp=False)
+    return pd.DataFrame([{"slide_id": "u", "organ": "skin", "path": str(path), "mpp": "", "patient_id": ""}])
+
+
 def slides_to_cut(slides: pd.DataFrame, out: Path, options: TilingOptions) -> list[str]:
     return [row["slide_id"] for row in Tiling(out, options).missing(slides)]
 
@@ -228,9 +230,9 @@ def assuming(mpp: float) -> TilingOptions:
     return replace(LOOSE, cut=replace(CUT, assume_mpp=mpp))
 
 
-def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, tmp_path: Path) -> None:
+def test_tiles_of_a_row_that_was_changed_are_removed(slides: pd.DataFrame, tiled: Path, tmp_path: Path) -> None:
     """Those under its former organ, and those of a slide that the table has no more; nothing else."""
-    slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
+    out = tmp_path / "out"
     former = slides.assign(organ=["skin", "lung", "colon"])
     new = slides.iloc[:1].assign(slide_id="gone")
     Tiling(out, LOOSE).read_some(pd.concat([former, new], ignore_index=True), [*SLIDES, "gone"])
@@ -245,8 +247,9 @@ def test_tiles_of_a_row_that_was_changed_are_removed(folder: Path, tiled: Path, 
     open_store(out).verify()
 
 
-def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp_path: Path) -> None:
-    slides = slides_to_read(folder / "slides.csv")
+def test_slides_that_cannot_be_read_stop_no_other(
+    folder: Path, slides: pd.DataFrame, tiled: Path, tmp_path: Path
+) -> None:
     data = (folder / "a.tif").read_bytes()
     draw_slide(tmp_path / "unknown.tif", seed=9, width=500, height=400, with_mpp=False)
     glass = np.full((400, 500, 3), 240, np.uint8)
@@ -256,19 +259,15 @@ def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp
         place, size = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]
     (tmp_path / "broken.tif").write_bytes(data[:place] + bytes(size) + data[place + size :])
     bad = ["cut", "broken", "unknown", "blank", "absent"]
-    rows = [
-        {"slide_id": name, "organ": "skin", "path": str(tmp_path / f"{name}.tif"), "patient_id": "", "mpp": ""}
-        for name in bad
-    ]
-    rows[3]["mpp"] = "0.5"
-    mixed = pd.concat([slides.iloc[:1], pd.DataFrame(rows), slides.iloc[1:]], ignore_index=True)
+    paths, mpps = [str(tmp_path / f"{name}.tif") for name in bad], ["", "", "", "0.5", ""]
+    rows = pd.DataFrame({"slide_id": bad, "organ": "skin", "path": paths, "patient_id": "", "mpp": mpps})
+    mixed = pd.concat([slides.iloc[:1], rows, slides.iloc[1:]], ignore_index=True)
     store, failed = tile_slides(mixed, tmp_path / "out", LOOSE)
     assert [row["slide_id"] for row in failed] == bad
     reasons = dict(zip(bad, [row["reason"] for row in failed]))
+    for words in ("no MPP", "slide unknown one in a column mpp", "--assume-mpp"):
+        assert words in reasons["unknown"]
     assert "cannot be decoded" in reasons["broken"]
-    assert "no MPP" in reasons["unknown"]
-    assert "slide unknown one in a column mpp" in reasons["unknown"]
-    assert "--assume-mpp" in reasons["unknown"]
     assert "no tile of which 40 % is tissue" in reasons["blank"]
     assert "no such slide" in reasons["absent"]
     assert (tmp_path / "out" / "qc" / "blank.jpg").exists(), "to see why"
@@ -279,7 +278,7 @@ def test_slides_that_cannot_be_read_stop_no_other(folder: Path, tiled: Path, tmp
 
 
 def test_whatever_a_reader_raises_is_one_slides_fault(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, slides: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(slide: Slide, *args: object) -> np.ndarray:
         if slide.path.endswith("b.tif"):
@@ -287,44 +286,41 @@ def test_whatever_a_reader_raises_is_one_slides_fault(
         return read_tile(slide, *args)
 
     monkeypatch.setattr(cutting, "read_tile", read)
-    store, failed = tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / "out", LOOSE)
+    store, failed = tile_slides(slides, tmp_path / "out", LOOSE)
     assert [row["reason"] for row in failed] == [f"{folder / 'b.tif'}: cannot be read (ZeroDivisionError: in a codec)"]
     assert store.slides["slide_id"].tolist() == ["a", "c"]
 
 
-def test_a_full_disk_is_no_slides_fault(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_slides_fault(slides: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tiling, "_write_files", full)
+    monkeypatch.setattr(tiling, "atomic_dir", full)
     with pytest.raises(OSError, match="No space left"):
-        tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / "out", LOOSE)
+        tile_slides(slides, tmp_path / "out", LOOSE)
     monkeypatch.undo()
-    assert tile_slides(slides_to_read(folder / "slides.csv"), tmp_path / "out", LOOSE)[1] == []
+    assert tile_slides(slides, tmp_path / "out", LOOSE)[1] == []
 
 
-def test_a_slide_that_was_mended_is_added_at_the_end(folder: Path, tmp_path: Path) -> None:
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
-    slides = slides_to_read(folder / "slides.csv").iloc[1:]
-    row = {"slide_id": "unknown", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "patient_id": "", "mpp": ""}
-    mixed = pd.concat([pd.DataFrame([row]), slides], ignore_index=True)
+def test_a_slide_that_was_mended_is_added_at_the_end(slides: pd.DataFrame, tmp_path: Path) -> None:
+    mixed = pd.concat([unknown(tmp_path), slides.iloc[1:]], ignore_index=True)
     for options in (LOOSE, PACKED):
         out = tmp_path / ("packed" if options.pack else "loose")
         before, failed = tile_slides(mixed, out, options)
-        assert [row["slide_id"] for row in failed] == ["unknown"]
+        assert [row["slide_id"] for row in failed] == ["u"]
         jpegs = [before.fetch(0, tile) for tile in range(before.num_tiles)]
         after, failed = tile_slides(mixed.assign(mpp=["0.25", "", ""]), out, options)
         assert failed == []
-        assert after.slides["slide_id"].tolist() == ["b", "c", "unknown"]
+        assert after.slides["slide_id"].tolist() == ["b", "c", "u"]
         after.verify(deep=True)
         assert [after.fetch(0, tile) for tile in range(before.num_tiles)] == jpegs
         assert pd.read_csv(out / "failed_slides.csv").empty
 
 
 @pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
-def test_tiles_are_cut_and_added_on_a_disk_of_their_own(folder: Path, small_disk: Path) -> None:
+def test_tiles_are_cut_and_added_on_a_disk_of_their_own(slides: pd.DataFrame, small_disk: Path) -> None:
     """The disk's own folder, and a link to one on it: what is renamed may not come from beside it."""
-    slides, link = slides_to_read(folder / "slides.csv"), small_disk.with_name("link")
+    link = small_disk.with_name("link")
     (small_disk / "folder").mkdir()
     link.symlink_to(small_disk / "folder")
     for options in (LOOSE, PACKED):
@@ -347,10 +343,10 @@ def test_tiles_are_cut_and_added_on_a_disk_of_their_own(folder: Path, small_disk
     ],
 )
 def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
-    folder: Path, tiled: Path, tmp_path: Path, change: dict[str, str], told: str
+    slides: pd.DataFrame, tiled: Path, tmp_path: Path, change: dict[str, str], told: str
 ) -> None:
     """At once, also where an array would be submitted; to leave the row out is no correction."""
-    slides, before = slides_to_read(folder / "slides.csv"), files(tiled)
+    before = files(tiled)
     new = slides.iloc[2:].assign(slide_id="new")
     corrected = pd.concat([slides.iloc[:1].assign(**change), slides.iloc[1:], new], ignore_index=True)
     begun: list[int] = []
@@ -363,10 +359,8 @@ def test_a_corrected_row_of_a_slide_that_the_store_holds_is_refused(
     assert files(tiled) == before
 
 
-def test_an_mpp_that_was_assumed_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
-    draw_slide(tmp_path / "unknown.tif", seed=9, width=1000, height=800, with_mpp=False)
-    row = {"slide_id": "u", "organ": "skin", "path": str(tmp_path / "unknown.tif"), "mpp": "", "patient_id": ""}
-    slides = pd.concat([slides_to_read(folder / "slides.csv").iloc[:1], pd.DataFrame([row])], ignore_index=True)
+def test_an_mpp_that_was_assumed_otherwise_is_refused(slides: pd.DataFrame, tmp_path: Path) -> None:
+    slides = pd.concat([slides.iloc[:1], unknown(tmp_path)], ignore_index=True)
     store, _ = tile_slides(slides, tmp_path / "out", assuming(0.4))
     assert store.slides["mpp_from"].tolist() == ["file", "assumed"]
     with pytest.raises(StoreError, match=r"slide u has mpp 0.4 in it, asked for is 0.25"):
@@ -376,9 +370,9 @@ def test_an_mpp_that_was_assumed_otherwise_is_refused(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("options", [LOOSE, PACKED], ids=["loose", "packed"])
-def test_other_columns_are_those_of_the_table(folder: Path, tmp_path: Path, options: TilingOptions) -> None:
+def test_other_columns_are_those_of_the_table(slides: pd.DataFrame, tmp_path: Path, options: TilingOptions) -> None:
     """Of a slide that it does not list, those it had; its own slides.csv, with all that was measured, changes none."""
-    slides, out = slides_to_read(folder / "slides.csv"), tmp_path / "out"
+    out = tmp_path / "out"
     before, _ = tile_slides(slides.iloc[:2], out, options)
     after, _ = tile_slides(slides.iloc[1:2].assign(patient_id="q", grade="3"), out, options)
     assert after.slides[["patient_id", "grade"]].to_numpy().tolist() == [["pa", ""], ["q", "3"]]
@@ -394,8 +388,7 @@ def test_other_columns_are_those_of_the_table(folder: Path, tmp_path: Path, opti
     grown.verify(deep=True)
 
 
-def test_another_cut_or_another_folder_is_refused(folder: Path, tiled: Path, tmp_path: Path) -> None:
-    slides = slides_to_read(folder / "slides.csv")
+def test_another_cut_or_another_folder_is_refused(slides: pd.DataFrame, tiled: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"quality = 90, asked for is 80"):
         tile_slides(slides, tiled, TilingOptions(cut=CutOptions(mpp=0.5, tile_px=TILE_PX, quality=80)))
     (tmp_path / "thesis.doc").write_text("x")
@@ -406,7 +399,6 @@ def test_another_cut_or_another_folder_is_refused(folder: Path, tiled: Path, tmp
     assert json.loads((tiled / "tiling.json").read_text())["quality"] == 90
 
 
-def test_a_slide_coarser_than_the_tiles_is_refused(folder: Path, tmp_path: Path) -> None:
-    slides = slides_to_read(folder / "slides.csv").iloc[1:2]
-    _, failed = tile_slides(slides, tmp_path / "out", TilingOptions(cut=CutOptions(mpp=0.25, tile_px=64)))
+def test_a_slide_coarser_than_the_tiles_is_refused(slides: pd.DataFrame, tmp_path: Path) -> None:
+    _, failed = tile_slides(slides.iloc[1:2], tmp_path / "out", TilingOptions(cut=CutOptions(mpp=0.25, tile_px=64)))
     assert "0.499 microns per pixel, coarser than --mpp 0.25" in failed[0]["reason"]

@@ -176,11 +176,7 @@ class TileStream:
         config = self._config
         readers = ThreadPoolExecutor(config.reads_in_flight, thread_name_prefix="reads")
         executor = open_executor(
-            config.backend,
-            self._request.recipe,
-            batch=len(self._share(0)),
-            threads=config.threads,
-            device=self._device,
+            config.backend, self._request.recipe, batch=len(self._share(0)), threads=config.threads, device=self._device
         )
         ahead: deque[tuple[_Reads, Plan, Finish]] = deque()
         try:

@@ -17,15 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hpcssl.core.rng import below, happens, uniforms
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
-from hpcssl.plan.tables import (
-    LOG_RATIO_ONE,
-    ONE,
-    ONE_BITS,
-    area_table,
-    half_exp_table,
-    interpolate,
-    ratio_limit_table,
-)
+from hpcssl.plan.tables import LOG_RATIO_ONE, ONE, ONE_BITS, area_table, half_exp_table, interpolate, ratio_limit_table
 
 VERSION = 2
 PURPOSE = "plan"

@@ -18,10 +18,7 @@ from hpcssl.core import atomic
 from hpcssl.core.atomic import atomic_dir, atomic_file, digest_bytes, digest_file, write_atomic
 from hpcssl.core.errors import UserError
 
-DEATHS = {
-    "exit": "os._exit(9)",
-    "kill": f"os.kill(os.getpid(), {int(signal.SIGKILL)})",
-}
+DEATHS = {"exit": "os._exit(9)", "kill": f"os.kill(os.getpid(), {int(signal.SIGKILL)})"}
 
 
 class Interrupted(BaseException):

@@ -248,8 +248,7 @@ def _save_and_die(run, where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "code"),
-    [("half-written", 9), ("before sync", -signal.SIGKILL), ("before rename", 7), ("never", 0)],
+    ("where", "code"), [("half-written", 9), ("before sync", -signal.SIGKILL), ("before rename", 7), ("never", 0)]
 )
 @pytest.mark.parametrize("step", [8, 4])
 def test_killed_while_saving_leaves_what_was_there(small, run, where, code, step):

@@ -33,11 +33,6 @@ def check_same(
     now : introduces the requested value, or surrounds it where it holds `{}`
     show : how both values are written
 
-    Raises
-    ------
-    UserError
-        Of the kind `error`.
-
     >>> check_same({"mpp": 0.5}, {"mpp": 1.0}, made="TILES: cut with", advice="choose another --out", error=UserError)
     Traceback (most recent call last):
     hpcssl.core.errors.UserError: TILES: cut with mpp = 0.5, now 1.0; choose another --out

@@ -127,8 +127,7 @@ def multi_crop(store: Store, num: int, threads: int) -> Callable[[], None]:
     out = [np.empty((kind.count, num, kind.view_px, kind.view_px, 3), np.uint8) for kind in recipe.kinds]
 
     def one(index: int) -> None:
-        encoded = store.fetch(index, tiles[index])
-        cpu.execute(encoded, recipe, plan, index, out, name="tile")
+        cpu.augment(cpu.decode(store.fetch(index, tiles[index]), name="tile"), recipe, plan, index, out)
 
     return lambda: spread(one, range(num), threads)
 

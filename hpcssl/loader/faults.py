@@ -26,12 +26,8 @@ _MOST_SUBSTITUTES = 16
 def read_patiently(store: Store, position: int, tile: int) -> TileData:
     """Return a tile; an error of the file system is tried again three times.
 
-    Raises
-    ------
-    BadTileError
-        If the tile is missing: that is permanent.
-    StoreError
-        If reading still fails after about three seconds: that ends the run.
+    BadTileError where the tile is missing, which is permanent; StoreError where reading still fails after about three
+    seconds, which ends the run.
     """
     for pause in (*_PAUSES_S, None):
         try:
@@ -62,11 +58,7 @@ class BadTiles:
     an earlier step takes the same substitutes. A line that a kill cut short counts for nothing.
 
     A tile is bad wherever it stands, or, where its place is drawn from the position (`of_positions`), at that one.
-
-    Raises
-    ------
-    StoreError
-        When made, and from `add`, when more than `most` tiles are known, those of all ranks together.
+    StoreError, when made and from `add`, where more than `most` tiles are known, those of all ranks together.
     """
 
     def __init__(self, path: Path | None, *, most: int, of_positions: bool = False):

@@ -173,15 +173,15 @@ class TileStream:
         self.stats = StreamStats()
 
     def __iter__(self) -> Iterator[Batch]:
-        config = self._config
+        config, request = self._config, self._request
         readers = ThreadPoolExecutor(config.reads_in_flight, thread_name_prefix="reads")
         executor = open_executor(
-            config.backend, self._request.recipe, batch=len(self._share(0)), threads=config.threads, device=self._device
+            config.backend, request.recipe, batch=len(self._share(0)), threads=config.threads, device=self._device
         )
         ahead: deque[tuple[_Reads, Plan, Finish]] = deque()
         try:
             for reads in self._read_ahead(readers):
-                plan = self._plan(reads.positions)
+                plan = draw_plan(request.recipe, request.seed, reads.positions, **vars(request.needs))
                 ahead.append((reads, plan, executor.start(functools.partial(self._decoded, reads), plan)))
                 if len(ahead) > config.prefetch_steps:
                     yield from self._give(*ahead.popleft())
@@ -196,9 +196,6 @@ class TileStream:
         """Return the positions of this rank in a step."""
         size = self._request.global_batch
         return self._request.world.slice(step * size, (step + 1) * size)
-
-    def _plan(self, positions: np.ndarray) -> Plan:
-        return draw_plan(self._request.recipe, self._request.seed, positions, **vars(self._request.needs))
 
     def _read_ahead(self, readers: ThreadPoolExecutor) -> Iterator[_Reads]:
         """Yield the reads of every step; those of the next `read_ahead_steps` are always under way."""
@@ -215,9 +212,8 @@ class TileStream:
         reads = []
         for step in steps:
             share = self._share(step)
-            reads.append(
-                _Reads(step, np.arange(share.start, share.stop), self._schedule.tiles_at(share.start, share.stop))
-            )
+            first, last = share.start, share.stop
+            reads.append(_Reads(step, np.arange(first, last), self._schedule.tiles_at(first, last)))
         places = [
             (tile, r, i)
             for r in reads
@@ -277,9 +273,11 @@ class TileStream:
         self.stats.consumer_s += time.perf_counter() - now
 
 
+@dataclass
 class _Reads:
     """A step's share of tiles, being read."""
 
-    def __init__(self, step: int, positions: np.ndarray, tiles: np.ndarray):
-        self.step, self.positions, self.tiles = step, positions, tiles
-        self.data: dict[int, Future[tuple[TileData, float]]] = {}
+    step: int
+    positions: np.ndarray
+    tiles: np.ndarray
+    data: dict[int, Future[tuple[TileData, float]]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ class Faulty:
     """A store of which some tiles are rubbish, missing, or fail for some tries."""
 
     def __init__(self, store, rubbish=(), missing=(), failing=()):
-        self._store, self.num_tiles = store, store.num_tiles
+        self._store = store
         self.rubbish, self.missing, self.failing = set(rubbish), set(missing), dict(failing)
         self.fetched: list[int] = []
 
@@ -37,19 +37,11 @@ class Faulty:
         whole = self._store.fetch(position, tile)
         return whole[:200] if tile in self.rubbish else whole
 
-    drawn = False
-
     def drawn_by(self, seed, mpp_weights):
         return self
 
-    def expect(self, tiles) -> None:
-        self._store.expect(tiles)
-
-    def file_of(self, tile: int) -> Path:
-        return self._store.file_of(tile)
-
-    def files_of(self, tiles: np.ndarray) -> list[str]:
-        return self._store.files_of(tiles)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
 
 
 @pytest.fixture(autouse=True)

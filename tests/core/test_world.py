@@ -45,13 +45,6 @@ def test_the_check_catches_broken_shares() -> None:
             check_shares(broken)
 
 
-def test_shares_of_steps_in_sequence_are_the_schedule() -> None:
-    taken = [
-        p for step in range(5) for rank in range(3) for p in World(rank=rank, size=3).slice(step * 6, step * 6 + 6)
-    ]
-    assert taken == list(range(30))
-
-
 @pytest.mark.parametrize("rank", range(5))
 def test_a_world_that_does_not_divide_is_refused_on_every_rank(rank: int) -> None:
     with pytest.raises(ConfigError) as caught:

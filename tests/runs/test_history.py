@@ -25,6 +25,7 @@ def test_a_start_has_in_its_line_what_its_claim_says(run):
     generation = Generation.take(run, start="a-0", job="7", nodes=["node1"], why="first start")
     record_start(run, generation=generation.number, world_size=2)
     (start,) = read_starts(run)
+    datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%S%z")
     assert (start["generation"], start["start"], start["job"], start["nodes"]) == (1, "a-0", "7", ["node1"])
     assert (start["why"], start["world_size"]) == ("first start", 2)
 

@@ -1,3 +1,5 @@
+"""The run folder: one run's settings and data or a refusal that changes nothing, and whose claim is the newest."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,7 @@ import pytest
 from hpcssl.core.config import build, fixed, free, groups_in, is_free, read_yaml, settings, to_mapping
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.runs import run_folder as folder
-from hpcssl.runs.run_folder import Generation, prepare_run, read_config, record_start
+from hpcssl.runs.run_folder import Generation, prepare_run, read_config
 
 
 @settings
@@ -260,18 +262,9 @@ def test_concurrent_claims_are_distinct_and_one_of_them_is_current(run):
     assert [c.number for c in claims if not c.is_stale()] == [16]
 
 
-def test_the_restart_history_grows(run):
-    record_start(run, generation=1, world_size=2, device="cpu")
-    record_start(run, generation=2, world_size=4, device="cpu")
-    lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
-    assert [(r["generation"], r["world_size"]) for r in lines] == [(1, 2), (2, 4)]
-    assert all("T" in r["time"] for r in lines)
-
-
 @pytest.mark.parametrize("objective", ["dino", "mae"])
 def test_a_resolved_recipe_comes_back_from_the_run_folder(small, data, tmp_path, objective):
     """YAML keeps every number and every None; the ranks read nothing else."""
-    from hpcssl.core.config import build
     from hpcssl.train.pretrain_config import PretrainConfig
 
     recipe = small.RECIPES[objective](stop_after=2.5)

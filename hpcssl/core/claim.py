@@ -57,10 +57,7 @@ def claim(
 ) -> None:
     """Write the settings of what a folder holds into a JSON file, or check that they are those of the file there.
 
-    Parameters
-    ----------
-    made, advice, error, now, show : see `check_same`
-    damaged : what to do about a file that is no JSON
+    `damaged` says what to do about a file that is no JSON; for the rest see `check_same`.
     """
     if file.exists():
         stored = read_json(file, error(f"{file}: damaged; {damaged}"))

@@ -101,15 +101,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRequest:
-    """What a rank asks of a stream.
-
-    Attributes
-    ----------
-    recipe, seed, needs : what plans are drawn from
-    global_batch : positions of a step
-    steps : first and last + 1
-    world : the rank among the others, which has its slice of every step
-    """
+    """What a rank asks of a stream: its slice of `steps`, `global_batch` positions each, planned for seed and needs."""
 
     recipe: AugmentRecipe
     seed: int
@@ -128,7 +120,6 @@ class StreamStats:
     tiles : given to the consumer so far
     read_s, decode_s, augment_s : of the threads, summed; DALI's decoding is in augment_s, that of slides in read_s
     read_wait_s : the consumer waited for tiles
-    consumer_s : the stream waited for the consumer
     """
 
     tiles: int = 0
@@ -136,13 +127,6 @@ class StreamStats:
     decode_s: float = 0.0
     augment_s: float = 0.0
     read_wait_s: float = 0.0
-    consumer_s: float = 0.0
-    begun: float = field(default_factory=time.perf_counter)
-
-    @property
-    def tiles_per_s(self) -> float:
-        """Tiles given to the consumer per second since the stream was made."""
-        return self.tiles / (time.perf_counter() - self.begun)
 
 
 class TileStream:
@@ -184,9 +168,9 @@ class TileStream:
                 plan = draw_plan(request.recipe, request.seed, reads.positions, **vars(request.needs))
                 ahead.append((reads, plan, executor.start(functools.partial(self._decoded, reads), plan)))
                 if len(ahead) > config.prefetch_steps:
-                    yield from self._give(*ahead.popleft())
+                    yield self._batch(*ahead.popleft())
             while ahead:
-                yield from self._give(*ahead.popleft())
+                yield self._batch(*ahead.popleft())
         finally:
             readers.shutdown(wait=False, cancel_futures=True)  # so that nothing waits for reads not yet begun
             executor.close()
@@ -256,8 +240,8 @@ class TileStream:
                     ) from None
         raise StoreError(f"position {position}: neither its tile {tile} nor any of its substitutes can be used")
 
-    def _give(self, reads: _Reads, plan: Plan, finish: Finish) -> Iterator[Batch]:
-        """Wait for a step's tiles and give them; the first error of a thread ends the stream."""
+    def _batch(self, reads: _Reads, plan: Plan, finish: Finish) -> Batch:
+        """Wait for a step's tiles and return them; the first error of a thread ends the stream."""
         begun = time.perf_counter()
         views, (read_s, decode_s, augment_s) = finish()
         self.stats.read_s += read_s
@@ -266,11 +250,9 @@ class TileStream:
         for view in views:
             if view.is_cuda:  # made on another stream, whose memory must not be taken back while this one uses it
                 view.record_stream(torch.cuda.current_stream(view.device))
-        now = time.perf_counter()
-        self.stats.read_wait_s += now - begun
+        self.stats.read_wait_s += time.perf_counter() - begun
         self.stats.tiles += len(reads.positions)
-        yield Batch.of(reads.step, views, plan)
-        self.stats.consumer_s += time.perf_counter() - now
+        return Batch.of(reads.step, views, plan)
 
 
 @dataclass

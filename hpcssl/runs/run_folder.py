@@ -44,11 +44,8 @@ def prepare_run(run: Path, config: Any, *, data: Mapping[str, Any], derived: Map
     run's config.yaml lacks, because it is younger than the run, counts there as its default: a new setting's default is
     what was done before there was the setting.
 
-    Parameters
-    ----------
-    config : resolved settings, a dataclass
-    data : where store and schedule are, and their digests (`store`, `store_digest`, `schedule`, `schedule_digest`)
-    derived : values computed from both, for the reader
+    `config` is a dataclass; `data` says where store and schedule are, and their digests (`store`, `store_digest`,
+    `schedule`, `schedule_digest`); `derived` are values computed from both, for the reader.
 
     RunError where the folder holds something else, or a run with another setting or other data, with both values.
     """

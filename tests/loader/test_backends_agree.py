@@ -54,8 +54,7 @@ def views_of(backend, recipe: AugmentRecipe, plan: Plan, tiles: list[bytes]) -> 
     return out
 
 
-def by_cpu(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes]) -> list[np.ndarray]:
-    return views_of(cpu, recipe, plan, tiles)
+by_cpu = functools.partial(views_of, cpu)
 
 
 def by_dali(recipe: AugmentRecipe, plan: Plan, tiles: list[bytes], device="cpu", threads=1) -> list[np.ndarray]:

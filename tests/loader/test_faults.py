@@ -127,16 +127,6 @@ def test_a_transient_error_is_tried_again_and_then_ends_the_run(stream, data) ->
     assert not [t for t in threading.enumerate() if t.name.startswith("tiles") and t.is_alive()]
 
 
-def test_more_than_the_allowed_stop_the_run_with_a_total(small, stream, data, tmp_path) -> None:
-    tiles = list(dict.fromkeys(data.schedule.tiles_at(0, 60).tolist()))
-    one = 1.5 / data.store.num_tiles
-    list(stream(Faulty(data.store, rubbish=tiles[:1]), max_bad_tiles=one))
-    batches = iter(stream(Faulty(data.store, rubbish=tiles[:2]), max_bad_tiles=one, bad_tiles=tmp_path / "bad.csv"))
-    with pytest.raises(StoreError, match=r"2 tiles cannot be used, more than the 1 that loader.max_bad_tiles allows"):
-        list(batches)
-    assert len(rows_of(tmp_path / "bad.csv")) == 2
-
-
 def test_a_store_that_is_gone_is_not_a_million_bad_tiles(small, tmp_path) -> None:
     own = small.make_data(tmp_path)
     own.tiles.rename(tmp_path / "unmounted")
@@ -163,19 +153,20 @@ def test_several_ranks_append_to_one_record(tmp_path: Path) -> None:
     assert (400, 0) not in again
 
 
-def test_a_restart_does_not_pass_the_limit(stream, data, tmp_path) -> None:
+def test_more_than_the_allowed_stop_the_run_with_a_total_and_a_restart_before_it(stream, data, tmp_path) -> None:
     """The same command again stops before its first step, on what the one before recorded."""
     tiles = list(dict.fromkeys(data.schedule.tiles_at(0, 60).tolist()))
     record, one = tmp_path / "bad.csv", 1.5 / data.store.num_tiles
-    broken = Faulty(data.store, rubbish=tiles[:4])
-    with pytest.raises(StoreError, match=r"tiles cannot be used, more than the 1 that loader\.max_bad_tiles allows"):
-        list(stream(broken, max_bad_tiles=one, bad_tiles=record))
-    met, broken.fetched = len(rows_of(record)), []
-    for _ in range(2):
-        with pytest.raises(StoreError, match=f"{met} tiles cannot be used, more than the 1 that"):
+    list(stream(Faulty(data.store, rubbish=tiles[:1]), max_bad_tiles=one))
+    broken = Faulty(data.store, rubbish=tiles[:2])
+    for start in range(3):
+        with pytest.raises(
+            StoreError, match=r"2 tiles cannot be used, more than the 1 that loader\.max_bad_tiles allows"
+        ):
             list(stream(broken, max_bad_tiles=one, bad_tiles=record))
-    assert broken.fetched == []
-    assert len(rows_of(record)) == met
+        assert len(rows_of(record)) == 2
+        assert bool(broken.fetched) == (start == 0)
+        broken.fetched.clear()
     assert len(list(stream(broken, max_bad_tiles=4 * one, bad_tiles=record))) > 0, "more may be allowed"
 
 
@@ -213,6 +204,5 @@ def test_stats_tell_where_time_went(stream, data) -> None:
     for _ in made:
         pass
     stats = made.stats
-    assert min(stats.read_s, stats.decode_s, stats.augment_s, stats.read_wait_s, stats.consumer_s) > 0
+    assert min(stats.read_s, stats.decode_s, stats.augment_s, stats.read_wait_s) > 0
     assert stats.augment_s > stats.decode_s
-    assert stats.tiles_per_s > 0

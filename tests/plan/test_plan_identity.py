@@ -326,7 +326,7 @@ def test_a_view_that_cannot_be_drawn_is_refused(change: dict[str, object], expec
         {"blur_sigma": (2.0, 0.1)},
         {"blur_sigma": (0.1, 1001.0)},
         {"mask_ratio": 1.0},
-        {"contrast": float("nan")},
+        {"contrast": np.nan},
     ],
 )
 def test_an_augmentation_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> None:

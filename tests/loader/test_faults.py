@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from hpcssl.core.errors import BadTileError, StoreError
 from hpcssl.core.world import World
-from hpcssl.loader import faults
+from hpcssl.loader import cpu, faults
 from hpcssl.loader.faults import BadTiles, read_patiently, substitutes
 from hpcssl.loader.stream import TileStream
 
@@ -199,10 +200,12 @@ def test_a_line_cut_short_spoils_no_other(tmp_path: Path, torn: str) -> None:
     assert lines[1:] == ['5,50,a.jpg,"cut, short\\r\\nby half"', torn, '6,60,"b, ""c"".jpg",gone', ""]
 
 
-def test_stats_tell_where_time_went(stream, data) -> None:
+def test_stats_tell_where_time_went(stream, data, monkeypatch) -> None:
+    for name, wait_s in (("decode", 0.003), ("augment", 0.002)):
+        real = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, real=real, s=wait_s, **more: time.sleep(s) or real(*a, **more))
     made = stream(data.store, stop=3)
-    for _ in made:
-        pass
-    stats = made.stats
-    assert min(stats.read_s, stats.decode_s, stats.augment_s, stats.read_wait_s) > 0
-    assert stats.augment_s > stats.decode_s
+    assert len(list(made)) == 3
+    assert made.stats.decode_s >= 36 * 0.003
+    assert made.stats.augment_s >= 36 * 0.002
+    assert min(made.stats.read_s, made.stats.read_wait_s) > 0

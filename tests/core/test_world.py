@@ -19,9 +19,8 @@ def check_shares(slice_of: Slice) -> None:
         for start in (0, 24, 3_000_000_000, 2**33 + 48):
             shares = [list(slice_of(rank, size, start, start + 24)) for rank in range(size)]
             assert {len(share) for share in shares} == {24 // size}, f"{size} ranks: unequal shares"
-            assert sorted(p for share in shares for p in share) == list(range(start, start + 24)), (
-                f"{size} ranks: not each position once"
-            )
+            positions = sorted(position for share in shares for position in share)
+            assert positions == list(range(start, start + 24)), f"{size} ranks: not each position once"
 
 
 def test_shares_cover_every_position_once() -> None:
@@ -30,8 +29,7 @@ def test_shares_cover_every_position_once() -> None:
 
 def test_the_check_catches_broken_shares() -> None:
     def overlapping(rank: int, size: int, start: int, stop: int) -> range:
-        share = (stop - start) // size
-        return range(start + rank, start + rank + share)
+        return range(start + rank, start + rank + (stop - start) // size)
 
     def ignoring_the_rank(rank: int, size: int, start: int, stop: int) -> range:
         return range(start, start + (stop - start) // size)

@@ -7,6 +7,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,11 +145,8 @@ def test_several_ranks_append_to_one_record(tmp_path: Path) -> None:
         for tile in range(100):
             records[rank].add(rank * 1000 + tile, tile, f"organ/slide, {rank}/a.jpg", "cut\nshort")
 
-    threads = [threading.Thread(target=add, args=(rank,)) for rank in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
     again = BadTiles(path, most=1000)
     assert all((rank * 1000 + tile, 0) in again for rank in range(4) for tile in range(100))
     assert (400, 0) not in again

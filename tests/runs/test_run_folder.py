@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -209,18 +210,9 @@ def test_claims_survive_their_processes(run):
 
 
 def test_concurrent_claims_are_distinct_and_one_of_them_is_current(run):
-    claims: list[Generation] = []
     barrier = threading.Barrier(16)
-
-    def take() -> None:
-        barrier.wait()
-        claims.append(Generation.take(run))
-
-    threads = [threading.Thread(target=take) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda _: (barrier.wait(), Generation.take(run))[1], range(16)))
     assert sorted(c.number for c in claims) == list(range(1, 17))
     assert [c.number for c in claims if not c.is_stale()] == [16]
 

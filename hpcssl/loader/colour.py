@@ -51,7 +51,6 @@ class Colours:
     Attributes
     ----------
     mixing : (N, 4, 3) float32, from the old densities of red, green and blue, and 1, to the new ones
-    jitter : see there
     grey, solarize : (N, 1, 1) bool
     kernel : (N, 1 + reach) float32, right half of the blur's symmetric kernel
     """

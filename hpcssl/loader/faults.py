@@ -106,7 +106,8 @@ class BadTiles:
                 writer.writerow(COLUMNS)
             elif stream.tell() > self._end:  # a kill cut the last line short
                 text.write("\n")
-            writer.writerow([tile, position, _in_a_line(file), _in_a_line(reason)])
+            words = (part.replace("\r", "\\r").replace("\n", "\\n") for part in (file, reason))
+            writer.writerow([tile, position, *words])
             stream.write(text.getvalue().encode())
 
     def _read(self, stream: BinaryIO) -> None:
@@ -120,7 +121,3 @@ class BadTiles:
                 row = next(csv.reader([line]), [])
                 if len(row) == len(COLUMNS) and row[0].isdecimal() and row[1].isdecimal():
                     self._known.add(self._key(int(row[0]), int(row[1])))
-
-
-def _in_a_line(text: str) -> str:
-    return text.replace("\r", "\\r").replace("\n", "\\n")

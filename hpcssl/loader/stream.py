@@ -117,12 +117,10 @@ class StreamStats:
 
     Attributes
     ----------
-    tiles : given to the consumer so far
     read_s, decode_s, augment_s : of the threads, summed; DALI's decoding is in augment_s, that of slides in read_s
     read_wait_s : the consumer waited for tiles
     """
 
-    tiles: int = 0
     read_s: float = 0.0
     decode_s: float = 0.0
     augment_s: float = 0.0
@@ -251,7 +249,6 @@ class TileStream:
             if view.is_cuda:  # made on another stream, whose memory must not be taken back while this one uses it
                 view.record_stream(torch.cuda.current_stream(view.device))
         self.stats.read_wait_s += time.perf_counter() - begun
-        self.stats.tiles += len(reads.positions)
         return Batch.of(reads.step, views, plan)
 
 

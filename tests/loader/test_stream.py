@@ -235,7 +235,6 @@ def test_the_stream_works_ahead(small, stream, data):
     next(batches)
     small.wait_until(lambda: len(store.fetched) == 36, 30, "all three steps are read without being asked for")
     assert len(next(batches).positions) == 12
-    assert made.stats.tiles == 24
     assert made.stats.read_s >= 24 * 0.003
 
 

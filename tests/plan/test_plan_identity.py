@@ -321,13 +321,7 @@ def test_a_view_that_cannot_be_drawn_is_refused(change: dict[str, object], expec
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"hue": 0.6},
-        {"blur_sigma": (2.0, 0.1)},
-        {"blur_sigma": (0.1, 1001.0)},
-        {"mask_ratio": 1.0},
-        {"contrast": np.nan},
-    ],
+    [{"hue": 0.6}, {"blur_sigma": (2, 0.1)}, {"blur_sigma": (0.1, 1001)}, {"mask_ratio": 1.0}, {"contrast": np.nan}],
 )
 def test_an_augmentation_that_cannot_be_drawn_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

@@ -20,6 +20,7 @@ REQUIRED = [
     "submitit>=1.5.2,<1.6",  # launching on SLURM and on this machine
     "pydantic>=2.7",  # types of every configuration, checked with one clear message
     "typing-extensions>=4.6",  # lets a type checker see what `settings` makes of a class
+    "packaging>=22",  # doctor reads the versions above from the package's metadata
     "pyyaml>=6",  # recipes, specs and profiles are YAML
     "pandas>=2.1",  # slide tables and result tables
     "pyarrow>=15",  # Parquet

@@ -55,13 +55,8 @@ def test_a_wheel_finds_what_ships(site: Path, repository: Path, kind: str, name:
         f"assert r.__file__.startswith({str(site)!r}), r.__file__;"
         f"print(*r.names({kind!r})); assert r.locate({kind!r}, {name!r}).is_file()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"],
-        cwd=site,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"]
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     folder = {"recipe": "hpcssl/train/recipes", "schedule spec": "schedules", "profile": "launch/profiles"}[kind]
     assert done.stdout.split() == sorted(p.stem for p in (repository / folder).glob("*.yaml"))

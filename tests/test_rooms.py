@@ -181,14 +181,7 @@ def too_long(folder: Path) -> list[str]:
     return found
 
 
-RULES: tuple[Rule, ...] = (
-    forbidden_imports,
-    scattered_libraries,
-    circles,
-    imports_by_name,
-    stems_that_occur_twice,
-    too_long,
-)
+RULES = (forbidden_imports, scattered_libraries, circles, imports_by_name, stems_that_occur_twice, too_long)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,15 +9,14 @@ model trains from the stream and from a batch on the device, in turns. Prints on
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measuring import device_name, median, options, ratios, repeated, seconds, with_spread
+from measuring import device_name, median, options, print_figures, ratios, repeated, seconds, with_spread
 
 from hpcssl.core.world import World
 from hpcssl.loader.stream import Batch, TileStream
@@ -27,7 +26,7 @@ from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.stores.scan import BuildOptions, build_store
 from hpcssl.stores.store import Store
 from hpcssl.train.loop import request_of
-from hpcssl.train.pretrain_config import PretrainConfig, Timeline, load_recipe
+from hpcssl.train.pretrain_config import Timeline, load_recipe
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
@@ -46,10 +45,12 @@ def data_of(tiles: Path, folder: Path, global_batch: int) -> tuple[Store, Schedu
     return store, Schedule.open(folder / "schedule")
 
 
-def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repeats: int) -> dict[str, object]:
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Return both rates; a warm-up comes before each side's first measurement."""
+    loader = [f"loader.backend={args.backend}", f"loader.threads={args.threads}"]
+    recipe, steps, repeats = load_recipe(args.recipe, [*loader, *args.set]), args.steps, args.repeats
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    store, schedule = data_of(tiles, folder, recipe.global_batch)
+    store, schedule = data_of(args.tiles, folder, recipe.global_batch)
     state, timeline = TrainState(recipe, device), Timeline(recipe, schedule)
     request = request_of(state, recipe, (repeats + 1) * steps + 1, World())
     stream = TileStream(store, schedule, request, config=recipe.loader, device=device)
@@ -75,15 +76,6 @@ def measure(recipe: PretrainConfig, tiles: Path, folder: Path, steps: int, repea
     return figures | about
 
 
-def main() -> None:
-    """Measure and print."""
-    arguments = {"recipe": "dino-vits16", "backend": "dali", "threads": 8, "steps": 30, "repeats": 5}
-    args = options(__doc__, tiles=Path, **arguments, set=[]).parse_args()
-    loader = [f"loader.backend={args.backend}", f"loader.threads={args.threads}"]
-    recipe = load_recipe(args.recipe, [*loader, *args.set])
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(recipe, args.tiles, Path(folder), args.steps, args.repeats)))
-
-
 if __name__ == "__main__":
-    main()
+    arguments = {"recipe": "dino-vits16", "backend": "dali", "threads": 8, "steps": 30, "repeats": 5}
+    print_figures(measure, options(__doc__, tiles=Path, **arguments, set=[]).parse_args())

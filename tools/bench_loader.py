@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one core is measured
 
@@ -36,7 +37,12 @@ from hpcssl.loader import cpu, pillow
 from hpcssl.plan.draw import draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, dino_augment, mae_augment
 
-_BICUBIC = transforms.InterpolationMode.BICUBIC
+_NORMALISED = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+
+
+def crop(px: int, scale: tuple[float, float]) -> transforms.RandomResizedCrop:
+    """Return the crop that both recipes begin with."""
+    return transforms.RandomResizedCrop(px, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC)
 
 
 def blur(p: float) -> transforms.RandomApply:
@@ -52,30 +58,19 @@ def dino_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
         transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
         transforms.RandomGrayscale(0.2),
     ]
-    end = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
 
     def view(px: int, scale: tuple[float, float], *more: Callable[[Image.Image], Image.Image]) -> transforms.Compose:
-        crop = transforms.RandomResizedCrop(px, scale=scale, interpolation=_BICUBIC)
-        return transforms.Compose([crop, *colour, *more, *end])
+        return transforms.Compose([crop(px, scale), *colour, *more, *_NORMALISED])
 
-    first, second = (
-        view(224, (0.4, 1.0), blur(1.0)),
-        view(224, (0.4, 1.0), blur(0.1), transforms.RandomSolarize(128, p=0.2)),
-    )
+    first = view(224, (0.4, 1.0), blur(1.0))
+    second = view(224, (0.4, 1.0), blur(0.1), transforms.RandomSolarize(128, p=0.2))
     local = view(96, (0.05, 0.4), blur(0.5))
     return lambda image: [first(image), second(image), *(local(image) for _ in range(8))]
 
 
 def mae_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
     """Return MAE's augmentation in torchvision."""
-    one = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=_BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
+    one = transforms.Compose([crop(224, (0.2, 1.0)), transforms.RandomHorizontalFlip(), *_NORMALISED])
     return lambda image: [one(image)]
 
 
@@ -84,14 +79,14 @@ def of_reference(views: Callable[[Image.Image], object], tiles: Sequence[bytes])
     return lambda: [views(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in tiles] and None
 
 
-def of_backend(execute: Callable[..., None], recipe: AugmentRecipe, tiles: Sequence[bytes]) -> Callable[[], None]:
+def of_backend(backend: Any, recipe: AugmentRecipe, tiles: Sequence[bytes]) -> Callable[[], None]:
     """Return the work of a backend on all tiles, the drawing of the plan included."""
     out = [np.empty((kind.count, len(tiles), kind.view_px, kind.view_px, 3), np.uint8) for kind in recipe.kinds]
 
     def work() -> None:
         plan = draw_plan(recipe, 0, np.arange(len(tiles)), num_patches=196)
         for index, jpeg in enumerate(tiles):
-            execute(jpeg, recipe, plan, index, out, name="tile")
+            backend.augment(backend.decode(jpeg, name="tile"), recipe, plan, index, out)
 
     return work
 
@@ -125,11 +120,11 @@ def measure(
     dino, mae = dino_augment(), mae_augment()
     works = {
         "dino_reference": of_reference(dino_reference(), tiles),
-        "dino_pillow": of_backend(pillow.execute, dino, tiles),
-        "dino_cpu": of_backend(cpu.execute, dino, tiles),
+        "dino_pillow": of_backend(pillow, dino, tiles),
+        "dino_cpu": of_backend(cpu, dino, tiles),
         "mae_reference": of_reference(mae_reference(), tiles),
-        "mae_pillow": of_backend(pillow.execute, mae, tiles),
-        "mae_cpu": of_backend(cpu.execute, mae, tiles),
+        "mae_pillow": of_backend(pillow, mae, tiles),
+        "mae_cpu": of_backend(cpu, mae, tiles),
         "decode_only": lambda: [cpu.decode(jpeg, name="tile") for jpeg in tiles] and None,
     }
     if importlib.util.find_spec("nvidia.dali"):
@@ -185,7 +180,7 @@ def main() -> None:
     if not tiles:
         sys.exit(f"bench_loader: {args.tiles}: none of {len(files)} JPEG files taken from it can be decoded")
     if args.only_pillow:
-        work = of_backend(pillow.execute, dino_augment(), tiles)
+        work = of_backend(pillow, dino_augment(), tiles)
         work()
         print(json.dumps({"tiles_per_s": len(tiles) / seconds(work), "module": PIL.__file__}))
     else:

@@ -16,7 +16,6 @@ import os
 import platform
 import resource
 import statistics
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -103,7 +102,7 @@ def differences(
     return {"max_loss_difference": loss, "max_auc_difference": area, "mean_auc_difference": float(mean)}
 
 
-def main() -> int:
+def main() -> None:
     """Run all, print one JSON object last."""
     choices = {"size": ("paper", "toy"), "precision": ("fp32", "bf16")}
     args = options(__doc__, repeats=5, device="cpu", **choices).parse_args()
@@ -117,8 +116,7 @@ def main() -> int:
     cpu = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     device = device_name(torch.device(args.device), cpu)
     print(json.dumps({**figures, "device": device, "precision": args.precision, "torch": torch.__version__}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +28,8 @@ REPEATS, FOLDS = 5, 10
 PRESET = MccvPreset(name="mil", epochs=80, warmup_epochs=4, lr=1e-3, hidden=(64,), attention=64, dropout=0.25)
 
 
-def folds(y: np.ndarray, found: np.ndarray | None) -> np.ndarray:
-    """Return the test fold of every bag in every repeat, [5, bags]: as published, else stratified and seeded."""
-    if found is not None:
-        return found
+def draw_folds(y: np.ndarray) -> np.ndarray:
+    """Draw the test fold of every bag in every repeat, [5, bags], stratified and seeded."""
     random = np.random.default_rng(0)
     drawn = np.empty((REPEATS, len(y)), dtype=np.int64)
     for row in drawn:
@@ -46,17 +43,17 @@ def standardised(x: np.ndarray, train: np.ndarray) -> np.ndarray:
     known = x[train]
     varies = np.ptp(known, axis=0) > 0
     scaled = (x[:, varies] - known[:, varies].mean(axis=0)) / known[:, varies].std(axis=0)
-    found = np.zeros(x.shape, np.float32)
-    found[:, varies] = scaled
-    return found
+    features = np.zeros(x.shape, np.float32)
+    features[:, varies] = scaled
+    return features
 
 
 def measure(file: Path, preset: MccvPreset, threads: int) -> dict[str, float]:
     """Return mean accuracy, and the deviation of the repeats' means."""
-    held = np.load(file)
-    x, bag, y = held["X"].astype(np.float64), held["bag"], held["y"].astype(np.int64)
+    published = np.load(file)
+    x, bag, y = published["X"].astype(np.float64), published["bag"], published["y"].astype(np.int64)
     bags, of = np.unique(bag, return_inverse=True)
-    fold = folds(y, held["test_fold"] if "test_fold" in held.files else None)
+    fold = published["test_fold"] if "test_fold" in published.files else draw_folds(y)
     slides, fits = [], []
     for repeat in range(len(fold)):
         for number in np.unique(fold[repeat]):
@@ -73,20 +70,19 @@ def measure(file: Path, preset: MccvPreset, threads: int) -> dict[str, float]:
     return {"accuracy": round(float(repeats.mean()), 4), "deviation": round(float(repeats.std()), 4)}
 
 
-def main() -> int:
+def main() -> None:
     """Measure, print one JSON object last."""
     parser = options(__doc__, epochs=PRESET.epochs, threads=len(os.sched_getaffinity(0)))
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", default=NAMES)
     args = parser.parse_args()
     preset = replace(PRESET, epochs=args.epochs, warmup_epochs=args.epochs // 20)
-    found = {}
+    figures = {}
     for name in args.names:
-        found[name] = measure(args.data / f"{name}.npz", preset, args.threads)
-        print(f"{name}: {json.dumps(found[name])}", flush=True)
-    print(json.dumps(found))
-    return 0
+        figures[name] = measure(args.data / f"{name}.npz", preset, args.threads)
+        print(f"{name}: {json.dumps(figures[name])}", flush=True)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,37 +42,24 @@ from hpcssl.objectives.mae.mae_objective import MaeConfig
 from hpcssl.plan.draw import PlanNeeds, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 from hpcssl.train.execution import resolve_precision
-from hpcssl.train.pretrain_config import OptimConfig, PretrainConfig, StepValues, Timeline, TrainConfig
+from hpcssl.train.pretrain_config import OptimConfig, PretrainConfig, Timeline, TrainConfig
 from hpcssl.train.reduce import Collectives
 from hpcssl.train.state import TrainState
 from hpcssl.train.step import train_step
 
 Step = Callable[[], float]
+TOY_ENCODER = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2)
 TRACE_STEPS = 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the losses, relative
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeSchedule:
-    """As much of a schedule as the values of a run depend on."""
-
-    positions_per_pseudo_epoch: int
-    num_pseudo_epochs: int = 50
-    path: Path = Path("synthetic")
-
-    @property
-    def num_positions(self) -> int:
-        """Positions of the whole schedule."""
-        return self.positions_per_pseudo_epoch * self.num_pseudo_epochs
 
 
 def dino_recipe(size: str, batch: int) -> PretrainConfig:
     """Return DINO at a size, all of its schedules past their beginning."""
     encoder, augment, head = EncoderConfig(), dino_augment(), DinoHeadConfig()
     if size == "toy":
-        encoder = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2)
         views = [ViewRecipe(count=n, view_px=px, scale=(0.2, 1.0)) for n, px in ((2, 32), (3, 16))]
-        augment, head = AugmentRecipe(global_views=views[0], local_views=views[1]), DinoHeadConfig(out_dim=64)
+        augment = AugmentRecipe(global_views=views[0], local_views=views[1])
+        encoder, head = TOY_ENCODER, DinoHeadConfig(out_dim=64)
     dino = DinoConfig(head=head, freeze_last_layer_pseudo_epochs=0)
     optim = OptimConfig(lr_per_256=1e-4 * 256 / batch, warmup_pseudo_epochs=0, clip=1.0)
     return PretrainConfig(objective=dino, global_batch=batch, encoder=encoder, augment=augment, optim=optim)
@@ -81,7 +70,7 @@ def mae_recipe(size: str, batch: int) -> PretrainConfig:
     name = "vit_large_patch16_224" if size == "paper" else "vit_base_patch16_224"
     encoder, augment, decoder = EncoderConfig(name=name, drop_path=0.0), mae_augment(), MaeDecoderConfig()
     if size == "toy":
-        encoder = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=2, num_heads=2, drop_path=0.0)
+        encoder = dataclasses.replace(TOY_ENCODER, drop_path=0.0)
         view = ViewRecipe(count=1, view_px=32, scale=(0.2, 1.0))
         augment = AugmentRecipe(global_views=view, mask_ratio=0.75)
         decoder = MaeDecoderConfig(embed_dim=16, num_heads=2)
@@ -108,14 +97,17 @@ class Case:
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
         self.recipe, self.device = recipe, device
-        schedule: Any = FakeSchedule(1000 * recipe.global_batch)
+        each = 1000 * recipe.global_batch
+        schedule: Any = SimpleNamespace(  # as much of one as the values of a run depend on
+            positions_per_pseudo_epoch=each, num_pseudo_epochs=50, num_positions=50 * each, path=Path("synthetic")
+        )
         self.timeline = Timeline(recipe, schedule)
         self.precision = resolve_precision(recipe.train.precision, device)
-        self.batch = synthetic_batch(recipe, self._state().objective.needs, device)
+        self.batch = synthetic_batch(recipe, TrainState(recipe, device).objective.needs, device)
 
     def ours(self) -> Step:
         """Return our step."""
-        state, collectives = self._state(), Collectives()
+        state, collectives = TrainState(self.recipe, self.device), Collectives()
 
         def step() -> float:
             record = train_step(state, self.batch, self.recipe, self.timeline, collectives, self.device)
@@ -125,12 +117,12 @@ class Case:
 
     def plain(self) -> Step:
         """Return the plain step."""
-        state = self._state()
+        state = TrainState(self.recipe, self.device)
         weights = {name: w.cpu().clone() for name, w in state.objective.module.state_dict().items()}
         encoder: Encoder = state.objective.trained.get_submodule("encoder")  # type: ignore[assignment]
         del state
         images = [normalised(v) for kind in self.batch.views for v in kind]
-        values = self._values()
+        values = map(self.timeline.values, range(self.timeline.total_steps))
         if self.recipe.objective.kind == "dino":
             dino = PlainDino(self.recipe, encoder, weights, self.device)
             return lambda: dino.step(images, self.precision, next(values))
@@ -141,12 +133,6 @@ class Case:
         noise = (self.batch.mask.float() + ties).to(self.device)
         position = sincos_position(self.recipe.objective.decoder.embed_dim, encoder.grid_size).to(self.device)
         return lambda: mae.step(images[0], noise, masked, position, self.precision, next(values))
-
-    def _state(self) -> TrainState:
-        return TrainState(self.recipe, self.device)
-
-    def _values(self) -> Iterator[StepValues]:
-        return (self.timeline.values(step) for step in range(self.timeline.total_steps))
 
 
 def flop_of_a_step(step: Step) -> int:
@@ -161,10 +147,8 @@ def peak_tflops(device: torch.device, precision: str) -> float:
     side = 8192 if device.type == "cuda" else 2048
     dtype = torch.float32 if precision == "fp32" and device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    rates = []
-    for _ in range(6):
-        rates.append(2 * side**3 / timed(lambda: a @ b, 10 if device.type == "cuda" else 1, device) / 1e12)
-    return max(rates)
+    times = 10 if device.type == "cuda" else 1
+    return max(2 * side**3 / timed(lambda: a @ b, times, device) / 1e12 for _ in range(6))
 
 
 def timed(work: Callable[[], object], times: int, device: torch.device) -> float:
@@ -192,9 +176,7 @@ class Memory:
     def _peak(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found
-        return int(found[1]) * 1024
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 def traces(case: Case) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -220,7 +202,8 @@ def measure(case: Case, label: str, repeats: int, steps: int, peak: float) -> di
         sys.exit(f"bench_step: {label}: the losses part, or stand still: {losses}")
     sides = {"ours": case.ours(), "plain": case.plain()}
     rows = repeated(lambda: {n: timed(step, steps, case.device) for n, step in sides.items()}, repeats, label=label)
-    encoder: Encoder = case._state().objective.trained.get_submodule("encoder")  # type: ignore[assignment]
+    state = TrainState(case.recipe, case.device)
+    encoder: Encoder = state.objective.trained.get_submodule("encoder")  # type: ignore[assignment]
     work = flop_of_a_step(sides["plain"]) / 1e12
     figures: dict[str, object] = {
         **with_spread(f"{label}_vs_plain", ratios(rows["plain"], rows["ours"])),
@@ -255,22 +238,21 @@ def main() -> None:
     size = args.size or ("paper" if on_gpu else "cpu")
     name = device_name(device, f"{platform.machine()}, {torch.get_num_threads()} threads")
     peaks = {precision: peak_tflops(device, precision) for precision in args.precision}
-    told: dict[str, object] = {}
-    for objective in args.objective:
-        for precision in args.precision:
-            make = {"dino": dino_recipe, "mae": mae_recipe}[objective]
-            recipe = make(size, args.batch or (64 if on_gpu else 4))
-            recipe = dataclasses.replace(recipe, train=TrainConfig(precision=precision))
-            try:
-                recipe = build(PretrainConfig, with_overrides(to_mapping(recipe), args.set), where="bench_step")
-            except ConfigError as error:
-                sys.exit(str(error))
-            case = Case(recipe, device)
-            steps = args.steps or (10 if on_gpu else 1)
-            told |= measure(case, f"{objective}_{precision}", args.repeats, steps, peaks[precision])
-    told |= {f"{precision}_peak_tflops": round(peak, 3) for precision, peak in peaks.items()}
-    told |= {"size": size, "repeats": args.repeats, "device": name, "settings": args.set}
-    print(json.dumps(told | {"torch": torch.__version__, "timm": timm.__version__}))
+    steps = args.steps or (10 if on_gpu else 1)
+    figures: dict[str, object] = {}
+    for objective, precision in itertools.product(args.objective, args.precision):
+        make = {"dino": dino_recipe, "mae": mae_recipe}[objective]
+        recipe = make(size, args.batch or (64 if on_gpu else 4))
+        recipe = dataclasses.replace(recipe, train=TrainConfig(precision=precision))
+        try:
+            recipe = build(PretrainConfig, with_overrides(to_mapping(recipe), args.set), where="bench_step")
+        except ConfigError as error:
+            sys.exit(str(error))
+        label = f"{objective}_{precision}"
+        figures |= measure(Case(recipe, device), label, args.repeats, steps, peaks[precision])
+    figures |= {f"{precision}_peak_tflops": round(peak, 3) for precision, peak in peaks.items()}
+    figures |= {"size": size, "repeats": args.repeats, "device": name, "settings": args.set}
+    print(json.dumps(figures | {"torch": torch.__version__, "timm": timm.__version__}))
 
 
 if __name__ == "__main__":

@@ -127,8 +127,7 @@ def multi_crop(store: Store, num: int, threads: int) -> Callable[[], None]:
     out = [np.empty((kind.count, num, kind.view_px, kind.view_px, 3), np.uint8) for kind in recipe.kinds]
 
     def one(index: int) -> None:
-        encoded = store.fetch(index, tiles[index])
-        cpu.execute(encoded, recipe, plan, index, out, name="tile")
+        cpu.augment(cpu.decode(store.fetch(index, tiles[index]), name="tile"), recipe, plan, index, out)
 
     return lambda: spread(one, range(num), threads)
 
@@ -140,10 +139,9 @@ def online_row(loose: Store, online: Store, num: int, threads: int) -> dict[str,
     return {"jpeg_tiles_per_s": num / jpeg, "online_tiles_per_s": num / slide, **ratios}
 
 
-def of_kind(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    """Return the figures of a kind of slide."""
+def of_kind(kind: str, folder: Path, args: argparse.Namespace, threads: list[int]) -> dict[str, object]:
+    """Return the figures of a kind of slide, each taken with these numbers of threads."""
     table = draw(folder, kind, (args.width, args.height), args.slides)
-    threads = numbers_of_threads(args)
     tile_slides(table, folder / "loose", TilingOptions(cut=CUT, threads=max(threads)))
     loose = open_store(folder / "loose")
     online = build_online(table, folder / "online", OnlineOptions(mpps=(CUT.mpp,))).drawn_by(0, {})
@@ -158,18 +156,14 @@ def of_kind(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, obje
     return figures
 
 
-def numbers_of_threads(args: argparse.Namespace) -> list[int]:
-    """Return the numbers of threads that each figure is taken with."""
-    return [int(number) for number in args.threads.split(",")]
-
-
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Take every figure `repeats` times."""
     torch.set_num_threads(1)
+    threads = [int(number) for number in args.threads.split(",")]
     figures: dict[str, Any] = {}
     for kind in KINDS:
-        figures |= of_kind(kind, folder, args)
-    most = f"{max(numbers_of_threads(args))}_threads"
+        figures |= of_kind(kind, folder, args, threads)
+    most = f"{max(threads)}_threads"
     kinds = ("native", "half", "resampled")
     figures["tile_vs_openslide"] = min(figures[f"tile_vs_openslide_{kind}_{most}"] for kind in kinds)
     figures["online_vs_jpeg"] = figures[f"online_vs_jpeg_native_{most}"]

@@ -11,19 +11,18 @@ number of splits in which something was.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json
 import platform
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from measuring import options, seconds
+from measuring import device_name, options, print_figures, seconds
 
 from hpcssl.embed.embedding import embed_store
 from hpcssl.embed.sources import Source
@@ -78,7 +77,7 @@ def colours(store: Store, out: Path) -> None:
         write_slide(out / f"{slide.slide_id}.h5", np.stack(rows), np.zeros((len(rows), 2), np.int64))
 
 
-def measure(store: Store, features: dict[str, Path], splits: Path, k: int) -> dict[str, dict[str, object]]:
+def compare(store: Store, features: dict[str, Path], splits: Path, k: int) -> dict[str, dict[str, object]]:
     """Return of every organ the figures of every feature set, and what the trained encoder gained."""
     splits.mkdir()
     for organ, slides in store.slides.groupby("organ"):
@@ -88,43 +87,40 @@ def measure(store: Store, features: dict[str, Path], splits: Path, k: int) -> di
     for name, folder in features.items():
         pairs = label_features([folder], sorted(splits.glob("*.csv")))
         tables.append(find_neighbours(pairs, Neighbours(k=k)).assign(features=name))
-    told: dict[str, dict[str, object]] = {}
+    figures: dict[str, dict[str, object]] = {}
     for organ, rows in pd.concat(tables).groupby("task"):
         by_split = rows.pivot_table(index="split", columns=["features", "metric"], values="value")
         gained = (by_split["trained"] - by_split["untrained"])[list(METRICS)]
-        told[str(organ)] = {
+        figures[str(organ)] = {
             **{name: by_split[name][list(METRICS)].mean().round(4).to_dict() for name in features},
             "gained": gained.mean().round(4).to_dict(),
             "splits_that_gained": (gained > 0).sum().to_dict(),
             "splits": len(gained),
         }
-    return told
+    return figures
 
 
-def main() -> None:
-    """Check."""
-    parser = options(__doc__, recipe="mae-demo", minutes=15.0, pseudo_epochs=40, set=[], k=20, work=None)
-    parser.add_argument("tiles", type=Path, metavar="TILES")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        store = build_store(args.tiles, work / "store")
-        batch = load_recipe(args.recipe, args.set).global_batch
-        spec = demo_spec(SPEC, store.slides, 0, batch)
-        spec = dataclasses.replace(spec, num_pseudo_epochs=args.pseudo_epochs)
-        build_schedule(spec, store.slides, work / "schedule")
-        seconds = pretrain(args.recipe, work, args.minutes, args.set)
-        run, features = work / "run", {name: work / name for name in ("untrained", "trained", "colour")}
-        last = Source.parse(str(run))
-        embed_store(store, Source.parse(f"{run}@0"), features["untrained"], threads=torch.get_num_threads())
-        embed_store(store, last, features["trained"], threads=torch.get_num_threads())
-        colours(store, features["colour"])
-        told = measure(store, features, work / "splits", args.k)
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """Pretrain, embed with both encoders, and compare."""
+    work, threads = args.work or folder, torch.get_num_threads()
+    store = build_store(args.tiles, work / "store")
+    batch = load_recipe(args.recipe, args.set).global_batch
+    spec = demo_spec(SPEC, store.slides, 0, batch)
+    spec = dataclasses.replace(spec, num_pseudo_epochs=args.pseudo_epochs)
+    build_schedule(spec, store.slides, work / "schedule")
+    took = pretrain(args.recipe, work, args.minutes, args.set)
+    run, features = work / "run", {name: work / name for name in ("untrained", "trained", "colour")}
+    last = Source.parse(str(run))
+    embed_store(store, Source.parse(f"{run}@0"), features["untrained"], threads=threads)
+    embed_store(store, last, features["trained"], threads=threads)
+    colours(store, features["colour"])
     about = {"recipe": args.recipe, "settings": args.set, "steps": last.step, "tiles_seen": last.step * batch}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    about |= {"pretrained_s": round(seconds), "k": args.k, "device": device, "threads": torch.get_num_threads()}
-    print(json.dumps({**told, **about}))
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"), platform.machine())
+    about |= {"pretrained_s": round(took), "k": args.k, "device": device, "threads": threads}
+    return {**compare(store, features, work / "splits", args.k), **about}
 
 
 if __name__ == "__main__":
-    main()
+    parser = options(__doc__, recipe="mae-demo", minutes=15.0, pseudo_epochs=40, set=[], k=20, work=None)
+    parser.add_argument("tiles", type=Path, metavar="TILES")
+    print_figures(measure, parser.parse_args())

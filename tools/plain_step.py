@@ -8,6 +8,7 @@ AdamW as torch builds it by default, a Python loop for the teacher's average, an
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,13 +102,8 @@ class MultiCrop(nn.Module):
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """Return the logits of all views, view after view."""
-        sizes = [view.shape[-1] for view in views]
-        features, start = [], 0
-        while start < len(views):
-            end = start + sizes[start:].count(sizes[start])
-            features.append(self.backbone(self.backbone.patches(torch.cat(list(views[start:end]))))[:, 0])
-            start = end
-        return self.head(torch.cat(features))
+        runs = (torch.cat(list(run)) for _, run in itertools.groupby(views, key=lambda view: view.shape[-1]))
+        return self.head(torch.cat([self.backbone(self.backbone.patches(run))[:, 0] for run in runs]))
 
 
 class Head(nn.Module):
@@ -207,12 +203,12 @@ class PlainMae(nn.Module):
         _set_values(self.optimizer, values)
         with torch.autocast(images.device.type, precision, enabled=precision is not torch.float32):
             loss = self._loss(images, noise, masked, position)
-        told = loss.item()
+        value = loss.item()
         loss.backward()
         torch.stack([p.grad.detach().norm(2) for p in self.parameters() if p.grad is not None]).norm(2)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return told
+        return value
 
     def _loss(self, images: Tensor, noise: Tensor, masked: int, position: Tensor) -> Tensor:
         vit: Any = self.encoder["vit"]

@@ -63,10 +63,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Give an empty folder beside `path` that takes its name on success; what a killed try left is cleared first.
 
-    Raises
-    ------
-    UserError
-        If another process of this machine is making the same folder.
+    UserError where another process of this machine is making the same folder.
     """
     temporary = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)

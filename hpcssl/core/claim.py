@@ -33,11 +33,6 @@ def check_same(
     now : introduces the requested value, or surrounds it where it holds `{}`
     show : how both values are written
 
-    Raises
-    ------
-    UserError
-        Of the kind `error`.
-
     >>> check_same({"mpp": 0.5}, {"mpp": 1.0}, made="TILES: cut with", advice="choose another --out", error=UserError)
     Traceback (most recent call last):
     hpcssl.core.errors.UserError: TILES: cut with mpp = 0.5, now 1.0; choose another --out
@@ -62,10 +57,7 @@ def claim(
 ) -> None:
     """Write the settings of what a folder holds into a JSON file, or check that they are those of the file there.
 
-    Parameters
-    ----------
-    made, advice, error, now, show : see `check_same`
-    damaged : what to do about a file that is no JSON
+    `damaged` says what to do about a file that is no JSON; for the rest see `check_same`.
     """
     if file.exists():
         stored = read_json(file, error(f"{file}: damaged; {damaged}"))

@@ -22,13 +22,7 @@ def names(kind: str) -> list[str]:
 
 
 def locate(kind: str, name_or_path: str) -> Path:
-    """Return the file of a shipped name, or the given YAML file.
-
-    Raises
-    ------
-    ConfigError
-        If it is neither; the message names the nearest shipped name.
-    """
+    """Return the file of a shipped name, or the given YAML file; ConfigError names the nearest where it is neither."""
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not path.is_file():

@@ -38,16 +38,9 @@ def key_of(seed: int, purpose: str) -> int:
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Apply ten Philox rounds.
+    """Return the published Random123 output of ten Philox rounds, (..., 4) uint32.
 
-    Parameters
-    ----------
-    counter : (..., 4) array of values below 2^32
-    key : two 32-bit integers
-
-    Returns
-    -------
-    (..., 4) uint32, the published Random123 output for that counter and key.
+    The counters are (..., 4) values below 2^32, the key two 32-bit integers.
     """
     c0, c1, c2, c3 = (counter[..., i].astype(U64) for i in range(4))
     k0, k1 = key
@@ -65,13 +58,9 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 def uniforms(
     seed: int, purpose: str, position: ArrayLike, view: ArrayLike = 0, stream: ArrayLike = 0
 ) -> NDArray[np.uint32]:
-    """Draw four 32-bit words, each uniform over [0, 2^32), for every identity.
+    """Draw four 32-bit words, each uniform over [0, 2^32), for every identity, (..., 4) uint32.
 
     `position` (below 2^64), `view` and `stream` (below 2^32) broadcast against each other.
-
-    Returns
-    -------
-    (..., 4) uint32, the leading shape that of the broadcast.
 
     >>> a = uniforms(7, "plan", [10, 11, 12])
     >>> bool((a[2] == uniforms(7, "plan", 12)).all())
@@ -115,9 +104,8 @@ def permute(index: ArrayLike, size: int, key: int, member: int = 0, number: int 
     Every (key, member, number) has a permutation of its own: `key` is that of a purpose, `member` and `number` (below
     2^32) tell apart whose permutation it is and which of its many.
 
-    The generalised Feistel cipher of Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002): the
-    index is a row and a column; in turns, a random function of the one is added to the other, modulo its range; what
-    falls outside [0, size) goes through again. The round functions are drawn in full from Philox4x32-10, as tables.
+    The index is a row and a column; in turns, a random function of the one is added to the other, modulo its range;
+    what falls outside [0, size) goes through again. The round functions are drawn in full, as tables.
 
     >>> sorted(permute(np.arange(10), 10, 123).tolist()) == list(range(10))
     True

@@ -20,10 +20,7 @@ class World:
     def slice(self, start: int, stop: int) -> range:
         """Return this rank's equal, contiguous share of the positions [start, stop).
 
-        Raises
-        ------
-        ConfigError
-            If the positions cannot be shared equally.
+        ConfigError where the positions cannot be shared equally.
 
         >>> [list(World(rank=r, size=2).slice(4, 8)) for r in range(2)]
         [[4, 5], [6, 7]]

@@ -20,11 +20,10 @@ from torch.nn import functional
 
 from hpcssl.loader.cpu import blur_kernel
 from hpcssl.loader.stain import stain_mixing
-from hpcssl.plan.draw import ORDERS, Q16, ViewParameters
+from hpcssl.plan.draw import BRIGHTNESS, CONTRAST, HUE, ORDERS, Q16, SATURATION, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 
 Planes = tuple[Tensor, Tensor, Tensor]
-_CONTRAST, _SATURATION, _HUE = 1, 2, 3  # as numbered in ORDERS
 _ORDERS = np.array(ORDERS)
 _SOLARIZE_FROM = 128
 
@@ -35,15 +34,13 @@ class Jitter:
 
     Attributes
     ----------
-    factor : (4, N, 1, 1) float32, of the first to the fourth operation
-    is_contrast, is_saturation, is_hue : (4, N, 1, 1) bool, which operation that is
+    operation : (4, N, 1, 1) float32, the first to the fourth, as numbered in ORDERS
+    factor : (4, N, 1, 1) float32, of each operation
     shift : (N, 1, 1) float32, hue, in whole steps of 1/256 turn
     """
 
+    operation: Tensor
     factor: Tensor
-    is_contrast: Tensor
-    is_saturation: Tensor
-    is_hue: Tensor
     shift: Tensor
 
 
@@ -54,7 +51,6 @@ class Colours:
     Attributes
     ----------
     mixing : (N, 4, 3) float32, from the old densities of red, green and blue, and 1, to the new ones
-    jitter : see there
     grey, solarize : (N, 1, 1) bool
     kernel : (N, 1 + reach) float32, right half of the blur's symmetric kernel
     """
@@ -84,22 +80,17 @@ def colours_of(recipe: AugmentRecipe, kind: ViewRecipe, views: ViewParameters, v
 
 def _mixing(views: ViewParameters, v: int) -> NDArray[Any]:
     mixing, shifts = stain_mixing(views.stain_factors[:, v] / Q16, views.stain_shifts[:, v] / Q16)
-    mixing = np.concatenate([mixing, shifts[:, None]], axis=1)
-    return np.where(views.stain[:, v, None, None], mixing, np.eye(4, 3))
+    return np.where(views.stain[:, v, None, None], np.concatenate([mixing, shifts[:, None]], axis=1), np.eye(4, 3))
 
 
 def _jitter_arrays(views: ViewParameters, v: int) -> dict[str, NDArray[Any]]:
-    jitter, shift = views.jitter[:, v], np.trunc(views.hue[:, v] / Q16 * 255)
-    factors = np.stack(
-        [views.brightness[:, v], views.contrast[:, v], views.saturation[:, v], np.full(len(jitter), Q16)]
-    )
-    operation = _ORDERS[views.order[:, v]].T  # (4, N)
+    jitter, order = views.jitter[:, v], _ORDERS[views.order[:, v]].T  # (4, N)
+    amounts = [amount[:, v] / Q16 for amount in (views.brightness, views.contrast, views.saturation)]
+    factors = np.stack([*amounts, np.ones(len(jitter))])
     arrays = {
-        "factor": np.where(jitter, np.take_along_axis(factors / Q16, operation, axis=0), 1),
-        "is_contrast": operation == _CONTRAST,
-        "is_saturation": operation == _SATURATION,
-        "is_hue": (operation == _HUE) & jitter,
-        "shift": shift,
+        "operation": np.where(jitter, order, BRIGHTNESS),  # by a factor of 1, which leaves a view as it is
+        "factor": np.where(jitter, np.take_along_axis(factors, order, axis=0), 1),
+        "shift": np.trunc(views.hue[:, v] / Q16 * 255),
     }
     return {name: array[..., None, None] for name, array in arrays.items()}
 
@@ -123,14 +114,12 @@ def change_colours(pixels_NHWC: Tensor, colours: Colours) -> Tensor:
     if colours.jitter is not None:
         for stage in range(4):
             planes = _jitter(planes, colours.jitter, stage)
-    if colours.grey is not None:
-        chosen, luma = colours.grey, _luma(planes)
+    if (chosen := colours.grey) is not None:
+        luma = _luma(planes)
         planes = _each(planes, lambda plane: torch.where(chosen, luma, plane))
-    if colours.kernel is not None:
-        kernel = colours.kernel
+    if (kernel := colours.kernel) is not None:
         planes = _each(planes, lambda plane: _blur(plane, kernel))
-    if colours.solarize is not None:
-        solarized = colours.solarize
+    if (solarized := colours.solarize) is not None:
         planes = _each(planes, lambda p: torch.where(solarized & (p >= _SOLARIZE_FROM), 255 - p, p))
     return torch.stack(planes, dim=-1).to(torch.uint8)
 
@@ -153,12 +142,12 @@ def _jitter(planes: Planes, jitter: Jitter, stage: int) -> Planes:
 
     Brightness, contrast and saturation blend with black, with the mean grey, or with the grey of the pixel.
     """
-    factor, luma = jitter.factor[stage], _luma(planes)
+    operation, factor, luma = jitter.operation[stage], jitter.factor[stage], _luma(planes)
     mean = (luma.mean((1, 2), keepdim=True) + 0.5).floor()
-    other = torch.where(jitter.is_contrast[stage], mean, torch.where(jitter.is_saturation[stage], luma, 0.0))
+    other = torch.where(operation == CONTRAST, mean, torch.where(operation == SATURATION, luma, 0.0))
     blended = _each(planes, lambda plane: (other + factor * (plane - other)).clamp(0, 255).floor())
     turned = _turn_hue(planes, jitter.shift)
-    return tuple(torch.where(jitter.is_hue[stage], t, b) for t, b in zip(turned, blended, strict=True))  # type: ignore[return-value]
+    return tuple(torch.where(operation == HUE, t, b) for t, b in zip(turned, blended, strict=True))  # type: ignore[return-value]
 
 
 def _luma(planes: Planes) -> Tensor:

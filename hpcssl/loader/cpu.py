@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from hpcssl.loader import pillow, pixels
 from hpcssl.loader.stain import planned_jitter
-from hpcssl.plan.draw import ORDERS, Q16, Plan, ViewParameters
+from hpcssl.plan.draw import BRIGHTNESS, CONTRAST, HUE, Q16, SATURATION, Plan, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.stores.store import TileData
 
+_BLENDS = {BRIGHTNESS: pixels.brightness, CONTRAST: pixels.contrast, SATURATION: pixels.saturation}
 _PASSES = 3  # box blurs that make Pillow's Gaussian one
 
 
@@ -33,13 +34,6 @@ def decode(tile: TileData, *, name: str) -> NDArray[np.uint8]:
         return image
     except ValueError:  # CMYK, or damaged: Pillow knows more kinds, and says what is wrong
         return np.array(pillow.decode(tile, name=name))
-
-
-def execute(
-    tile: TileData, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
-) -> None:
-    """Decode and augment a tile; `name` is for the error."""
-    augment(decode(tile, name=name), recipe, plan, index, out)
 
 
 def augment(
@@ -89,15 +83,11 @@ def _resized(crop: torch.Tensor, px: int) -> NDArray[np.uint8]:
 def _colour(planes: NDArray[np.float32], views: ViewParameters, p: int, v: int, view_px: int) -> None:
     """Change the colours of one view, in DINO's order."""
     if views.jitter[p, v]:
-        for operation in ORDERS[views.order[p, v]]:
-            if operation == 0:
-                pixels.brightness(planes, int(views.brightness[p, v]) / Q16)
-            elif operation == 1:
-                pixels.contrast(planes, int(views.contrast[p, v]) / Q16)
-            elif operation == 2:
-                pixels.saturation(planes, int(views.saturation[p, v]) / Q16)
+        for operation, amount in views.jitter_at(p, v):
+            if operation == HUE:
+                pixels.hue(planes, int(amount * 255))
             else:
-                pixels.hue(planes, int(int(views.hue[p, v]) / Q16 * 255))
+                _BLENDS[operation](planes, amount)
     if views.grey[p, v]:
         pixels.grey(planes)
     if views.blur[p, v]:

@@ -69,15 +69,7 @@ def decode_fully(tile: TileData, *, name: str) -> Encoded:
 
 
 class Dali:
-    """Executes plans for batches of one size.
-
-    Parameters
-    ----------
-    recipe : of the plans
-    batch : tiles of a batch
-    threads : of DALI, on the CPU
-    device : where decoding and everything after it takes place, and the views lie
-    """
+    """Executes plans for batches of one size; tiles are decoded and changed on `device`, and the views lie there."""
 
     def __init__(self, recipe: AugmentRecipe, *, batch: int, threads: int, device: torch.device):
         self._recipe, self._batch, self._threads, self._device = recipe, batch, threads, device
@@ -87,16 +79,9 @@ class Dali:
         self._pipeline = self._build()
 
     def execute(self, tiles: Sequence[Encoded], plan: Plan) -> tuple[Tensor, ...]:
-        """Compute every view of the tiles at the plan's positions.
+        """Return every view of the tiles at the plan's positions, (views, positions, px, px, 3) uint8 for each kind.
 
-        Returns
-        -------
-        For every kind of view (views, positions, px, px, 3) uint8 on the device, complete when this returns.
-
-        Raises
-        ------
-        Undecodable
-            If DALI refuses a tile. The next batch starts on a new pipeline.
+        They are complete, on the device. Undecodable where DALI refuses a tile; the next batch has a new pipeline.
         """
         self._feed(tiles, plan)
         try:
@@ -104,7 +89,7 @@ class Dali:
         except RuntimeError as error:
             self._pipeline = self._build()
             raise Undecodable(str(error)) from None
-        found = []
+        views_of_kinds = []
         with torch.cuda.stream(self._stream):
             for kind, views in zip(self._recipe.kinds, plan.kinds, strict=True):
                 shape = (kind.count, len(tiles), kind.view_px, kind.view_px, 3)
@@ -118,10 +103,10 @@ class Dali:
                     else:  # there, the compiled loops are ten times as fast
                         for n, view in enumerate(target[v].numpy()):
                             cpu.change_colours(view, views, n, v, view)
-                found.append(target)
+                views_of_kinds.append(target)
         if self._stream:
             self._stream.synchronize()
-        return tuple(found)
+        return tuple(views_of_kinds)
 
     def _build(self) -> Pipeline:
         on_gpu = self._device.type == "cuda"

@@ -20,9 +20,7 @@ from hpcssl.plan.draw import Plan
 from hpcssl.plan.recipe import AugmentRecipe
 
 Decode = Callable[..., Any]  # decode(tile, name=…)
-Source = Callable[
-    [int, Decode], tuple[Any, float, float]
-]  # (index, decode) → the tile, seconds of reading and decoding
+Source = Callable[[int, Decode], tuple[Any, float, float]]  # (index, decode) → tile, seconds of reading and decoding
 Times = tuple[float, float, float]  # seconds of reading, decoding and augmenting, summed over the tiles
 Finish = Callable[[], tuple[tuple[Tensor, ...], Times]]
 
@@ -30,22 +28,21 @@ Finish = Callable[[], tuple[tuple[Tensor, ...], Times]]
 class Executor(ABC):
     """Computes the views of steps, in the order in which they were started."""
 
+    _pool: ThreadPoolExecutor
+
     @abstractmethod
     def start(self, source: Source, plan: Plan) -> Finish:
         """Begin a step; the returned function waits for its views, (views, B, px, px, 3) uint8 for each kind."""
 
-    @abstractmethod
     def close(self) -> None:
         """Drop what was started, and wait for what is under way."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def open_executor(backend: str, recipe: AugmentRecipe, *, batch: int, threads: int, device: torch.device) -> Executor:
     """Return what executes plans of `batch` tiles on a backend: cpu, pillow or dali.
 
-    Raises
-    ------
-    ConfigError
-        If DALI is asked for and cannot be imported.
+    ConfigError where DALI cannot be imported.
     """
     if backend == "dali":
         return _BatchExecutor(recipe, batch=batch, threads=threads, device=device)
@@ -81,9 +78,6 @@ class _TileExecutor(Executor):
 
         return finish
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
 
 class _BatchExecutor(Executor):
     """All tiles of a step at once, by DALI; its decoding counts as augmenting, for DALI does not tell them apart."""
@@ -112,9 +106,6 @@ class _BatchExecutor(Executor):
             read_s += more_s
             views = self._pipeline.execute(tiles, plan)
         return views, (read_s, decode_s, time.perf_counter() - begun)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _all_of(source: Source, decode: Decode, plan: Plan) -> tuple[list[Any], float, float]:

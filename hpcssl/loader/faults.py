@@ -26,12 +26,8 @@ _MOST_SUBSTITUTES = 16
 def read_patiently(store: Store, position: int, tile: int) -> TileData:
     """Return a tile; an error of the file system is tried again three times.
 
-    Raises
-    ------
-    BadTileError
-        If the tile is missing: that is permanent.
-    StoreError
-        If reading still fails after about three seconds: that ends the run.
+    BadTileError where the tile is missing, which is permanent; StoreError where reading still fails after about three
+    seconds, which ends the run.
     """
     for pause in (*_PAUSES_S, None):
         try:
@@ -62,11 +58,7 @@ class BadTiles:
     an earlier step takes the same substitutes. A line that a kill cut short counts for nothing.
 
     A tile is bad wherever it stands, or, where its place is drawn from the position (`of_positions`), at that one.
-
-    Raises
-    ------
-    StoreError
-        When made, and from `add`, when more than `most` tiles are known, those of all ranks together.
+    StoreError, when made and from `add`, where more than `most` tiles are known, those of all ranks together.
     """
 
     def __init__(self, path: Path | None, *, most: int, of_positions: bool = False):
@@ -114,7 +106,8 @@ class BadTiles:
                 writer.writerow(COLUMNS)
             elif stream.tell() > self._end:  # a kill cut the last line short
                 text.write("\n")
-            writer.writerow([tile, position, _in_a_line(file), _in_a_line(reason)])
+            words = (part.replace("\r", "\\r").replace("\n", "\\n") for part in (file, reason))
+            writer.writerow([tile, position, *words])
             stream.write(text.getvalue().encode())
 
     def _read(self, stream: BinaryIO) -> None:
@@ -128,7 +121,3 @@ class BadTiles:
                 row = next(csv.reader([line]), [])
                 if len(row) == len(COLUMNS) and row[0].isdecimal() and row[1].isdecimal():
                     self._known.add(self._key(int(row[0]), int(row[1])))
-
-
-def _in_a_line(text: str) -> str:
-    return text.replace("\r", "\\r").replace("\n", "\\n")

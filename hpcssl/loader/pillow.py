@@ -11,11 +11,16 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageErr
 
 from hpcssl.core.errors import BadTileError
 from hpcssl.loader.stain import planned_jitter
-from hpcssl.plan.draw import ORDERS, Q16, Plan, ViewParameters
+from hpcssl.plan.draw import BRIGHTNESS, CONTRAST, HUE, Q16, SATURATION, Plan, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe
 from hpcssl.stores.store import TileData
 
 _SOLARIZE_FROM = 128
+_ENHANCERS = {
+    BRIGHTNESS: ImageEnhance.Brightness,
+    CONTRAST: ImageEnhance.Contrast,
+    SATURATION: ImageEnhance.Color,
+}
 _TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # counter-clockwise
 
 
@@ -42,23 +47,10 @@ def whole_tile(tile: TileData, px: int, *, name: str) -> NDArray[np.uint8]:
     return np.asarray(image if image.size == (px, px) else image.resize((px, px), Image.Resampling.BICUBIC))
 
 
-def execute(
-    tile: TileData, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]], *, name: str
-) -> None:
-    """Decode and augment a tile; `name` is for the error."""
-    augment(decode(tile, name=name), recipe, plan, index, out)
-
-
 def augment(tile: Image.Image, recipe: AugmentRecipe, plan: Plan, index: int, out: Sequence[NDArray[np.uint8]]) -> None:
-    """Compute every view of the plan's `index`-th tile.
+    """Compute every view of the plan's `index`-th tile, which `decode` gave.
 
-    Parameters
-    ----------
-    tile : what `decode` gives
-    recipe : whose plan it is (view sizes)
-    plan : drawn parameters
-    index : which of the plan's positions
-    out : for every kind of view an array (views, positions, px, px, 3), of which [:, index] is written
+    `out` has for every kind of view an array (views, positions, px, px, 3), of which [:, index] is written.
     """
     for kind, views, target in zip(recipe.kinds, plan.kinds, out, strict=True):
         windows = views.windows(*tile.size, at=index)
@@ -79,15 +71,8 @@ def _colour(image: Image.Image, views: ViewParameters, p: int, v: int) -> Image.
     if views.stain[p, v]:
         image = Image.fromarray(planned_jitter(np.asarray(image), views, p, v))
     if views.jitter[p, v]:
-        for operation in ORDERS[views.order[p, v]]:
-            if operation == 0:
-                image = ImageEnhance.Brightness(image).enhance(int(views.brightness[p, v]) / Q16)
-            elif operation == 1:
-                image = ImageEnhance.Contrast(image).enhance(int(views.contrast[p, v]) / Q16)
-            elif operation == 2:
-                image = ImageEnhance.Color(image).enhance(int(views.saturation[p, v]) / Q16)
-            else:
-                image = _shift_hue(image, int(views.hue[p, v]) / Q16)
+        for operation, amount in views.jitter_at(p, v):
+            image = _shift_hue(image, amount) if operation == HUE else _ENHANCERS[operation](image).enhance(amount)
     if views.grey[p, v]:
         image = image.convert("L").convert("RGB")
     if views.blur[p, v]:

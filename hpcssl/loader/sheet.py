@@ -36,14 +36,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw a row for each of the plan's positions: the tile, the tile with its crops outlined, then every view.
 
-    Where the plan masks, what is left of the first view follows.
-
-    Parameters
-    ----------
-    title : heads the sheet, broken into lines as needed
-    captions : (P,) line above each row
-    tiles, names : (P,) the tiles, and their names for errors
-    recipe, plan : whose views are drawn; at most `MOST_ROWS` positions
+    Where the plan masks, what is left of the first view follows. The title is broken into lines as needed; captions,
+    tiles and their names for errors are (P,), with P at most `MOST_ROWS`.
     """
     assert len(captions) == len(tiles) == len(names) == len(plan.positions) <= MOST_ROWS
     cells, (row_w, row_h) = _layout(recipe, masked=plan.mask is not None)
@@ -132,9 +126,8 @@ def _outlined(tile: Image.Image, px: int, plan: Plan, p: int) -> Image.Image:
 def _masked(view: NDArray[np.uint8], mask: NDArray[np.bool_]) -> Image.Image:
     """Return a view with its hidden patches grey; the mask is of a square grid."""
     side = math.isqrt(len(mask))
-    hidden = Image.fromarray(mask.reshape(side, side).astype(np.uint8) * 255).resize(
-        view.shape[:2], Image.Resampling.NEAREST
-    )
+    hidden = Image.fromarray(mask.reshape(side, side).astype(np.uint8) * 255)
+    hidden = hidden.resize(view.shape[:2], Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", hidden.size, _HIDDEN), Image.fromarray(view), hidden)
 
 

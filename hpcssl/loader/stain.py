@@ -23,17 +23,9 @@ _DENSITY = -np.log(np.maximum(np.arange(256), 0.5) / 255)
 
 
 def stain_jitter(rgb: NDArray[np.uint8], factors: ArrayLike, shifts: ArrayLike) -> NDArray[np.uint8]:
-    """Scale and shift the amounts of haematoxylin, eosin and DAB.
+    """Scale and shift the amounts of haematoxylin, eosin and DAB in (..., 3) uint8; returns the same shape.
 
-    Parameters
-    ----------
-    rgb : (..., 3) uint8
-    factors : (3,), one for each stain; 1 changes nothing
-    shifts : (3,), in units of natural optical density; 0 changes nothing
-
-    Returns
-    -------
-    (..., 3) uint8
+    `factors` and `shifts` are (3,), the latter in units of natural optical density; 1 and 0 change nothing.
 
     >>> pink = np.array([[[230, 160, 200]]], dtype=np.uint8)
     >>> stain_jitter(pink, [1, 1, 1], [0, 0, 0]).tolist(), stain_jitter(pink, [1, 1.2, 1], [0, 0, 0]).tolist()

@@ -101,15 +101,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRequest:
-    """What a rank asks of a stream.
-
-    Attributes
-    ----------
-    recipe, seed, needs : what plans are drawn from
-    global_batch : positions of a step
-    steps : first and last + 1
-    world : the rank among the others, which has its slice of every step
-    """
+    """What a rank asks of a stream: its slice of `steps`, `global_batch` positions each, planned for seed and needs."""
 
     recipe: AugmentRecipe
     seed: int
@@ -125,24 +117,14 @@ class StreamStats:
 
     Attributes
     ----------
-    tiles : given to the consumer so far
     read_s, decode_s, augment_s : of the threads, summed; DALI's decoding is in augment_s, that of slides in read_s
     read_wait_s : the consumer waited for tiles
-    consumer_s : the stream waited for the consumer
     """
 
-    tiles: int = 0
     read_s: float = 0.0
     decode_s: float = 0.0
     augment_s: float = 0.0
     read_wait_s: float = 0.0
-    consumer_s: float = 0.0
-    begun: float = field(default_factory=time.perf_counter)
-
-    @property
-    def tiles_per_s(self) -> float:
-        """Tiles given to the consumer per second since the stream was made."""
-        return self.tiles / (time.perf_counter() - self.begun)
 
 
 class TileStream:
@@ -173,24 +155,20 @@ class TileStream:
         self.stats = StreamStats()
 
     def __iter__(self) -> Iterator[Batch]:
-        config = self._config
+        config, request = self._config, self._request
         readers = ThreadPoolExecutor(config.reads_in_flight, thread_name_prefix="reads")
         executor = open_executor(
-            config.backend,
-            self._request.recipe,
-            batch=len(self._share(0)),
-            threads=config.threads,
-            device=self._device,
+            config.backend, request.recipe, batch=len(self._share(0)), threads=config.threads, device=self._device
         )
         ahead: deque[tuple[_Reads, Plan, Finish]] = deque()
         try:
             for reads in self._read_ahead(readers):
-                plan = self._plan(reads.positions)
+                plan = draw_plan(request.recipe, request.seed, reads.positions, **vars(request.needs))
                 ahead.append((reads, plan, executor.start(functools.partial(self._decoded, reads), plan)))
                 if len(ahead) > config.prefetch_steps:
-                    yield from self._give(*ahead.popleft())
+                    yield self._batch(*ahead.popleft())
             while ahead:
-                yield from self._give(*ahead.popleft())
+                yield self._batch(*ahead.popleft())
         finally:
             readers.shutdown(wait=False, cancel_futures=True)  # so that nothing waits for reads not yet begun
             executor.close()
@@ -200,9 +178,6 @@ class TileStream:
         """Return the positions of this rank in a step."""
         size = self._request.global_batch
         return self._request.world.slice(step * size, (step + 1) * size)
-
-    def _plan(self, positions: np.ndarray) -> Plan:
-        return draw_plan(self._request.recipe, self._request.seed, positions, **vars(self._request.needs))
 
     def _read_ahead(self, readers: ThreadPoolExecutor) -> Iterator[_Reads]:
         """Yield the reads of every step; those of the next `read_ahead_steps` are always under way."""
@@ -219,9 +194,8 @@ class TileStream:
         reads = []
         for step in steps:
             share = self._share(step)
-            reads.append(
-                _Reads(step, np.arange(share.start, share.stop), self._schedule.tiles_at(share.start, share.stop))
-            )
+            first, last = share.start, share.stop
+            reads.append(_Reads(step, np.arange(first, last), self._schedule.tiles_at(first, last)))
         places = [
             (tile, r, i)
             for r in reads
@@ -264,8 +238,8 @@ class TileStream:
                     ) from None
         raise StoreError(f"position {position}: neither its tile {tile} nor any of its substitutes can be used")
 
-    def _give(self, reads: _Reads, plan: Plan, finish: Finish) -> Iterator[Batch]:
-        """Wait for a step's tiles and give them; the first error of a thread ends the stream."""
+    def _batch(self, reads: _Reads, plan: Plan, finish: Finish) -> Batch:
+        """Wait for a step's tiles and return them; the first error of a thread ends the stream."""
         begun = time.perf_counter()
         views, (read_s, decode_s, augment_s) = finish()
         self.stats.read_s += read_s
@@ -274,16 +248,15 @@ class TileStream:
         for view in views:
             if view.is_cuda:  # made on another stream, whose memory must not be taken back while this one uses it
                 view.record_stream(torch.cuda.current_stream(view.device))
-        now = time.perf_counter()
-        self.stats.read_wait_s += now - begun
-        self.stats.tiles += len(reads.positions)
-        yield Batch.of(reads.step, views, plan)
-        self.stats.consumer_s += time.perf_counter() - now
+        self.stats.read_wait_s += time.perf_counter() - begun
+        return Batch.of(reads.step, views, plan)
 
 
+@dataclass
 class _Reads:
     """A step's share of tiles, being read."""
 
-    def __init__(self, step: int, positions: np.ndarray, tiles: np.ndarray):
-        self.step, self.positions, self.tiles = step, positions, tiles
-        self.data: dict[int, Future[tuple[TileData, float]]] = {}
+    step: int
+    positions: np.ndarray
+    tiles: np.ndarray
+    data: dict[int, Future[tuple[TileData, float]]] = field(default_factory=dict)

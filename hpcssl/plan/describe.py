@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hpcssl.plan.draw import ORDERS, Q16, Plan, ViewParameters
+from hpcssl.plan.draw import HUE, Q16, Plan, ViewParameters
 from hpcssl.plan.recipe import AugmentRecipe
 
 NO = "-"
@@ -59,18 +59,12 @@ def _operations(views: ViewParameters, p: int, v: int) -> tuple[str, ...]:
     flips = ("h" if views.flip[p, v] else "") + ("v" if views.flip_vertical[p, v] else "")
     turn = int(views.turns[p, v]) * 90
     stains = zip(views.stain_factors[p, v] / Q16, views.stain_shifts[p, v] / Q16, strict=True)
-    amounts = {
-        "B": f"{views.brightness[p, v] / Q16:.3f}",
-        "C": f"{views.contrast[p, v] / Q16:.3f}",
-        "S": f"{views.saturation[p, v] / Q16:.3f}",
-        "H": f"{views.hue[p, v] / Q16:+.3f}",
-    }
-    jitter = (list(amounts.items())[operation] for operation in ORDERS[views.order[p, v]])
+    jitter = (f"{'BCSH'[o]} {amount:{'+' if o == HUE else ''}.3f}" for o, amount in views.jitter_at(p, v))
     return (
         flips or NO,
         str(turn) if turn else NO,
         " ".join(f"{factor:.3f}{shift:+.3f}" for factor, shift in stains) if views.stain[p, v] else NO,
-        " ".join(f"{name} {amount}" for name, amount in jitter) if views.jitter[p, v] else NO,
+        " ".join(jitter) if views.jitter[p, v] else NO,
         "yes" if views.grey[p, v] else NO,
         f"{views.sigma[p, v] / Q16:.2f}" if views.blur[p, v] else NO,
         "yes" if views.solarize[p, v] else NO,

@@ -17,19 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from hpcssl.core.rng import below, happens, uniforms
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
-from hpcssl.plan.tables import (
-    LOG_RATIO_ONE,
-    ONE,
-    ONE_BITS,
-    area_table,
-    half_exp_table,
-    interpolate,
-    ratio_limit_table,
-)
+from hpcssl.plan.tables import LOG_RATIO_ONE, ONE, ONE_BITS, area_table, half_exp_table, interpolate, ratio_limit_table
 
 VERSION = 2
 PURPOSE = "plan"
-ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # operations of the colour jitter
+ORDERS = tuple(itertools.permutations(range(4)))  # of the four
 Q16 = 1 << 16  # factors, sigmas and hue shifts are stored in units of 1/65536
 
 
@@ -96,6 +89,11 @@ class ViewParameters:
     stain_factors: NDArray[np.int32]
     stain_shifts: NDArray[np.int32]
 
+    def jitter_at(self, p: int, v: int) -> list[tuple[int, float]]:
+        """Return the operations of a view's colour jitter in their order, each with its factor, or its turns of hue."""
+        amounts = [int(each[p, v]) / Q16 for each in (self.brightness, self.contrast, self.saturation, self.hue)]
+        return [(operation, amounts[operation]) for operation in ORDERS[self.order[p, v]]]
+
     def windows(self, tile_w: ArrayLike, tile_h: ArrayLike, at: int | slice = slice(None)) -> NDArray[np.int64]:
         """Return the crops of tiles in whole pixels, (P, V, 4): left, top, width, height.
 
@@ -155,15 +153,7 @@ class PlanNeeds:
 def draw_plan(
     recipe: AugmentRecipe, seed: int, positions: ArrayLike, *, num_patches: int = 0, drop_path: Sequence[float] = ()
 ) -> Plan:
-    """Draw the plan of some positions.
-
-    Parameters
-    ----------
-    recipe : distribution of the views
-    seed : of the run
-    positions : (P,) global positions
-    num_patches, drop_path : see `PlanNeeds`
-    """
+    """Draw the plan of some global positions, (P,); for `num_patches` and `drop_path` see `PlanNeeds`."""
     at = np.asarray(positions, dtype=np.int64)
     first_view, kinds, kept = 0, [], []
     for kind in recipe.kinds:

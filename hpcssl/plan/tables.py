@@ -7,6 +7,7 @@ Unit: ONE = 2^30 stands for 1.
 
 from __future__ import annotations
 
+import bisect
 import decimal
 from functools import lru_cache
 
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 ONE_BITS = 30
 ONE = 1 << ONE_BITS
 _KNOTS = 1024
-_DIGITS = 30
-_HALF_LOG_RATIO = (decimal.Decimal(4) / decimal.Decimal(3)).ln(decimal.Context(prec=_DIGITS))  # ratio in (3/4, 4/3)
+_CONTEXT = decimal.Context(prec=30)
+_HALF_LOG_RATIO = (decimal.Decimal(4) / decimal.Decimal(3)).ln(_CONTEXT)  # ratio in (3/4, 4/3)
 
 
 def _fixed(value: decimal.Decimal, scale: int = ONE) -> int:
@@ -42,12 +43,11 @@ def area_table(low: float, high: float) -> NDArray[np.int64]:
     """
     s, cumulative = _cumulative_areas(low, high)
     targets = np.arange(_KNOTS + 1, dtype=object) * cumulative[-1]
-    # all comparisons in Python integers: target/_KNOTS against cumulative
-    knots, place = [], 0
+    scaled = [value * _KNOTS for value in cumulative]  # Python's integers: target / _KNOTS against cumulative
+    knots = []
     for target in targets:
-        while place < len(cumulative) - 2 and cumulative[place + 1] * _KNOTS < target:
-            place += 1
-        below, above = cumulative[place] * _KNOTS, cumulative[place + 1] * _KNOTS
+        place = bisect.bisect_left(scaled, target, 1, _KNOTS) - 1
+        below, above = scaled[place], scaled[place + 1]
         part = (target - below) * (s[place + 1] - s[place]) // (above - below) if above > below else 0
         knots.append(s[place] + part)
     return np.array(knots, dtype=np.int64)
@@ -55,8 +55,7 @@ def area_table(low: float, high: float) -> NDArray[np.int64]:
 
 def _cumulative_areas(low: float, high: float) -> tuple[list[int], list[int]]:
     """Return areas (units of 1/ONE) and the integral of min(log 4/3, -log s) up to each, scaled to integers."""
-    with decimal.localcontext() as context:
-        context.prec = _DIGITS
+    with decimal.localcontext(_CONTEXT):
         first, last = decimal.Decimal(repr(low)), decimal.Decimal(repr(high))
         areas = [first + (last - first) * i / _KNOTS for i in range(_KNOTS + 1)]
         turn = decimal.Decimal(3) / 4
@@ -73,19 +72,15 @@ def _cumulative_areas(low: float, high: float) -> tuple[list[int], list[int]]:
 @lru_cache(maxsize=1)
 def ratio_limit_table() -> NDArray[np.int64]:
     """Tabulate min(log 4/3, -log s), the half width of the log ratios that fit, over s in [0, 1]; (1025,), of 1/ONE."""
-    with decimal.localcontext() as context:
-        context.prec = _DIGITS
-        knots = [_HALF_LOG_RATIO]
-        for i in range(1, _KNOTS + 1):
-            knots.append(min(_HALF_LOG_RATIO, -(decimal.Decimal(i) / _KNOTS).ln()))
-        return np.array([_fixed(k) for k in knots], dtype=np.int64)
+    with decimal.localcontext(_CONTEXT):
+        logs = [-(decimal.Decimal(i) / _KNOTS).ln() for i in range(_KNOTS + 1)]  # of 0: infinite
+        return np.array([_fixed(min(_HALF_LOG_RATIO, log)) for log in logs], dtype=np.int64)
 
 
 @lru_cache(maxsize=1)
 def half_exp_table() -> NDArray[np.int64]:
     """Tabulate exp(x / 2) over x in [-log 4/3, log 4/3], (1025,) int64 in units of 1/ONE."""
-    with decimal.localcontext() as context:
-        context.prec = _DIGITS
+    with decimal.localcontext(_CONTEXT):
         xs = [_HALF_LOG_RATIO * (2 * i - _KNOTS) / _KNOTS for i in range(_KNOTS + 1)]
         return np.array([_fixed((x / 2).exp()) for x in xs], dtype=np.int64)
 

@@ -104,16 +104,9 @@ def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint and check its digest.
+    """Return a checkpoint's tensors on the CPU, and its state with `step` in it, after checking its digest.
 
-    Returns
-    -------
-    The tensors on the CPU, and the state with `step` in it.
-
-    Raises
-    ------
-    RunError
-        If the file is missing, damaged, or of another format.
+    RunError where the file is missing, damaged, or of another format.
     """
     try:
         with safe_open(path, framework="pt") as stream:
@@ -134,10 +127,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 def load_latest(run: Path, on_damaged: Callable[[str], None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Read the newest whole checkpoint, or None where nothing was trained; damaged ones are told to `on_damaged`.
 
-    Raises
-    ------
-    RunError
-        If there are checkpoints of trained steps and none can be read: to begin anew would bury what they hold.
+    RunError where there are checkpoints of trained steps and none can be read: to begin anew would bury what they hold.
     """
     steps, damages = checkpoint_steps(run), []
     for step in reversed(steps):

@@ -65,9 +65,7 @@ def record_end(
 ) -> End:
     """Write how a start ended, unless that is written already; returns what is written.
 
-    Parameters
-    ----------
-    is_failure : it is the run's own fault, so that only so many in a row are allowed without a newer checkpoint
+    A failure is the run's own fault: only so many in a row are allowed without a newer checkpoint.
     """
     before = _last_end(run)
     if before and before.start == start:

@@ -44,16 +44,10 @@ def prepare_run(run: Path, config: Any, *, data: Mapping[str, Any], derived: Map
     run's config.yaml lacks, because it is younger than the run, counts there as its default: a new setting's default is
     what was done before there was the setting.
 
-    Parameters
-    ----------
-    config : resolved settings, a dataclass
-    data : where store and schedule are, and their digests (`store`, `store_digest`, `schedule`, `schedule_digest`)
-    derived : values computed from both, for the reader
+    `config` is a dataclass; `data` says where store and schedule are, and their digests (`store`, `store_digest`,
+    `schedule`, `schedule_digest`); `derived` are values computed from both, for the reader.
 
-    Raises
-    ------
-    RunError
-        If the folder holds something else, or a run with another setting or other data; both values are named.
+    RunError where the folder holds something else, or a run with another setting or other data, with both values.
     """
     # hidden names are what a killed start left before there was a config.yaml
     if run.exists() and not (run / CONFIG).exists() and any(not e.name.startswith(".") for e in run.iterdir()):
@@ -85,12 +79,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def read_settings(run: Path, kind: type[T]) -> tuple[T, dict[str, str]]:
     """Return the settings of a run as a dataclass of this kind, and what its config.yaml says of its data.
 
-    Raises
-    ------
-    RunError
-        Where there is no run.
-    ConfigError
-        Where its settings are no such dataclass's.
+    RunError where there is no run; ConfigError where its settings are no such dataclass's.
     """
     stored = read_config(run)
     settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS}

@@ -52,10 +52,7 @@ class MetricsWriter:
 def read_metrics(run: Path) -> pd.DataFrame:
     """Return one row a step, in order; of a step that was computed twice the later line counts.
 
-    Raises
-    ------
-    RunError
-        If the run has no trace yet.
+    RunError where the run has no trace yet.
     """
     path = run / FILE_NAME
     if not path.exists():

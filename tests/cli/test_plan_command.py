@@ -119,7 +119,7 @@ def test_draw_writes_a_sheet_of_what_training_sees(data, recipe_file: Path, tmp_
     plan = draw_plan(recipe.augment, recipe.seed, np.arange(38, 41))
     views = [np.empty((k.count, 3, k.view_px, k.view_px, 3), np.uint8) for k in recipe.augment.kinds]
     for p, tile in enumerate(data.schedule.tiles_at(38, 41).tolist()):
-        pillow.execute(data.store.fetch(38 + p, tile), recipe.augment, plan, p, views, name="t")
+        pillow.augment(pillow.decode(data.store.fetch(38 + p, tile), name="t"), recipe.augment, plan, p, views)
     for kind in views:
         for picture in kind.reshape(-1, *kind.shape[2:]):
             assert stands_in(sheet, picture)

@@ -18,10 +18,7 @@ from hpcssl.core import atomic
 from hpcssl.core.atomic import atomic_dir, atomic_file, digest_bytes, digest_file, write_atomic
 from hpcssl.core.errors import UserError
 
-DEATHS = {
-    "exit": "os._exit(9)",
-    "kill": f"os.kill(os.getpid(), {int(signal.SIGKILL)})",
-}
+DEATHS = {"exit": "os._exit(9)", "kill": f"os.kill(os.getpid(), {int(signal.SIGKILL)})"}
 
 
 class Interrupted(BaseException):
@@ -37,13 +34,9 @@ def visible(folder: Path) -> dict[str, bytes]:
 def run_and_die(script: str, folder: Path) -> None:
     """Run a script in `folder` that must not come to its end."""
     code = "import os, sys\nfrom pathlib import Path\nfrom hpcssl.core import atomic\n" + textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=child_env(), capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(Path(atomic.__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode in (9, -signal.SIGKILL), done.stderr
-
-
-def child_env() -> dict[str, str]:
-    root = str(Path(atomic.__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": root}
 
 
 def check_kill_leaves_the_old_file(script: str, folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_tiles_of_several_sizes_share_a_batch(jpegs) -> None:
     views = found.execute([dali.decode(tile, name="x") for tile in tiles], plan)[0].numpy()
     wanted = [np.zeros_like(views)]
     for index, tile in enumerate(tiles):
-        pillow.execute(tile, mae_augment(), plan, index, wanted, name="x")
+        pillow.augment(pillow.decode(tile, name="x"), mae_augment(), plan, index, wanted)
     assert np.abs(wanted[0].astype(int) - views).max() <= 16
 
 

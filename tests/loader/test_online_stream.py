@@ -6,6 +6,7 @@ import csv
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,16 +159,11 @@ def test_two_runs_from_tiles_and_from_slides_have_the_same_loss(small, both, obj
 
 def loss_trace(small: Any, store: Any, schedule: Any, objective: str) -> list[float]:
     """Train eight steps in this process."""
-    from hpcssl.train.loop import request_of
-    from hpcssl.train.pretrain_config import Timeline
-    from hpcssl.train.reduce import Collectives
     from hpcssl.train.state import TrainState
-    from hpcssl.train.step import train_step
 
-    recipe, cpu = small.RECIPES[objective](), torch.device("cpu")
-    state = TrainState(recipe, cpu)
-    batches, timeline = TileStream(store, schedule, request_of(state, recipe, 8, World())), Timeline(recipe, schedule)
-    return [train_step(state, batch, recipe, timeline, Collectives(), cpu)["loss"] for batch in batches]
+    recipe, data = small.RECIPES[objective](), SimpleNamespace(store=store, schedule=schedule)
+    (records,) = small.advance(data, recipe, [TrainState(recipe, torch.device("cpu"))], 8)
+    return [record["loss"] for record in records]
 
 
 class Failing(OnlineStore):

@@ -13,9 +13,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from hpcssl.core.errors import StoreError
-from hpcssl.loader import pillow
+from hpcssl.loader import cpu, pillow
 from hpcssl.loader.stain import stain_jitter
-from hpcssl.plan.draw import ORDERS, Q16, draw_plan
+from hpcssl.plan import draw
+from hpcssl.plan.draw import Q16, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 
 POSITIONS = 40
@@ -23,15 +24,14 @@ PX = 32
 
 
 def _recipe(**kind) -> AugmentRecipe:
-    return AugmentRecipe(
-        global_views=ViewRecipe(**{"count": 2, "view_px": PX, "scale": (0.3, 1.0), "flip": 0.0, **kind})
-    )
+    views = {"count": 2, "view_px": PX, "scale": (0.3, 1.0), "flip": 0.0, **kind}
+    return AugmentRecipe(global_views=ViewRecipe(**views))
 
 
 def _execute(recipe: AugmentRecipe, plan, tiles: list[bytes]) -> list[np.ndarray]:
     out = [np.zeros((k.count, len(tiles), k.view_px, k.view_px, 3), np.uint8) for k in recipe.kinds]
     for index, tile in enumerate(tiles):
-        pillow.execute(tile, recipe, plan, index, out, name=f"tile {index}")
+        pillow.augment(pillow.decode(tile, name=f"tile {index}"), recipe, plan, index, out)
     return out
 
 
@@ -145,7 +145,7 @@ def test_every_order_of_the_jitter_occurs_and_matters(tiles):
 
 def test_the_comparison_notices_a_missing_clamp(tiles, monkeypatch):
     """Fusing brightness and contrast without the clamp between them is another image: the check is sharp enough."""
-    monkeypatch.setattr(pillow, "ORDERS", (ORDERS[0],) * 24)
+    monkeypatch.setattr(draw, "ORDERS", (draw.ORDERS[0],) * 24)
     with pytest.raises(AssertionError, match="tile"):
         _compare(_recipe(jitter=1.0), tiles)
 
@@ -159,22 +159,13 @@ def test_real_tiles_are_torchvisions(real_data):
     _compare(recipe, [file.read_bytes() for file in files])
 
 
-def _encoded(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG")
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-def test_any_mode_of_jpeg_becomes_rgb(mode):
-    assert pillow.decode(_encoded(Image.new(mode, (20, 10))), name="t").mode == "RGB"
-
-
-@pytest.mark.parametrize("length", [0, 2, 100, -10, -200])
-def test_a_tile_that_cannot_be_decoded_is_named(tiles, length):
-    with pytest.raises(StoreError, match=r"breast/a/7\.jpg: cannot be decoded") as caught:
-        pillow.decode(tiles[0][:length], name="breast/a/7.jpg")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("decode", [pillow.decode, cpu.decode])
+@pytest.mark.parametrize("length", [0, 2, 100, 300, -10, -200])
+def test_a_tile_that_cannot_be_decoded_is_named(tiles, decode, length):
+    for damaged in (tiles[0][:length], b"text"[:length]):
+        with pytest.raises(StoreError, match=r"breast/a/7\.jpg: cannot be decoded") as caught:
+            decode(damaged, name="breast/a/7.jpg")
+        assert "\n" not in str(caught.value)
 
 
 def test_damaged_bytes_give_an_image_or_the_named_error(tiles):

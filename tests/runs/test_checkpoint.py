@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hpcssl.core.atomic import remove_temporary
 from hpcssl.core.errors import RunError
@@ -58,18 +59,12 @@ def test_round_trip_and_name(run):
     assert [f.name for f in path.parent.iterdir()] == [path.name], "no temporary file is left"
 
 
-def test_tensors_of_any_layout_come_back(run):
+def test_tensors_of_any_layout_come_back_and_other_readers_find_the_same(run):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"transposed": base.T, "slice": base[:, 1:3], "needs_grad": torch.nn.Parameter(base)}
-    found, _ = load_checkpoint(save_checkpoint(run, 1, tensors, {}))
-    assert _same(found, {n: t.detach() for n, t in tensors.items()})
-
-
-def test_other_readers_of_the_format_find_the_same(run):
-    from safetensors.torch import load_file
-
-    path = save_checkpoint(run, 1, TENSORS, STATE)
-    assert _same(load_file(path), TENSORS)
+    tensors = {**TENSORS, "transposed": base.T, "slice": base[:, 1:3], "needs_grad": torch.nn.Parameter(base)}
+    path = save_checkpoint(run, 1, tensors, {})
+    for loaded in (load_checkpoint(path)[0], load_file(path)):
+        assert _same(loaded, {n: t.detach() for n, t in tensors.items()})
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])
@@ -89,11 +84,6 @@ def test_steps_are_those_of_whole_names_in_order(run):
     (run / "checkpoints" / "step-abc.safetensors").write_bytes(b"")
     assert checkpoint_steps(run) == [3, 20, 1_000_000_000]
     assert checkpoint_steps(run / "no such run") == []
-
-
-def test_a_missing_checkpoint_is_told(run):
-    with pytest.raises(RunError, match="no such checkpoint"):
-        load_checkpoint(checkpoint_path(run, 5))
 
 
 @pytest.mark.parametrize("tenth", range(10))
@@ -211,20 +201,14 @@ def test_python_goes_on_while_a_file_is_written(run, monkeypatch):
     assert sum(begun < tick < ended for tick in ticks) >= 5
 
 
-def test_another_format_is_told(run, monkeypatch):
-    monkeypatch.setattr("hpcssl.runs.checkpoint.FORMAT", 99)
-    path = save_checkpoint(run, 1, TENSORS, STATE)
-    monkeypatch.undo()
-    with pytest.raises(RunError, match="format 99; this version reads 1"):
-        load_checkpoint(path)
-
-
-def test_a_foreign_safetensors_file_is_told(run):
-    from safetensors.torch import save_file
-
-    save_file({"weight": torch.zeros(3)}, checkpoint_path(run, 1))
-    with pytest.raises(RunError, match="format None"):
-        load_checkpoint(checkpoint_path(run, 1))
+def test_what_is_missing_of_another_format_or_a_foreign_safetensors_file_is_told(run, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "FORMAT", 99)
+        save_checkpoint(run, 1, TENSORS, STATE)
+    save_file({"weight": torch.zeros(3)}, checkpoint_path(run, 2))
+    for step, words in enumerate(("no such checkpoint", "format 99; this version reads 1", "format None")):
+        with pytest.raises(RunError, match=words):
+            load_checkpoint(checkpoint_path(run, step))
 
 
 def _save_and_die(run, where: str) -> None:
@@ -248,8 +232,7 @@ def _save_and_die(run, where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "code"),
-    [("half-written", 9), ("before sync", -signal.SIGKILL), ("before rename", 7), ("never", 0)],
+    ("where", "code"), [("half-written", 9), ("before sync", -signal.SIGKILL), ("before rename", 7), ("never", 0)]
 )
 @pytest.mark.parametrize("step", [8, 4])
 def test_killed_while_saving_leaves_what_was_there(small, run, where, code, step):

@@ -17,7 +17,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def _end(run, start: str, step: int, *, job: str = "7", failed: bool = True):
+def _end(run, start: str, step: int, job: str = "7", failed: bool = True):
     return record_end(run, start=start, job=job, state="failed", why="a reason", step=step, is_failure=failed)
 
 
@@ -25,20 +25,15 @@ def test_a_start_has_in_its_line_what_its_claim_says(run):
     generation = Generation.take(run, start="a-0", job="7", nodes=["node1"], why="first start")
     record_start(run, generation=generation.number, world_size=2)
     (start,) = read_starts(run)
+    datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%S%z")
     assert (start["generation"], start["start"], start["job"], start["nodes"]) == (1, "a-0", "7", ["node1"])
     assert (start["why"], start["world_size"]) == ("first start", 2)
 
 
-def test_a_torn_line_is_left_out(run):
-    record_start(run, generation=1)
-    with (run / RESTARTS).open("a") as stream:
-        stream.write('{"generation": 2, "wor')
-    assert [start["generation"] for start in read_starts(run)] == [1]
+def test_a_torn_line_is_left_out_and_does_not_swallow_the_next(run):
     assert read_starts(run / "nowhere") == []
-
-
-def test_a_torn_line_does_not_swallow_the_next(run):
     (run / RESTARTS).write_text('{"generation": 1, "wor')
+    assert read_starts(run) == []
     record_start(run, generation=2)
     record_start(run, generation=3)
     assert [start["generation"] for start in read_starts(run)] == [2, 3]
@@ -82,18 +77,12 @@ def test_the_first_who_knows_why_a_start_ended_is_believed(run):
         ([("a", 5), ("b", 5), ("c", 5)], [1, 2, 3]),
         ([("a", 5), ("b", 6), ("c", 6)], [1, 1, 2]),  # progress
         ([("a", 0), ("b", 0)], [1, 2]),
+        ([("a", 5), ("b", 5, "7", False), ("c", 5)], [1, 1, 2]),  # a preemption is no failure and forgets none
+        ([("a", 5, "7"), ("b", 5, "8")], [1, 1]),  # another job
     ],
 )
-def test_failures_are_counted_until_there_is_a_newer_checkpoint(run, ends, failures):
-    assert [_end(run, start, step).failures for start, step in ends] == failures
-
-
-def test_a_preemption_is_no_failure_and_forgets_none(run):
-    assert [_end(run, s, 5, failed=f).failures for s, f in (("a", True), ("b", False), ("c", True))] == [1, 1, 2]
-
-
-def test_another_job_begins_to_count_anew(run):
-    assert [_end(run, s, 5, job=j).failures for s, j in (("a", "7"), ("b", "8"))] == [1, 1]
+def test_failures_of_a_job_are_counted_until_there_is_a_newer_checkpoint(run, ends, failures):
+    assert [_end(run, *end).failures for end in ends] == failures
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"start": "a-0"})])

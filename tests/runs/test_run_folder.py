@@ -1,17 +1,20 @@
+"""The run folder: one run's settings and data or a refusal that changes nothing, and whose claim is the newest."""
+
 from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
-from hpcssl.core.config import build, fixed, free, groups_in, is_free, read_yaml, settings, to_mapping
+from hpcssl.core.config import build, fixed, free, groups_in, is_free, read_yaml, settings, to_mapping, with_overrides
 from hpcssl.core.errors import ConfigError, RunError
 from hpcssl.runs import run_folder as folder
-from hpcssl.runs.run_folder import Generation, prepare_run, read_config, record_start
+from hpcssl.runs.run_folder import Generation, prepare_run, read_config
 
 
 @settings
@@ -22,19 +25,9 @@ class Optim:
 
 
 @settings
-class Loader:
-    threads: int = free(1)
-
-
-@settings
 class Train:
     precision: str = fixed("auto")
     micro_batch: int | None = free(None)
-
-
-@settings
-class Checkpoint:
-    keep_last: int = free(2)
 
 
 @settings
@@ -44,9 +37,7 @@ class Config:
     global_batch: int = fixed(1080)
     stop_after: float | None = free(None)
     optim: Optim = field(default_factory=Optim)
-    loader: Loader = field(default_factory=Loader)
     train: Train = field(default_factory=Train)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
 @settings
@@ -65,22 +56,9 @@ class YoungerConfig(Config):
 DATA = {"store": "/a/store", "store_digest": "s1", "schedule": "/a/schedule", "schedule_digest": "d1"}
 
 
-def _prepare(
-    run: Path,
-    changes: dict | None = None,
-    data: dict | None = None,
-    derived: dict | None = None,
-    kind: type[Config] = Config,
-) -> None:
-    values: dict[str, Any] = {}
-    for key, value in (changes or {}).items():
-        *parents, leaf = key.split(".")
-        node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    config = build(kind, values, where="test")
-    prepare_run(run, config, data={**DATA, **(data or {})}, derived=derived or {"total_steps": 10})
+def _prepare(run: Path, *changes: str, kind: type[Config] = Config, derived: int = 10, **data: str) -> None:
+    config = build(kind, with_overrides({}, changes), where="test")
+    prepare_run(run, config, data={**DATA, **data}, derived={"total_steps": derived})
 
 
 @pytest.fixture
@@ -117,7 +95,7 @@ def test_the_same_settings_continue(run):
 def test_another_setting_is_refused_with_both_values(run, key, value, told):
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     with pytest.raises(RunError, match=told) as caught:
-        _prepare(run, {key: value})
+        _prepare(run, f"{key}={value}")
     assert str(run) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before, "a refusal changes nothing"
@@ -139,7 +117,7 @@ def test_a_run_begun_before_a_setting_was_added_goes_on_with_its_default(run):
 )
 def test_another_value_of_a_setting_that_was_added_is_refused(run, key, value, told):
     with pytest.raises(RunError, match=told):
-        _prepare(run, {key: value}, kind=YoungerConfig)
+        _prepare(run, f"{key}={value}", kind=YoungerConfig)
 
 
 def test_the_run_of_a_later_version_is_refused_in_one_line(run):
@@ -152,25 +130,19 @@ def test_the_run_of_a_later_version_is_refused_in_one_line(run):
 @pytest.mark.parametrize("key", ["store_digest", "schedule_digest"])
 def test_other_data_are_refused_with_both_values(run, key):
     with pytest.raises(RunError, match=f"{key} = {DATA[key]}, asked for is other"):
-        _prepare(run, data={key: "other"})
+        _prepare(run, **{key: "other"})
 
 
 def test_data_may_have_moved(run):
-    _prepare(run, data={"store": "/b/store", "schedule": "/b/schedule"})
+    _prepare(run, store="/b/store", schedule="/b/schedule")
     assert read_config(run)["data"]["store"] == "/b/store"
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("stop_after", 25.0), ("loader.threads", 8), ("train.micro_batch", 4), ("checkpoint.keep_last", 9)],
-)
-def test_free_settings_change(run, key, value):
-    _prepare(run, {key: value}, derived={"total_steps": 10, "stop_step": 5})
-    node = read_config(run)
-    for part in key.split("."):
-        node = node[part]
-    assert node == value
-    assert read_config(run)["derived"]["stop_step"] == 5
+def test_free_settings_change(run):
+    _prepare(run, "stop_after=25.0", "train.micro_batch=4", derived=5)
+    config = read_config(run)
+    assert (config["stop_after"], config["train"]["micro_batch"]) == (25.0, 4)
+    assert config["derived"] == {"total_steps": 5}
 
 
 def test_every_setting_of_a_run_says_whether_it_is_free():
@@ -224,16 +196,10 @@ def test_killed_while_preparing_the_same_command_goes_on(tmp_path, monkeypatch, 
 
 
 def test_a_later_start_makes_the_former_stale(run):
-    first = Generation.take(run)
-    assert not first.is_stale()
-    second = Generation.take(run)
-    assert first.is_stale()
-    assert not second.is_stale()
-    third = Generation.take(run)
-    assert [first.number, second.number, third.number] == [1, 2, 3]
-    assert first.is_stale()
-    assert second.is_stale()
-    assert not third.is_stale()
+    claims: list[Generation] = []
+    for number in (1, 2, 3):
+        claims.append(Generation.take(run))
+        assert [claim.number for claim in claims if not claim.is_stale()] == [number]
 
 
 def test_claims_survive_their_processes(run):
@@ -244,34 +210,16 @@ def test_claims_survive_their_processes(run):
 
 
 def test_concurrent_claims_are_distinct_and_one_of_them_is_current(run):
-    claims: list[Generation] = []
     barrier = threading.Barrier(16)
-
-    def take() -> None:
-        barrier.wait()
-        claims.append(Generation.take(run))
-
-    threads = [threading.Thread(target=take) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda _: (barrier.wait(), Generation.take(run))[1], range(16)))
     assert sorted(c.number for c in claims) == list(range(1, 17))
     assert [c.number for c in claims if not c.is_stale()] == [16]
-
-
-def test_the_restart_history_grows(run):
-    record_start(run, generation=1, world_size=2, device="cpu")
-    record_start(run, generation=2, world_size=4, device="cpu")
-    lines = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
-    assert [(r["generation"], r["world_size"]) for r in lines] == [(1, 2), (2, 4)]
-    assert all("T" in r["time"] for r in lines)
 
 
 @pytest.mark.parametrize("objective", ["dino", "mae"])
 def test_a_resolved_recipe_comes_back_from_the_run_folder(small, data, tmp_path, objective):
     """YAML keeps every number and every None; the ranks read nothing else."""
-    from hpcssl.core.config import build
     from hpcssl.train.pretrain_config import PretrainConfig
 
     recipe = small.RECIPES[objective](stop_after=2.5)

@@ -207,9 +207,7 @@ def train_here(
         collectives=collectives or Collectives(),
         device=torch.device("cpu"),
         surroundings=Surroundings(
-            generation=Claim() if claim is None else claim or None,
-            asked_to_stop=asked_to_stop,
-            say=said.append,
+            generation=Claim() if claim is None else claim or None, asked_to_stop=asked_to_stop, say=said.append
         ),
     )
     return said

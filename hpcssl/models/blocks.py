@@ -33,10 +33,7 @@ class Execution:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
-    x_BND: Tensor,
-    execution: Execution,
-    residual_scale_BL: Tensor | None = None,
+    blocks: Iterable[nn.Module], x_BND: Tensor, execution: Execution, residual_scale_BL: Tensor | None = None
 ) -> Tensor:
     """Return the tokens after all blocks, each residual branch scaled sample by sample (None: by 1)."""
     run = _compiled_block() if execution.compiled else _block

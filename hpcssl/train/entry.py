@@ -74,13 +74,7 @@ def pretrain(
             precision=dtype_name(resolve_precision(recipe.train.precision, device)),
         )
     train(
-        run,
-        recipe,
-        store=store,
-        schedule=schedule,
-        collectives=collectives,
-        device=device,
-        surroundings=surroundings,
+        run, recipe, store=store, schedule=schedule, collectives=collectives, device=device, surroundings=surroundings
     )
 
 

@@ -149,12 +149,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 def test_overrides_set_values_without_touching_the_original() -> None:
     values = {"optim": {"lr": 1, "betas": [0, 1]}, "name": "a"}
     found = with_overrides(values, ["optim.lr=2", "optim.betas=[0.5, 0.6]", "teacher.lr=3", "name=x=y", "clip=null"])
-    assert found == {
-        "optim": {"lr": 2, "betas": [0.5, 0.6]},
-        "name": "x=y",
-        "teacher": {"lr": 3},
-        "clip": None,
-    }
+    assert found == {"optim": {"lr": 2, "betas": [0.5, 0.6]}, "name": "x=y", "teacher": {"lr": 3}, "clip": None}
     assert values == {"optim": {"lr": 1, "betas": [0, 1]}, "name": "a"}
     assert with_overrides(values, ["optim.lr=2", "optim.lr=3"])["optim"]["lr"] == 3, "the last one holds"
 

@@ -10,13 +10,7 @@ import torch.nn.functional as F
 
 from hpcssl.core.config import build
 from hpcssl.core.errors import ConfigError
-from hpcssl.models.encoder import (
-    EncoderConfig,
-    build_encoder,
-    drop_path_rates,
-    resample_position,
-    residual_scale,
-)
+from hpcssl.models.encoder import EncoderConfig, build_encoder, drop_path_rates, resample_position, residual_scale
 
 TINY = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=3, num_heads=2, drop_path=0.3)
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}

@@ -147,12 +147,12 @@ def mae_recipe(**changes: Any) -> Any:
 RECIPES: dict[str, Callable[..., Any]] = {"dino": dino_recipe, "mae": mae_recipe}
 
 
-def make_run(run: Path, data: Data, recipe: Any) -> Path:
-    """Prepare a run folder as `hpcssl pretrain` does."""
+def make_run(run: Path, data: Data, recipe: Any, **digests: str) -> Path:
+    """Prepare a run folder as `hpcssl pretrain` does; `digests` are of other data than store and schedule."""
     from hpcssl.runs.run_folder import prepare_run
     from hpcssl.train.pretrain_config import Timeline
 
-    prepare_run(run, recipe, data=data.identity, derived=Timeline(recipe, data.schedule).derived())
+    prepare_run(run, recipe, data={**data.identity, **digests}, derived=Timeline(recipe, data.schedule).derived())
     return run
 
 
@@ -199,17 +199,14 @@ def train_here(
     from hpcssl.train.reduce import Collectives
 
     said: list[str] = []
-    train(
-        run,
-        recipe,
-        store=data.store,
-        schedule=data.schedule,
+    surroundings = Surroundings(
+        generation=Claim() if claim is None else claim or None,
+        asked_to_stop=asked_to_stop,
+        say=said.append,
         collectives=collectives or Collectives(),
-        device=torch.device("cpu"),
-        surroundings=Surroundings(
-            generation=Claim() if claim is None else claim or None, asked_to_stop=asked_to_stop, say=said.append
-        ),
     )
+    cpu = torch.device("cpu")
+    train(run, recipe, store=data.store, schedule=data.schedule, device=cpu, surroundings=surroundings)
     return said
 
 
@@ -339,10 +336,8 @@ def in_a_fork(work: Callable[[], object], *, kill_after: float | None = None) ->
             work()
         finally:
             os._exit(0)
-    ends = (
-        (60, signal.SIGABRT) if kill_after is None else (kill_after, signal.SIGKILL)
-    )  # pytest tells where, if it hangs
-    timer = threading.Timer(ends[0], os.kill, (child, ends[1]))
+    number = signal.SIGABRT if kill_after is None else signal.SIGKILL  # pytest tells where, if it hangs
+    timer = threading.Timer(60 if kill_after is None else kill_after, os.kill, (child, number))
     timer.start()
     _, status = os.waitpid(child, 0)
     timer.cancel()

@@ -151,12 +151,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a (nested) frozen dataclass from a mapping.
 
     A class whose layout was another one in a former version has a function `present_layout(values, where)`, which
-    returns such a mapping in the present one.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown key (naming the nearest), a missing one, or a value of the wrong type; it starts with `where`.
+    returns such a mapping in the present one. ConfigError, which starts with `where`, for an unknown key (naming the
+    nearest), a missing one, or a value that cannot be.
     """
     values = getattr(cls, "present_layout", lambda values, where: values)(values, where)
     for key, value in _truth_values(cls, values):

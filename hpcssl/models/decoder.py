@@ -42,12 +42,8 @@ class MaskedAutoencoder(nn.Module):
     The decoder's blocks are computed as the encoder's `execution` says.
 
     All weights are drawn anew from torch's default generator: linear layers and the patch embedding Xavier-uniform,
-    the class and the mask token normal with deviation 0.02.
-
-    Raises
-    ------
-    ConfigError
-        If the encoder's configuration has drop-path, or an embedding is not a multiple of 4.
+    the class and the mask token normal with deviation 0.02. ConfigError where the encoder has drop-path, or an
+    embedding is not a multiple of 4.
     """
 
     decoder_position: Tensor
@@ -109,12 +105,7 @@ def sincos_position(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     """Return the fixed position embedding of a class token (zero) and a grid of patches, [1, 1 + rows · columns, D].
 
     The first half of a patch's embedding encodes its column, the second its row, each as sines then cosines of
-    the index at frequencies 10000^(-i / (D / 4)).
-
-    Raises
-    ------
-    ConfigError
-        If `embed_dim` is not a multiple of 4.
+    the index at frequencies 10000^(-i / (D / 4)). ConfigError unless `embed_dim` is a multiple of 4.
     """
     if embed_dim % 4:
         raise ConfigError(f"MAE embed_dim {embed_dim}: expected a multiple of 4, for its 2-D position embedding")

@@ -28,10 +28,7 @@ _NOT_ENCODER = ("head", "fc_norm.", "decoder_", "mask_token")  # classifier, pro
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the named tensors of a file, wherever in it they stand, without the prefix `module.` of their names.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such file, or it holds no weights that load without running code.
+    ConfigError where there is no such file, or it holds no weights that load without running code.
     """
     if not path.is_file():
         raise ConfigError(
@@ -58,12 +55,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_initial_weights(path: Path, encoder: Encoder) -> tuple[dict[str, Tensor], str]:
     """Return the weights of `encoder.vit` from a file, and a sentence that says what matched.
 
-    Only names and shapes of the encoder are looked at: it may lie on torch's meta device.
-
-    Raises
-    ------
-    ConfigError
-        As of `read_weights`, and for the first tensor that does not fit: its name and both shapes.
+    Only names and shapes of the encoder are looked at: it may lie on torch's meta device. ConfigError as of
+    `read_weights`, and for the first tensor that does not fit, with its name and both shapes.
     """
     named = {name.removeprefix("backbone."): tensor for name, tensor in read_weights(path).items()}
     weights = {name: tensor for name, tensor in named.items() if not name.startswith(_NOT_ENCODER)}

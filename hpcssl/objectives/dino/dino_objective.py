@@ -30,13 +30,7 @@ MOST_ENTROPY = 0.99  # of the teacher, as a share of log K; 1 = its outputs are 
 
 @dataclass(frozen=True, kw_only=True)
 class DinoValues:
-    """What changes with the step.
-
-    Attributes
-    ----------
-    momentum, teacher_temperature : see `DinoConfig`
-    last_layer_frozen : whether the head's last layer gets no gradient
-    """
+    """What changes with the step (see `DinoConfig`)."""
 
     momentum: float
     teacher_temperature: float
@@ -118,7 +112,7 @@ class Dino(Objective):
     def loss(self, tiles: Tiles, values: DinoValues) -> Tensor:
         """Return the mean cross-entropy of the tiles and add the teacher's logits to the step's sum."""
         with torch.no_grad():
-            teacher = _logits(self._teacher, [_features(self._teacher, tiles.views[0])])
+            teacher = self._teacher["head"](_features(self._teacher, tiles.views[0]))
         kept = tiles.drop_path or (None,) * len(tiles.views)
         scales = (None if kind is None else residual_scale(kind.flatten(0, 1), self.needs.drop_path) for kind in kept)
         features = [_features(self._student, views, scale) for views, scale in zip(tiles.views, scales, strict=True)]
@@ -127,7 +121,7 @@ class Dino(Objective):
             entropy = teacher_entropy(teacher, self._center, values.teacher_temperature)
             self._entropy += entropy * teacher.shape[1]
         return dino_loss(
-            _logits(self._student, features),
+            self._student["head"](torch.cat(features)),  # one pass, its weights normed once
             teacher,
             self._center,
             student_temperature=self._config.student_temperature,
@@ -197,9 +191,3 @@ def _features(model: nn.ModuleDict, views: Tensor, scale: Tensor | None = None) 
     scale = None if scale is None else scale.to(views.device)
     features: Tensor = model["encoder"](normalised(views.flatten(0, 1)), scale)
     return features.unflatten(0, views.shape[:2])
-
-
-def _logits(model: nn.ModuleDict, features: list[Tensor]) -> Tensor:
-    """Return the head's output for the views of all kinds, (V, B, K); one pass, its weights normed once."""
-    logits: Tensor = model["head"](torch.cat(features))
-    return logits

@@ -43,14 +43,14 @@ _RANGES = {
 _FREE = "free"
 
 
-def free(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+def free(default: Any = dataclasses.MISSING) -> Any:
     """Declare a setting that may change on a run that has begun: where it stops, and how (not what) it computes."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: True})
+    return dataclasses.field(default=default, metadata={_FREE: True})
 
 
-def fixed(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+def fixed(default: Any = dataclasses.MISSING) -> Any:
     """Declare a setting that is the same for a whole run."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: False})
+    return dataclasses.field(default=default, metadata={_FREE: False})
 
 
 # `free` and `fixed` are no field specifiers to type checkers, which would look for the default behind a keyword
@@ -67,9 +67,8 @@ def settings(cls: type[T]) -> type[T]:
     Traceback (most recent call last):
     hpcssl.core.errors.ConfigError: threads = 0; expected at least 1
     """
-    made: Any = checked_dataclass(
-        cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False)
-    )
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    made: Any = checked_dataclass(cls, frozen=True, kw_only=True, config=config)
     check: Callable[..., None] = made.__init__
 
     def init(self: Any, **values: Any) -> None:

@@ -80,9 +80,9 @@ def embed_store(
             continue
         slide = table.iloc[index]
         first = int(slide["first_tile"])
-        features = np.concatenate(
-            [_embed(encoder, pixels[i : i + _BATCH], device) for i in range(0, len(pixels), _BATCH)]
-        )
+        with torch.inference_mode():
+            batches = torch.from_numpy(pixels).split(_BATCH)
+            features = torch.cat([encoder.features(batch.to(device)).float().cpu() for batch in batches]).numpy()
         coordinates = [store.coordinates_of(t) for t in range(first, first + int(slide["num_tiles"]))]
         write_slide(out / f"{slide['slide_id']}{SUFFIX}", features, np.array(coordinates, np.int64))
         on_progress(1)
@@ -168,8 +168,3 @@ def _read_ahead(
                 yield slide, bad[0] if bad else np.stack(pixels)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@torch.inference_mode()
-def _embed(encoder: Embedder, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    return encoder.features(torch.from_numpy(pixels).to(device)).float().cpu().numpy()

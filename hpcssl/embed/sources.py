@@ -36,13 +36,7 @@ class Embedder:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where an encoder comes from.
-
-    Attributes
-    ----------
-    run : run folder
-    step : optimiser step of the checkpoint; 0 = untrained
-    """
+    """Where an encoder comes from: a run folder, and the optimiser step of its checkpoint; 0 = untrained."""
 
     run: Path
     step: int

@@ -67,5 +67,4 @@ def _scaled(y_BND: Tensor, scale_B2: Tensor | None, branch: int) -> Tensor:
 @lru_cache
 def _compiled_block() -> Callable[..., Tensor]:
     """Return the compiled block; all blocks of a model share its graphs."""
-    compiled: Callable[..., Tensor] = torch.compile(_block, dynamic=False)
-    return compiled
+    return torch.compile(_block, dynamic=False)

@@ -111,10 +111,8 @@ def sincos_position(embed_dim: int, grid: tuple[int, int]) -> Tensor:
         raise ConfigError(f"MAE embed_dim {embed_dim}: expected a multiple of 4, for its 2-D position embedding")
     quarter = embed_dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = (
-        index.reshape(-1, 1) * frequency
-        for index in torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    )
+    places_2N = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid)).T
+    row, column = places_2N[:, :, None] * frequency
     patches = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
     return torch.cat([torch.zeros(1, embed_dim), patches.float()])[None]
 

@@ -11,7 +11,6 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +35,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             " an official DINO or MAE checkpoint)"
         )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        # official checkpoints also hold the command line, an argparse.Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            is_pickle = path.suffix != ".safetensors"
+            content = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise ConfigError(f"{path}: cannot be read as weights ({''.join(reason)[:200]})") from None
@@ -71,12 +73,6 @@ def read_initial_weights(path: Path, encoder: Encoder) -> tuple[dict[str, Tensor
     left_out = len(named) - len(weights)
     others = f"; {left_out} of a head or decoder left out" if left_out else ""
     return weights, f"encoder starts from {path}: all {len(expected)} of its tensors matched{others}"
-
-
-def _unpickled(path: Path) -> Any:
-    """Read a file of `torch.save`; official checkpoints also hold the command line, an argparse.Namespace."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +40,13 @@ def pretrain(run: Path, surroundings: Surroundings) -> None:
     digests = {"store": store.digest, "schedule": schedule.digest}
     if recipe.initial_weights and not saved:
         digests["initial_weights"] = digest_file(Path(recipe.initial_weights))
-    _check_same_data(run, digests, data)
+    for name, digest in digests.items():
+        recorded = data[f"{name}_digest"]
+        if digest != recorded:
+            raise RunError(
+                f"{run}: other data than the run began with: {name}_digest = {recorded} in config.yaml, {digest} found;"
+                " put the old ones back, or choose another --out"
+            )
     torch.set_num_threads(recipe.train.threads or max(1, surroundings.cores // surroundings.ranks_per_node))
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
@@ -60,17 +65,6 @@ def pretrain(run: Path, surroundings: Surroundings) -> None:
             precision=dtype_name(resolve_precision(recipe.train.precision, device)),
         )
     train(run, recipe, store=store, schedule=schedule, device=device, surroundings=surroundings)
-
-
-def _check_same_data(run: Path, digests: Mapping[str, str], data: Mapping[str, str]) -> None:
-    """Refuse to go on with other data than config.yaml says, by their digests."""
-    for name, digest in digests.items():
-        recorded = data[f"{name}_digest"]
-        if digest != recorded:
-            raise RunError(
-                f"{run}: other data than the run began with: {name}_digest = {recorded} in config.yaml, {digest} found;"
-                " put the old ones back, or choose another --out"
-            )
 
 
 def patient(collectives: Collectives) -> Collectives:

@@ -49,12 +49,7 @@ def feature_deviation(features_ND: Tensor) -> float:
 
 
 class CollapseWatch:
-    """Looks at the features of the schedule's first tiles, un-augmented.
-
-    Parameters
-    ----------
-    say : is told, once, that a limit is crossed and what to try
-    """
+    """Looks at the features of the schedule's first tiles, un-augmented; says, once, which limit is crossed."""
 
     def __init__(
         self,

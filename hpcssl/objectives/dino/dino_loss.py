@@ -60,8 +60,12 @@ def teacher_entropy(teacher_GBK: Tensor, center_K: Tensor, temperature: float) -
 
     It watches for collapse: log(K) when every output is uniform, 0 when every one is certain.
     """
-    q_GBK = _probabilities(teacher_GBK, center_K, temperature)
-    return -torch.special.xlogy(q_GBK, q_GBK).sum(-1).mean()
+    return entropy(_probabilities(teacher_GBK, center_K, temperature)).mean()
+
+
+def entropy(shares_NK: Tensor) -> Tensor:
+    """Return the entropy of each row's shares, [N], in nats."""
+    return -torch.special.xlogy(shares_NK, shares_NK).sum(-1)
 
 
 @torch.no_grad()

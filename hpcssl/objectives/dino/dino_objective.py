@@ -16,7 +16,7 @@ from hpcssl.core.errors import ConfigError
 from hpcssl.models.encoder import Encoder, drop_path_rates, normalised, residual_scale
 from hpcssl.models.heads import DinoHead, DinoHeadConfig
 from hpcssl.objectives.contract import Clock, Objective, ObjectiveConfig, Tiles
-from hpcssl.objectives.dino.dino_loss import dino_loss, teacher_entropy, update_center
+from hpcssl.objectives.dino.dino_loss import dino_loss, entropy, teacher_entropy, update_center
 from hpcssl.optim.parameters import update_average
 from hpcssl.optim.values import cosine
 from hpcssl.plan.draw import PlanNeeds
@@ -41,8 +41,6 @@ class DinoValues:
 class DinoConfig(ObjectiveConfig):
     """Settings of DINO; the defaults are the paper's.
 
-    Attributes
-    ----------
     head : sizes of the projection head
     student_temperature, teacher_temperature : of the softmax
     warmup_teacher_temperature : the teacher's in the first pseudo-epoch, if there is a warm-up
@@ -118,8 +116,8 @@ class Dino(Objective):
         features = [_features(self._student, views, scale) for views, scale in zip(tiles.views, scales, strict=True)]
         with torch.no_grad():
             self._sum += teacher.sum((0, 1), dtype=self._sum.dtype)
-            entropy = teacher_entropy(teacher, self._center, values.teacher_temperature)
-            self._entropy += entropy * teacher.shape[1]
+            mean = teacher_entropy(teacher, self._center, values.teacher_temperature)
+            self._entropy += mean * teacher.shape[1]
         return dino_loss(
             self._student["head"](torch.cat(features)),  # one pass, its weights normed once
             teacher,
@@ -142,11 +140,11 @@ class Dino(Objective):
         update_average(self._teacher.parameters(), self._student.parameters(), values.momentum)
         all_reduce_sum(self._sum)
         all_reduce_sum(self._entropy)
-        entropy = float(self._entropy) / global_batch
+        mean_entropy = float(self._entropy) / global_batch
         vectors = self._global_views * global_batch
         self._center.copy_(update_center(self._center, self._sum, vectors, self._config.center_momentum))
         self.forget()
-        return {"teacher_entropy": entropy, "momentum": values.momentum}
+        return {"teacher_entropy": mean_entropy, "momentum": values.momentum}
 
     def forget(self) -> None:
         """Drop the sums over the step's tiles."""
@@ -161,8 +159,8 @@ class Dino(Objective):
         outputs_NK = torch.cat([(chunk / temperature).softmax(-1) for chunk in logits])
         return {
             "center_norm": float(self._center.norm()),
-            "watched_entropy": float(_entropy(outputs_NK).mean()),
-            "outputs_used": math.exp(_entropy(outputs_NK.mean(0))),
+            "watched_entropy": float(entropy(outputs_NK).mean()),
+            "outputs_used": math.exp(entropy(outputs_NK.mean(0))),
         }
 
     def complaints(self, measurements: Mapping[str, float]) -> dict[str, str]:
@@ -180,10 +178,6 @@ class Dino(Objective):
                 " try a lower objective.teacher_temperature"
             )
         return messages
-
-
-def _entropy(shares_NK: Tensor) -> Tensor:
-    return -torch.special.xlogy(shares_NK, shares_NK).sum(-1)
 
 
 def _features(model: nn.ModuleDict, views: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -303,21 +304,18 @@ class VirtualRanks:
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """Return what every rank's work gives; the first error of a rank ends all."""
-        results: list[Any] = [None] * len(self._parts)
         errors: list[BaseException] = []
 
-        def one(rank: int) -> None:
+        def one(rank: int) -> Any:
+            threading.current_thread().name = f"rank {rank}"
             try:
-                results[rank] = work(rank)
+                return work(rank)
             except BaseException as error:  # noqa: BLE001 - told below
                 errors.append(error)
                 self._barrier.abort()
 
-        threads = [threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(len(self._parts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            results = list(pool.map(one, range(len(self._parts))))
         if errors:
             raise errors[0]
         return results

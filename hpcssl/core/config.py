@@ -218,18 +218,16 @@ def _describe(cls: type, error: ErrorDetails) -> str:
 
 def _path_in(cls: type, location: Sequence[int | str]) -> tuple[str, list[str]]:
     """Return the dotted key of an error's location, without tags of unions, and the settings of its last group."""
-    words, groups, siblings = [], [cls], [f.name for f in dataclasses.fields(cls)]
+    words, groups, last = [], [cls], cls
     for word in location:
         tagged = [group for group in groups if len(groups) > 1 and word in (tag_of(group), group.__name__)]
-        if tagged:
-            groups, siblings = tagged, [f.name for f in dataclasses.fields(tagged[0])]
-            continue
-        words.append(str(word))
-        hints = typing.get_type_hints(groups[0]) if len(groups) == 1 else {}
-        groups = groups_in(hints[word]) if word in hints else []
+        if not tagged:
+            words.append(str(word))
+            hints = typing.get_type_hints(groups[0]) if len(groups) == 1 else {}
+        groups = tagged or groups_in(hints.get(str(word)))
         if len(groups) == 1:
-            siblings = [f.name for f in dataclasses.fields(groups[0])]
-    return ".".join(words), siblings
+            (last,) = groups
+    return ".".join(words), [f.name for f in dataclasses.fields(last)]
 
 
 def tag_of(group: type) -> Any:

@@ -68,10 +68,8 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
         """Return the predicted pixels of all patches, [B, N, P], each patch's values in the order row, column, channel.
 
-        Parameters
-        ----------
-        images_BCHW : normalised images of the encoder's native size
-        mask_BN : boolean, True where masked; every row has the same number of True. May lie on the CPU
+        The images are normalised, of the encoder's native size. The mask is True where masked, as often in every row;
+        it may lie on the CPU.
         """
         order_BN, num_visible = _visible_first(mask_BN)
         order_BN = order_BN.to(images_BCHW.device, non_blocking=True)

@@ -21,12 +21,8 @@ def dino_loss(
     """Return the mean cross-entropy, in nats, over pairs of a teacher view and another of the student, and over tiles.
 
     With q the teacher's softmax and s the student's logits over the temperature, one pair gives
-    logsumexp(s) - q · s; the sums over q and over s are taken before the product, so that no pair costs an array.
-
-    Parameters
-    ----------
-    student_VBK, teacher_GBK : logits; no gradient flows to the teacher's
-    center_K : the running mean of the teacher's logits
+    logsumexp(s) - q · s; the sums over q and over s are taken before the product, so that no pair costs an array. No
+    gradient flows to the teacher's logits, nor to their running mean, the centre.
     """
     num_views, num_tiles, _ = student_VBK.shape
     num_global = len(teacher_GBK)

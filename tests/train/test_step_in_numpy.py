@@ -283,10 +283,12 @@ def _check_dino(small, data, begin, step, *, learnt_lengths=False):
         else:
             wanted = w[f"student.{name}"]
             assert f"optimizer.exp_avg.{name}" not in after
+            assert state.objective.trained.get_parameter(name).grad is None
         _assert_near(after[f"student.{name}"], wanted, name)
         momentum = values.objective.momentum
         teacher = momentum * w[f"teacher.{name}"] + (1 - momentum) * after[f"student.{name}"]
         _assert_near(after[f"teacher.{name}"], teacher, name)
+    assert all(p.grad is None for p in state.objective.module["teacher"].parameters())
     _assert_near(after["center"], 0.9 * w["center"] + 0.1 * logits.mean((0, 1)), "center")
 
 

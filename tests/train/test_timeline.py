@@ -235,8 +235,3 @@ def test_a_setting_that_cannot_be_used_is_named(setting, told):
     with pytest.raises(ConfigError, match=told) as caught:
         load_recipe("dino-demo", [setting])
     assert "\n" not in str(caught.value)
-
-
-def test_settings_are_taken_over():
-    recipe = load_recipe("dino-demo", ["seed=5", "optim.clip=null", "train.micro_batch=7"])
-    assert (recipe.seed, recipe.optim.clip, recipe.train.micro_batch) == (5, None, 7)

@@ -137,7 +137,7 @@ def _load(model: nn.Module, file: Path, classifier: str | tuple[str, ...] | None
     """Load weights; of the file, only the classifier may be left over."""
     stored, expected = read_weights(file), model.state_dict()
     ends = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
-    left = [name for name in stored if name not in expected and not name.startswith(ends or ("\0",))]
+    left = [name for name in stored if name not in expected and not name.startswith(ends)]
     missing = [name for name in expected if name not in stored]
     for verb, names in (("lacks", missing), ("holds", left)):
         if names:

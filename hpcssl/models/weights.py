@@ -42,11 +42,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise ConfigError(f"{path}: cannot be read as weights ({''.join(reason)[:200]})") from None
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in _GROUPS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    while isinstance(content, Mapping) and (
+        groups := [content[g] for g in _GROUPS if isinstance(content.get(g), Mapping)]
+    ):
+        content = groups[0]
     values = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(name).removeprefix("module."): value for name, value in values if isinstance(value, Tensor)}
     if not tensors:

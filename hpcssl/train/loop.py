@@ -129,13 +129,13 @@ class _Loop:
         state, writer = self.state, self.writer
         if writer and state.step == 0:
             writer.save(state)
-        begun, before, first = time.perf_counter(), _loader_times(stream), state.step
+        started, before, first = time.perf_counter(), _loader_times(stream), state.step
         for batch in stream:
             assert batch.step == state.step, (batch.step, state.step)
             record = self._step(batch)
             is_last = state.step == self.timeline.stop_step
             now = time.perf_counter()
-            seconds, begun = now - begun, now
+            seconds, started = now - started, now
             after = _loader_times(stream)
             record |= {name: after[name] - before[name] for name in after}
             before = after

@@ -68,8 +68,8 @@ def poison(monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_skipped_step_counts_on_and_changes_nothing(small, data, tmp_path, poison, objective, value):
     poison(value=value)
-    run = small.make_run(tmp_path / "run", data, _recipe(small, objective, 2))
     recipe = _recipe(small, objective, 2, checkpoint=replace(small.dino_recipe().checkpoint, every_min=0, keep_last=20))
+    run = small.make_run(tmp_path / "run", data, recipe)
     _train(small, run, recipe, data)
     trace = read_metrics(run)
     assert trace["step"].tolist() == list(range(1, small.STEPS + 1))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -147,12 +148,12 @@ def mae_recipe(**changes: Any) -> Any:
 RECIPES: dict[str, Callable[..., Any]] = {"dino": dino_recipe, "mae": mae_recipe}
 
 
-def make_run(run: Path, data: Data, recipe: Any) -> Path:
-    """Prepare a run folder as `hpcssl pretrain` does."""
+def make_run(run: Path, data: Data, recipe: Any, **digests: str) -> Path:
+    """Prepare a run folder as `hpcssl pretrain` does; `digests` are of other data than store and schedule."""
     from hpcssl.runs.run_folder import prepare_run
     from hpcssl.train.pretrain_config import Timeline
 
-    prepare_run(run, recipe, data=data.identity, derived=Timeline(recipe, data.schedule).derived())
+    prepare_run(run, recipe, data={**data.identity, **digests}, derived=Timeline(recipe, data.schedule).derived())
     return run
 
 
@@ -199,19 +200,14 @@ def train_here(
     from hpcssl.train.reduce import Collectives
 
     said: list[str] = []
-    train(
-        run,
-        recipe,
-        store=data.store,
-        schedule=data.schedule,
+    surroundings = Surroundings(
+        generation=Claim() if claim is None else claim or None,
+        asked_to_stop=asked_to_stop,
+        say=said.append,
         collectives=collectives or Collectives(),
-        device=torch.device("cpu"),
-        surroundings=Surroundings(
-            generation=Claim() if claim is None else claim or None,
-            asked_to_stop=asked_to_stop,
-            say=said.append,
-        ),
     )
+    cpu = torch.device("cpu")
+    train(run, recipe, store=data.store, schedule=data.schedule, device=cpu, surroundings=surroundings)
     return said
 
 
@@ -308,21 +304,18 @@ class VirtualRanks:
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """Return what every rank's work gives; the first error of a rank ends all."""
-        results: list[Any] = [None] * len(self._parts)
         errors: list[BaseException] = []
 
-        def one(rank: int) -> None:
+        def one(rank: int) -> Any:
+            threading.current_thread().name = f"rank {rank}"
             try:
-                results[rank] = work(rank)
+                return work(rank)
             except BaseException as error:  # noqa: BLE001 - told below
                 errors.append(error)
                 self._barrier.abort()
 
-        threads = [threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(len(self._parts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            results = list(pool.map(one, range(len(self._parts))))
         if errors:
             raise errors[0]
         return results
@@ -341,10 +334,8 @@ def in_a_fork(work: Callable[[], object], *, kill_after: float | None = None) ->
             work()
         finally:
             os._exit(0)
-    ends = (
-        (60, signal.SIGABRT) if kill_after is None else (kill_after, signal.SIGKILL)
-    )  # pytest tells where, if it hangs
-    timer = threading.Timer(ends[0], os.kill, (child, ends[1]))
+    number = signal.SIGABRT if kill_after is None else signal.SIGKILL  # pytest tells where, if it hangs
+    timer = threading.Timer(60 if kill_after is None else kill_after, os.kill, (child, number))
     timer.start()
     _, status = os.waitpid(child, 0)
     timer.cancel()

@@ -43,14 +43,14 @@ _RANGES = {
 _FREE = "free"
 
 
-def free(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+def free(default: Any = dataclasses.MISSING) -> Any:
     """Declare a setting that may change on a run that has begun: where it stops, and how (not what) it computes."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: True})
+    return dataclasses.field(default=default, metadata={_FREE: True})
 
 
-def fixed(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+def fixed(default: Any = dataclasses.MISSING) -> Any:
     """Declare a setting that is the same for a whole run."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={_FREE: False})
+    return dataclasses.field(default=default, metadata={_FREE: False})
 
 
 # `free` and `fixed` are no field specifiers to type checkers, which would look for the default behind a keyword
@@ -67,9 +67,8 @@ def settings(cls: type[T]) -> type[T]:
     Traceback (most recent call last):
     hpcssl.core.errors.ConfigError: threads = 0; expected at least 1
     """
-    made: Any = checked_dataclass(
-        cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False)
-    )
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    made: Any = checked_dataclass(cls, frozen=True, kw_only=True, config=config)
     check: Callable[..., None] = made.__init__
 
     def init(self: Any, **values: Any) -> None:
@@ -151,12 +150,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a (nested) frozen dataclass from a mapping.
 
     A class whose layout was another one in a former version has a function `present_layout(values, where)`, which
-    returns such a mapping in the present one.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown key (naming the nearest), a missing one, or a value of the wrong type; it starts with `where`.
+    returns such a mapping in the present one. ConfigError, which starts with `where`, for an unknown key (naming the
+    nearest), a missing one, or a value that cannot be.
     """
     values = getattr(cls, "present_layout", lambda values, where: values)(values, where)
     for key, value in _truth_values(cls, values):
@@ -223,18 +218,16 @@ def _describe(cls: type, error: ErrorDetails) -> str:
 
 def _path_in(cls: type, location: Sequence[int | str]) -> tuple[str, list[str]]:
     """Return the dotted key of an error's location, without tags of unions, and the settings of its last group."""
-    words, groups, siblings = [], [cls], [f.name for f in dataclasses.fields(cls)]
+    words, groups, last = [], [cls], cls
     for word in location:
         tagged = [group for group in groups if len(groups) > 1 and word in (tag_of(group), group.__name__)]
-        if tagged:
-            groups, siblings = tagged, [f.name for f in dataclasses.fields(tagged[0])]
-            continue
-        words.append(str(word))
-        hints = typing.get_type_hints(groups[0]) if len(groups) == 1 else {}
-        groups = groups_in(hints[word]) if word in hints else []
+        if not tagged:
+            words.append(str(word))
+            hints = typing.get_type_hints(groups[0]) if len(groups) == 1 else {}
+        groups = tagged or groups_in(hints.get(str(word)))
         if len(groups) == 1:
-            siblings = [f.name for f in dataclasses.fields(groups[0])]
-    return ".".join(words), siblings
+            (last,) = groups
+    return ".".join(words), [f.name for f in dataclasses.fields(last)]
 
 
 def tag_of(group: type) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ _SEED = 0  # of random weights
 class Baseline:
     """A model of timm and where its weights come from."""
 
+    checkpoint: ClassVar[str] = ""
+    """Name of the checkpoint in feature folders and results: none."""
     model: str
     """timm's name."""
     stage: int | None = None
@@ -39,13 +42,7 @@ class Baseline:
 
     @classmethod
     def parse(cls, text: str, weights: Path | None = None) -> Baseline:
-        """Read `timm:NAME`, with `:stageN` and `:random` behind it if wanted.
-
-        Raises
-        ------
-        ConfigError
-            If timm has no such model, or something else stands behind its name.
-        """
+        """Read `timm:NAME`, with `:stageN` and `:random` behind it if wanted; ConfigError for any other text."""
         name, *rest = text.removeprefix(PREFIX).split(":")
         if not timm.is_model(name):
             raise ConfigError(f"{text}: timm has no model {name}; {nearest(name, timm.list_models())}")
@@ -65,19 +62,8 @@ class Baseline:
         stage = f", stage {self.stage}" if self.stage is not None else ""
         return f"{self.model}{stage}{', random' if self.random else ''}"
 
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint in feature folders and results: none."""
-        return ""
-
     def load(self) -> Embedder:
-        """Return the model with its weights.
-
-        Raises
-        ------
-        ConfigError
-            If there are no weights on this machine, the file does not fit, or the model has no such stage.
-        """
+        """Return the model with its weights; ConfigError for missing or unfit ones, and a stage that it has not."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model: Any = timm.create_model(self.model, pretrained=False, num_classes=0)
@@ -90,12 +76,13 @@ class Baseline:
         config = model.pretrained_cfg
         features = _features(model, self.stage, config["mean"], config["std"])
         px = int(config["input_size"][-1])
+        patch_px = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
         return Embedder(
             module=model,
             features=features,
             dim=_dim(features, px, self.model) if self.stage is None else _channels(model, self.model, self.stage),
             image_px=px,
-            multiple_px=_patch_px(model),
+            multiple_px=int(np.ravel(patch_px)[0]),
             about=about,
         )
 
@@ -130,11 +117,6 @@ def _channels(model: Any, name: str, stage: int) -> int:
     return int(model.feature_info[stage]["num_chs"])
 
 
-def _patch_px(model: Any) -> int:
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    return int(patch[0] if isinstance(patch, (tuple, list)) else patch)
-
-
 def _kept_by_timm(name: str, config: dict[str, Any]) -> Path:
     """Return the file that timm has downloaded some time; ConfigError says where to put one."""
     from huggingface_hub import try_to_load_from_cache
@@ -155,7 +137,7 @@ def _load(model: nn.Module, file: Path, classifier: str | tuple[str, ...] | None
     """Load weights; of the file, only the classifier may be left over."""
     stored, expected = read_weights(file), model.state_dict()
     ends = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
-    left = [name for name in stored if name not in expected and not name.startswith(ends or ("\0",))]
+    left = [name for name in stored if name not in expected and not name.startswith(ends)]
     missing = [name for name in expected if name not in stored]
     for verb, names in (("lacks", missing), ("holds", left)):
         if names:

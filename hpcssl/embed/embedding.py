@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ import torch
 from hpcssl.core.atomic import read_json
 from hpcssl.core.claim import check_same
 from hpcssl.core.errors import BadTileError, ConfigError, FeatureError
+from hpcssl.core.ordered import in_order
 from hpcssl.embed.baseline import PREFIX, Baseline
-from hpcssl.embed.sources import Embedder, Source, best_device
+from hpcssl.embed.sources import Embedder, Source
 from hpcssl.features.feature_files import SUFFIX, write_slide
 from hpcssl.features.feature_folder import INDEX_NAME, write_index
 from hpcssl.loader.pillow import whole_tile
@@ -50,25 +52,21 @@ def embed_store(
 ) -> None:
     """Write the features of every slide that has no file yet.
 
+    FeatureError where `out` holds features of another encoder, size or store; BadTileError, when all other slides are
+    done, for the first that has a tile which is missing or cannot be decoded.
+
     Parameters
     ----------
     threads : for decoding; as many compute on the CPU
     tile_px : side that tiles are resized to; None = the encoder's native size
     slides : numbers of the slides that are wanted; None = all
     on_progress : called with 1 after every slide
-
-    Raises
-    ------
-    FeatureError
-        If `out` holds features of another encoder, size or store.
-    BadTileError
-        When all other slides are done, for the first that has a tile which is missing or cannot be decoded.
     """
     if threads < 1:
         raise ConfigError(f"threads = {threads}; expected at least 1")
     encoder, px = prepare(store, source, out, tile_px)
     torch.set_num_threads(threads)
-    device = best_device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.module.to(device)
     table = store.slides
     requested = range(len(table)) if slides is None else slides
@@ -82,9 +80,9 @@ def embed_store(
             continue
         slide = table.iloc[index]
         first = int(slide["first_tile"])
-        features = np.concatenate(
-            [_embed(encoder, pixels[i : i + _BATCH], device) for i in range(0, len(pixels), _BATCH)]
-        )
+        with torch.inference_mode():
+            batches = torch.from_numpy(pixels).split(_BATCH)
+            features = torch.cat([encoder.features(batch.to(device)).float().cpu() for batch in batches]).numpy()
         coordinates = [store.coordinates_of(t) for t in range(first, first + int(slide["num_tiles"]))]
         write_slide(out / f"{slide['slide_id']}{SUFFIX}", features, np.array(coordinates, np.int64))
         on_progress(1)
@@ -93,12 +91,9 @@ def embed_store(
 
 
 def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = None) -> list[int]:
-    """Return the numbers of the slides, of those whose id is wanted (None = all), that have no feature file in `out`.
+    """Return the numbers of the wanted slides, by id (None = all), that have no feature file in `out`.
 
-    Raises
-    ------
-    FeatureError
-        If a wanted slide is not in the store.
+    FeatureError where a wanted slide is not in the store.
     """
     ids = store.slides["slide_id"].tolist()
     chosen = set(ids if wanted is None else wanted)
@@ -112,16 +107,8 @@ def missing_slides(store: Store, out: Path, wanted: Collection[str] | None = Non
 def prepare(store: Store, source: Source | Baseline, out: Path, tile_px: int | None) -> tuple[Embedder, int]:
     """Make the folder of features with its features.json, or check that the one there is of the same making.
 
-    Returns
-    -------
-    The encoder, and the side that tiles are resized to.
-
-    Raises
-    ------
-    ConfigError
-        For a side that the encoder cannot take.
-    FeatureError
-        If `out` holds features of another encoder, size or store.
+    Returns the encoder, and the side that tiles are resized to. ConfigError for a side that the encoder cannot take;
+    FeatureError where `out` holds features of another encoder, size or store.
     """
     encoder = source.load()
     px = encoder.image_px if tile_px is None else tile_px
@@ -135,21 +122,10 @@ def prepare(store: Store, source: Source | Baseline, out: Path, tile_px: int | N
         "tile_px": px,
         "store_digest": store.digest,
     }
-    _prepare(out, about)
-    return encoder, px
-
-
-def _written_slides(out: Path) -> set[str]:
-    """Return the ids of the slides that have a feature file, by one look into the folder."""
-    return {path.name[: -len(SUFFIX)] for path in out.glob(f"[!.]*{SUFFIX}")}
-
-
-def _prepare(out: Path, about: dict) -> None:
-    """Make the folder with its features.json, or check that the one there is of the same making."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / INDEX_NAME).exists():
-        damaged = FeatureError(f"{out / INDEX_NAME}: damaged; remove {out} and embed again")
-        stored = read_json(out / INDEX_NAME, damaged)
+    index = out / INDEX_NAME
+    if index.exists():
+        stored = read_json(index, FeatureError(f"{index}: damaged; remove {out} and embed again"))
         check_same(
             {key: stored.get(key) for key in about},
             about,
@@ -158,43 +134,37 @@ def _prepare(out: Path, about: dict) -> None:
             advice="choose another --out",
             error=FeatureError,
         )
-        return
-    if any(not e.name.startswith(".") for e in out.iterdir()):  # hidden names are what a killed start left
+    elif any(not e.name.startswith(".") for e in out.iterdir()):  # hidden names are what a killed start left
         raise FeatureError(f"{out}: not empty and no feature folder (no {INDEX_NAME}); choose another --out")
-    write_index(out, **about)
+    else:
+        write_index(out, **about)
+    return encoder, px
+
+
+def _written_slides(out: Path) -> set[str]:
+    """Return the ids of the slides that have a feature file, by one look into the folder."""
+    return {path.name[: -len(SUFFIX)] for path in out.glob(f"[!.]*{SUFFIX}")}
 
 
 def _read_ahead(
     store: Store, slides: list[int], px: int, threads: int
 ) -> Iterator[tuple[int, np.ndarray | BadTileError]]:
-    """Yield (slide number, its tiles (N, px, px, 3) uint8 or what is wrong with one), decoding a few slides ahead."""
-    table = store.slides
+    """Yield (slide number, its tiles (N, px, px, 3) uint8 or what is wrong with one), decoding some tiles ahead."""
 
-    def read(tile: int) -> np.ndarray:
-        return whole_tile(store.fetch(tile, tile), px, name=str(store.file_of(tile)))
-
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[int, list[Future[np.ndarray]]]] = deque()
-
-        def finish() -> tuple[int, np.ndarray | BadTileError]:
-            slide, futures = ahead.popleft()
-            try:
-                return slide, np.stack([f.result() for f in futures])
-            except BadTileError as error:
-                return slide, error
-
+    def read(tile: int) -> Any:
         try:
-            for slide in slides:
-                first, count = int(table["first_tile"].iloc[slide]), int(table["num_tiles"].iloc[slide])
-                ahead.append((slide, [pool.submit(read, t) for t in range(first, first + count)]))
-                while len(ahead) > 1 and sum(len(tiles) for _, tiles in ahead) > _TILES_AHEAD:
-                    yield finish()
-            while ahead:
-                yield finish()
+            return whole_tile(store.fetch(tile, tile), px, name=str(store.file_of(tile)))
+        except BadTileError as error:
+            return error
+
+    firsts, counts = (store.slides[name].iloc[slides].tolist() for name in ("first_tile", "num_tiles"))
+    tiles = (tile for first, count in zip(firsts, counts) for tile in range(first, first + count))
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = in_order(pool, read, tiles, window=_TILES_AHEAD)
+        try:
+            for slide, count in zip(slides, counts):
+                pixels = [image for _, image in islice(decoded, count)]
+                bad = [image for image in pixels if isinstance(image, BadTileError)]
+                yield slide, bad[0] if bad else np.stack(pixels)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@torch.inference_mode()
-def _embed(encoder: Embedder, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    return encoder.features(torch.from_numpy(pixels).to(device)).float().cpu().numpy()

@@ -23,16 +23,8 @@ from hpcssl.runs.run_folder import NOT_SETTINGS, read_config
 def write_weights(source: Source, out: Path, *, student: bool = False) -> tuple[dict[str, Any], str]:
     """Write an encoder of a checkpoint under timm's names, whole or not at all.
 
-    Returns
-    -------
-    The checkpoint's plain values, and the words of the card on what was learnt and which encoder this is.
-
-    Raises
-    ------
-    RunError
-        If the checkpoint is missing or damaged, or a student is asked for that the run does not have.
-    ConfigError
-        If the run's objective is not known.
+    Returns the checkpoint's plain values, and the words of the card on what was learnt and which encoder this is.
+    RunError where the checkpoint is missing or damaged, or has no such student; ConfigError for an unknown objective.
     """
     tensors, state = load_checkpoint(checkpoint_path(source.run, source.step))
     objective = objective_named(state["objective"], where=str(source.run))
@@ -65,11 +57,8 @@ def timm_arguments(encoder: Mapping[str, Any]) -> dict[str, Any]:
 def model_card(source: Source, file: Path, state: Mapping[str, Any], *, objective: str, organs: str) -> str:
     """Return the card in Markdown: how to load the weights, and what they were made of.
 
-    Parameters
-    ----------
-    file : the weights
-    state, objective : what `write_weights` returned of them
-    organs : the text on the organs of the schedule
+    `state` and `objective` are what `write_weights` returned of the weights in `file`, `organs` is the text on those of
+    the schedule.
     """
     config, name = read_config(source.run), file.name
     data, recipe = config["data"], {key: value for key, value in config.items() if key not in NOT_SETTINGS}

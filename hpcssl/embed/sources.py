@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hpcssl.core.config import build
@@ -37,13 +36,7 @@ class Embedder:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where an encoder comes from.
-
-    Attributes
-    ----------
-    run : run folder
-    step : optimiser step of the checkpoint; 0 = untrained
-    """
+    """Where an encoder comes from: a run folder, and the optimiser step of its checkpoint; 0 = untrained."""
 
     run: Path
     step: int
@@ -93,8 +86,3 @@ def load_encoder(source: Source) -> tuple[Encoder, dict]:
     prefix = state["encoder_prefix"]
     encoder.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     return encoder.eval().requires_grad_(False), state
-
-
-def best_device() -> torch.device:
-    """Return the first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

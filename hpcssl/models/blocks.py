@@ -33,10 +33,7 @@ class Execution:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
-    x_BND: Tensor,
-    execution: Execution,
-    residual_scale_BL: Tensor | None = None,
+    blocks: Iterable[nn.Module], x_BND: Tensor, execution: Execution, residual_scale_BL: Tensor | None = None
 ) -> Tensor:
     """Return the tokens after all blocks, each residual branch scaled sample by sample (None: by 1)."""
     run = _compiled_block() if execution.compiled else _block
@@ -70,5 +67,4 @@ def _scaled(y_BND: Tensor, scale_B2: Tensor | None, branch: int) -> Tensor:
 @lru_cache
 def _compiled_block() -> Callable[..., Tensor]:
     """Return the compiled block; all blocks of a model share its graphs."""
-    compiled: Callable[..., Tensor] = torch.compile(_block, dynamic=False)
-    return compiled
+    return torch.compile(_block, dynamic=False)

@@ -42,12 +42,8 @@ class MaskedAutoencoder(nn.Module):
     The decoder's blocks are computed as the encoder's `execution` says.
 
     All weights are drawn anew from torch's default generator: linear layers and the patch embedding Xavier-uniform,
-    the class and the mask token normal with deviation 0.02.
-
-    Raises
-    ------
-    ConfigError
-        If the encoder's configuration has drop-path, or an embedding is not a multiple of 4.
+    the class and the mask token normal with deviation 0.02. ConfigError where the encoder has drop-path, or an
+    embedding is not a multiple of 4.
     """
 
     decoder_position: Tensor
@@ -72,10 +68,8 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
         """Return the predicted pixels of all patches, [B, N, P], each patch's values in the order row, column, channel.
 
-        Parameters
-        ----------
-        images_BCHW : normalised images of the encoder's native size
-        mask_BN : boolean, True where masked; every row has the same number of True. May lie on the CPU
+        The images are normalised, of the encoder's native size. The mask is True where masked, as often in every row;
+        it may lie on the CPU.
         """
         order_BN, num_visible = _visible_first(mask_BN)
         order_BN = order_BN.to(images_BCHW.device, non_blocking=True)
@@ -109,21 +103,14 @@ def sincos_position(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     """Return the fixed position embedding of a class token (zero) and a grid of patches, [1, 1 + rows · columns, D].
 
     The first half of a patch's embedding encodes its column, the second its row, each as sines then cosines of
-    the index at frequencies 10000^(-i / (D / 4)).
-
-    Raises
-    ------
-    ConfigError
-        If `embed_dim` is not a multiple of 4.
+    the index at frequencies 10000^(-i / (D / 4)). ConfigError unless `embed_dim` is a multiple of 4.
     """
     if embed_dim % 4:
         raise ConfigError(f"MAE embed_dim {embed_dim}: expected a multiple of 4, for its 2-D position embedding")
     quarter = embed_dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = (
-        index.reshape(-1, 1) * frequency
-        for index in torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    )
+    places_2N = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid)).T
+    row, column = places_2N[:, :, None] * frequency
     patches = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
     return torch.cat([torch.zeros(1, embed_dim), patches.float()])[None]
 

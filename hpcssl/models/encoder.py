@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import timm
@@ -59,18 +58,13 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, execution: Execution = _PLAIN) -> None:
         super().__init__()
         self.vit = _create(config)
-        self.execution = execution
-        choose_attention(self.vit.blocks, execution)
-        self.config = replace(
-            config,
-            patch_px=self.vit.patch_embed.patch_size[0],
-            embed_dim=self.vit.embed_dim,
-            depth=len(self.vit.blocks),
-            num_heads=self.vit.blocks[0].attn.num_heads,
-        )
+        self.execution, blocks = execution, self.vit.blocks
+        choose_attention(blocks, execution)
         self.patch_px: int = self.vit.patch_embed.patch_size[0]
         self.embed_dim: int = self.vit.embed_dim
         self.grid_size: tuple[int, int] = self.vit.patch_embed.grid_size
+        sizes = {"patch_px": self.patch_px, "embed_dim": self.embed_dim}
+        self.config = replace(config, **sizes, depth=len(blocks), num_heads=blocks[0].attn.num_heads)
         nn.init.trunc_normal_(self.vit.cls_token, std=0.02)  # as DINO and MAE do; timm's 1e-6 is all but zero
 
     def forward(self, images_BCHW: Tensor, residual_scale_BL: Tensor | None = None) -> Tensor:
@@ -85,18 +79,16 @@ class Encoder(nn.Module):
         images_BCHW : normalised images; sides divisible by the patch
         residual_scale_BL : factor of every sample's residual branches (see `residual_scale`), two columns a block:
             attention, then MLP; None for 1
-
-        Raises
-        ------
-        ConfigError
-            If a side is not divisible by the patch.
         """
         patches_BND, position_ND = self.embed(images_BCHW)
         x_BND = self.with_class_token(patches_BND + position_ND[1:], position_ND)
         return self.blocks(x_BND, residual_scale_BL)
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the patches' tokens without position, [B, N-1, D], and the position embedding, [N, D]."""
+        """Return the patches' tokens without position, [B, N-1, D], and the position embedding, [N, D].
+
+        ConfigError where a side is not divisible by the patch.
+        """
         height, width = images_BCHW.shape[-2:]
         if height % self.patch_px or width % self.patch_px:
             raise ConfigError(
@@ -120,10 +112,7 @@ class Encoder(nn.Module):
 def build_encoder(config: EncoderConfig, execution: Execution = _PLAIN) -> Encoder:
     """Return an encoder with fresh weights, drawn from torch's default generator (which the caller seeds).
 
-    Raises
-    ------
-    ConfigError
-        If timm has no such model, it is not a plain vision transformer with a class token, or sizes do not fit.
+    ConfigError unless timm has such a model, it is a plain vision transformer with a class token, and sizes fit.
     """
     return Encoder(config, execution)
 
@@ -137,7 +126,8 @@ def normalised(pixels: Tensor) -> Tensor:
 
 def drop_path_rates(config: EncoderConfig) -> list[float]:
     """Return the drop probability of each residual branch, two a block, rising linearly from 0 to `drop_path`."""
-    depth = config.depth or _depth_of(config.name)
+    with torch.device("meta"):  # no weights, nothing drawn
+        depth = config.depth or len(_create(config).blocks)
     return [rate for rate in torch.linspace(0, config.drop_path, depth, device="cpu").tolist() for _ in range(2)]
 
 
@@ -176,7 +166,8 @@ def _bicubic_weights(native: int, side: int, like: Tensor) -> Tensor:
 def _create(config: EncoderConfig) -> Any:
     """Return timm's module (of type Any: timm declares its parts as plain modules)."""
     if not timm.is_model(config.name):
-        raise ConfigError(f"encoder {config.name}: timm has no such model; {_hint(config.name)}")
+        known = [name for name in timm.list_models("vit_*_patch*") if name.count("_") == 3]
+        raise ConfigError(f"encoder {config.name}: timm has no such model; {nearest(config.name, known)}")
     overrides = {"patch_size": config.patch_px} | {k: getattr(config, k) for k in ("embed_dim", "depth", "num_heads")}
     kwargs = {key: value for key, value in overrides.items() if value is not None}
     try:
@@ -202,14 +193,3 @@ def _create(config: EncoderConfig) -> Any:
     if config.image_px % patch_px:
         raise ConfigError(f"encoder image_px {config.image_px}: expected a multiple of the patch of {patch_px} px")
     return vit
-
-
-@lru_cache
-def _depth_of(name: str) -> int:
-    """Return the number of blocks of a timm model, from a narrow copy of it."""
-    with torch.random.fork_rng(devices=[]):
-        return len(_create(EncoderConfig(name=name, image_px=8, patch_px=8, embed_dim=8, num_heads=1)).blocks)
-
-
-def _hint(name: str) -> str:
-    return nearest(name, [known for known in timm.list_models("vit_*_patch*") if known.count("_") == 3])

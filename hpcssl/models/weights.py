@@ -11,7 +11,6 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +27,7 @@ _NOT_ENCODER = ("head", "fc_norm.", "decoder_", "mask_token")  # classifier, pro
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the named tensors of a file, wherever in it they stand, without the prefix `module.` of their names.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such file, or it holds no weights that load without running code.
+    ConfigError where there is no such file, or it holds no weights that load without running code.
     """
     if not path.is_file():
         raise ConfigError(
@@ -39,15 +35,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             " an official DINO or MAE checkpoint)"
         )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        # official checkpoints also hold the command line, an argparse.Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            is_pickle = path.suffix != ".safetensors"
+            content = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise ConfigError(f"{path}: cannot be read as weights ({''.join(reason)[:200]})") from None
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in _GROUPS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    while isinstance(content, Mapping) and (
+        groups := [content[g] for g in _GROUPS if isinstance(content.get(g), Mapping)]
+    ):
+        content = groups[0]
     values = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(name).removeprefix("module."): value for name, value in values if isinstance(value, Tensor)}
     if not tensors:
@@ -58,12 +56,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_initial_weights(path: Path, encoder: Encoder) -> tuple[dict[str, Tensor], str]:
     """Return the weights of `encoder.vit` from a file, and a sentence that says what matched.
 
-    Only names and shapes of the encoder are looked at: it may lie on torch's meta device.
-
-    Raises
-    ------
-    ConfigError
-        As of `read_weights`, and for the first tensor that does not fit: its name and both shapes.
+    Only names and shapes of the encoder are looked at: it may lie on torch's meta device. ConfigError as of
+    `read_weights`, and for the first tensor that does not fit, with its name and both shapes.
     """
     named = {name.removeprefix("backbone."): tensor for name, tensor in read_weights(path).items()}
     weights = {name: tensor for name, tensor in named.items() if not name.startswith(_NOT_ENCODER)}
@@ -78,12 +72,6 @@ def read_initial_weights(path: Path, encoder: Encoder) -> tuple[dict[str, Tensor
     left_out = len(named) - len(weights)
     others = f"; {left_out} of a head or decoder left out" if left_out else ""
     return weights, f"encoder starts from {path}: all {len(expected)} of its tensors matched{others}"
-
-
-def _unpickled(path: Path) -> Any:
-    """Read a file of `torch.save`; official checkpoints also hold the command line, an argparse.Namespace."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

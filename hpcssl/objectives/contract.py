@@ -38,14 +38,12 @@ class Clock(Protocol):
 class ObjectiveConfig:
     """Settings of an objective; a subclass gives `kind` its one value: `kind: Literal["dino"] = fixed("dino")`.
 
-    Attributes
-    ----------
-    registered_kinds : the settings of every registered objective (see `hpcssl.core.config.groups_in`)
+    registered_kinds : every registered objective by its settings (see `hpcssl.core.config.groups_in`)
     hides_patches : whether it learns from views of which patches are hidden, and only from such
     peaks_after_warmup : whether the learning rate reaches its peak on the step after the warm-up, not on its last one
     """
 
-    registered_kinds: ClassVar[list[type]] = []
+    registered_kinds: ClassVar[dict[type, type]] = {}
     hides_patches: ClassVar[bool] = False
     peaks_after_warmup: ClassVar[bool] = False
 

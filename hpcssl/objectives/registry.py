@@ -15,14 +15,13 @@ from hpcssl.objectives.contract import Objective, ObjectiveConfig
 from hpcssl.objectives.dino.dino_objective import Dino, DinoConfig
 from hpcssl.objectives.mae.mae_objective import Mae, MaeConfig
 
-_OBJECTIVES: dict[type[ObjectiveConfig], type[Objective]] = {}
+_OBJECTIVES: dict[type[ObjectiveConfig], type[Objective]] = ObjectiveConfig.registered_kinds
 # in version 1 a recipe said `objective: dino`, and settings stood beside it: their group, the kind, where they are now
 _FORMER = {"dino": ("dino", ""), "decoder": ("mae", "decoder")}
 
 
 def register(config: type[ObjectiveConfig], objective: type[Objective]) -> None:
     """Make an objective known: recipes, run folders and commands understand its `kind` from now on."""
-    ObjectiveConfig.registered_kinds.append(config)
     _OBJECTIVES[config] = objective
 
 
@@ -50,7 +49,7 @@ def _config_named(kind: Any, where: str) -> type[ObjectiveConfig]:
 def _validated(value: Any) -> ObjectiveConfig:
     if isinstance(value, ObjectiveConfig):
         return value
-    union: Any = functools.reduce(operator.or_, ObjectiveConfig.registered_kinds)
+    union: Any = functools.reduce(operator.or_, _OBJECTIVES)
     settings: ObjectiveConfig = TypeAdapter(Annotated[union, Discriminator("kind")]).validate_python(value)
     return settings
 
@@ -63,23 +62,15 @@ def present_layout(recipe: Mapping[str, Any], where: str, *, before: Mapping[str
     """Return the mapping of a recipe with its objective as one group, `objective: {kind: dino, …}`.
 
     Recipes and run folders of version 1, and `--set dino.momentum=…` or `--set objective=mae` of its commands, are
-    understood; settings of another objective than the recipe's are checked and left out.
-
-    Parameters
-    ----------
-    where : begins an error
-    before : the recipe, in this layout, that `recipe` was made from by `--set`
-
-    Raises
-    ------
-    ConfigError
-        For a kind that is not known, and for settings of another objective that it does not have.
+    understood; settings of another objective than the recipe's are checked and left out. `before` is the recipe, in
+    this layout, that `recipe` was made from by `--set`. ConfigError, which begins with `where`, for a kind that is not
+    known, and for settings of another objective that it does not have.
     """
     recipe = dict(recipe)
     objective = recipe.get("objective")
     if isinstance(objective, str):
-        unchanged = before is not None and before["objective"]["kind"] == objective
-        objective = before["objective"] if before is not None and unchanged else {"kind": objective}
+        former = {} if before is None else before["objective"]
+        objective = former if former.get("kind") == objective else {"kind": objective}
     if not isinstance(objective, Mapping):
         return recipe  # whoever builds it says what is wrong
     _config_named(objective.get("kind"), where)

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Split the trainable parameters in two: those that weight decay shrinks, and biases and 1-D ones.
+    """Return two groups for a torch optimiser: what weight decay shrinks, and biases and 1-D parameters.
 
-    Returns
-    -------
-    Two groups for a torch optimiser, each with `params`, `names` (in the order of `params`) and `decays`; the second
-    has `decays` False and `weight_decay` 0. Whoever sets the weight decay of a step sets it where `decays` is True.
+    Each has `params`, `names` (in their order) and `decays`; the second has `decays` False and `weight_decay` 0.
+    Whoever sets the weight decay of a step sets it where `decays` is True.
     """
     decayed: dict[str, Any] = {"params": [], "names": [], "decays": True}
     others: dict[str, Any] = {"params": [], "names": [], "decays": False, "weight_decay": 0.0}
@@ -32,12 +30,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> li
 def clip_each(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale each parameter's gradient, in place, down to its own L2 norm of at most `max_norm`.
 
-    Not the usual clipping by the global norm: DINO's published training clips tensor by tensor. Parameters without
-    a gradient are passed over; `max_norm=math.inf` only measures.
-
-    Returns
-    -------
-    The global L2 norm over all gradients before clipping; not finite if any gradient is not.
+    Returns the global L2 norm before clipping, not finite if any gradient is not; `max_norm=math.inf` only measures.
+    Not the usual clipping by the global norm: DINO's published training clips tensor by tensor.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:

@@ -13,17 +13,12 @@ def cosine(
     """Return the value at a step: a linear warm-up from 0, then half a cosine.
 
     The cosine starts at `base` on step `warmup_steps` and would reach `final` at `total_steps`, where it stays. The
-    value depends on the schedule's length, never on where a run stops.
+    value depends on the schedule's length, never on where a run stops. ConfigError for a warm-up that is longer.
 
     Parameters
     ----------
     peak_step : where the line of the warm-up reaches `base`: by default its last step, warmup_steps - 1, as in DINO's
         published training (Caron et al., ICCV 2021); in MAE's (He et al., CVPR 2022) it is warmup_steps
-
-    Raises
-    ------
-    ConfigError
-        If the warm-up is longer than the schedule.
 
     >>> [cosine(s, base=1.0, final=0.0, total_steps=5, warmup_steps=3) for s in (0, 1, 2, 3, 4, 5, 99)]
     [0.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]

@@ -20,19 +20,21 @@ def train_rank(rank: Rank) -> bool:
     from hpcssl.pipelines.following import following
     from hpcssl.train.entry import pretrain
     from hpcssl.train.loop import Stopped, Surroundings
+    from hpcssl.train.reduce import Collectives
 
     place = rank.place
     try:
         with following(rank.run, rank.say) if rank.generation else nullcontext():
-            pretrain(
-                rank.run,
-                world=place.world,
-                all_reduce_sum=rank.all_reduce_sum,
+            surroundings = Surroundings(
+                generation=rank.generation,
+                asked_to_stop=rank.asked_to_stop,
+                say=rank.say,
+                collectives=Collectives(world=place.world, all_reduce_sum=rank.all_reduce_sum),
                 local_rank=place.local_rank,
                 ranks_per_node=max(1, place.world.size // len(place.nodes)),
                 cores=place.cores,
-                surroundings=Surroundings(generation=rank.generation, asked_to_stop=rank.asked_to_stop, say=rank.say),
             )
+            pretrain(rank.run, surroundings)
     except Stopped:
         return False
     return True

@@ -40,12 +40,7 @@ def failed_step_folder(run: Path, step: int) -> Path:
 def save_failed_step(
     run: Path, state: TrainState, batch: Batch, recipe: PretrainConfig, error: NotFiniteError, *, world: World
 ) -> Path:
-    """Save what it takes to repeat a step: every rank its share of the batch, rank 0 the state before it.
-
-    Returns
-    -------
-    The folder.
-    """
+    """Save what it takes to repeat a step, every rank its share, rank 0 the state before it; return the folder."""
     folder = failed_step_folder(run, batch.step)
     folder.mkdir(exist_ok=True)
     tensors = {f"view{i}": view for i, view in enumerate(batch.views)}
@@ -75,18 +70,9 @@ def save_failed_step(
 
 
 def repeat_failed_step(folder: Path, schedule: Schedule, device: torch.device) -> dict[str, float]:
-    """Compute a saved step again, all ranks' shares in one batch, from the state before it.
+    """Compute a saved step again, all ranks' shares in one batch, and return its record should it be finite here.
 
-    Returns
-    -------
-    The step's record, should it be finite here.
-
-    Raises
-    ------
-    NotFiniteError
-        As it did in the run.
-    RunError
-        If something of the step is missing or damaged.
+    NotFiniteError as in the run; RunError where something of the step is missing or damaged.
     """
     recipe, _ = read_settings(folder.parent, PretrainConfig)
     recipe = replace(recipe, train=replace(recipe.train, max_skipped_steps=0))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,11 +43,17 @@ class Surroundings:
     generation : this start's claim to the run folder; rank 0 holds it and writes the folder, the others have None
     asked_to_stop : polled after each step by every rank and agreed on, so that all stop at the same step
     say : takes lines for people
+    collectives : this process among the others, and what it does together with them
+    local_rank, ranks_per_node, cores : place on the node, for choosing its GPU and its share of the cores
     """
 
     generation: Generation | None
     asked_to_stop: Callable[[], bool]
     say: Callable[[str], None]
+    collectives: Collectives = field(default_factory=Collectives)
+    local_rank: int = 0
+    ranks_per_node: int = 1
+    cores: int = 1
 
 
 def train(
@@ -55,22 +62,15 @@ def train(
     *,
     store: Store,
     schedule: Schedule,
-    collectives: Collectives,
     device: torch.device,
     surroundings: Surroundings,
 ) -> None:
     """Train until `stop_after`, from the newest whole checkpoint of the run.
 
-    Raises
-    ------
-    Stopped
-        If asked to stop, or a later start took the run over.
-    RunError
-        If too many steps had to be skipped because something in them was not finite; the last of them is saved.
-    OSError
-        If the run folder cannot be written to.
+    Stopped where it is asked to stop, or a later start took the run over; RunError where too many steps had to be
+    skipped because something in them was not finite, the last of which is saved.
     """
-    say, generation = surroundings.say, surroundings.generation
+    say, generation, collectives = surroundings.say, surroundings.generation, surroundings.collectives
     timeline = Timeline(recipe, schedule)
     state = TrainState(recipe, device)
     checkpoint = load_latest(run, on_damaged=say)
@@ -87,16 +87,13 @@ def train(
     writer = RunWriter(run, recipe, timeline, generation, state) if generation else None
     loop = _Loop(run, state, recipe, timeline, collectives, device, writer, watch, surroundings.asked_to_stop)
     stopped = None
-    try:
+    with closing(writer) if writer else nullcontext():
         try:
             loop.run_steps(stream)
-        except Stopped as asked:
-            stopped = asked
+        except Stopped as reason:
+            stopped = reason
         if writer:
             writer.finish()
-    finally:
-        if writer:
-            writer.close()
     if stopped:
         raise stopped
 
@@ -132,13 +129,13 @@ class _Loop:
         state, writer = self.state, self.writer
         if writer and state.step == 0:
             writer.save(state)
-        begun, before, first = time.perf_counter(), _loader_times(stream), state.step
+        started, before, first = time.perf_counter(), _loader_times(stream), state.step
         for batch in stream:
             assert batch.step == state.step, (batch.step, state.step)
             record = self._step(batch)
             is_last = state.step == self.timeline.stop_step
             now = time.perf_counter()
-            seconds, begun = now - begun, now
+            seconds, started = now - started, now
             after = _loader_times(stream)
             record |= {name: after[name] - before[name] for name in after}
             before = after

@@ -25,13 +25,7 @@ def build_objective(recipe: PretrainConfig, device: torch.device) -> Objective:
 
 
 def load_initial_weights(objective: Objective, path: Path) -> str:
-    """Let every encoder of a fresh objective start from a file, and return what is to be said of it.
-
-    Raises
-    ------
-    ConfigError
-        See `hpcssl.models.weights.read_initial_weights`.
-    """
+    """Let every encoder of a fresh objective start from a file (`read_initial_weights`); return what to say of it."""
     encoders = [module for module in objective.module.modules() if isinstance(module, Encoder)]
     weights, message = read_initial_weights(path, encoders[0])
     for encoder in encoders:
@@ -40,16 +34,10 @@ def load_initial_weights(objective: Objective, path: Path) -> str:
 
 
 def check_recipe(recipe: PretrainConfig) -> str:
-    """Build the model without memory, so that a recipe that cannot train is refused before a job waits in a queue.
+    """Build the model without memory, and return what is to be said of the initial weights; empty without.
 
-    Returns
-    -------
-    What is to be said of the initial weights; empty without.
-
-    Raises
-    ------
-    ConfigError
-        For an encoder that cannot be built, views that it cannot take, or initial weights that do not fit.
+    So a recipe that cannot train is refused before a job waits in a queue: ConfigError for an encoder that cannot be
+    built, views that it cannot take, or initial weights that do not fit.
     """
     with torch.device("meta"):
         encoder = build_encoder(recipe.encoder)

@@ -25,8 +25,6 @@ _DAY_S = 86_400
 class OptimConfig:
     """AdamW and its values over the steps.
 
-    Attributes
-    ----------
     lr_per_256 : peak learning rate for a global batch of 256, scaled linearly
     final_lr : learning rate at the schedule's end
     warmup_pseudo_epochs : linear warm-up from 0
@@ -48,8 +46,6 @@ class OptimConfig:
 class TrainConfig:
     """How, not what, is computed.
 
-    Attributes
-    ----------
     precision : fp32, bf16, fp16 (with loss scaling), or auto: bf16 where the GPU has it, else fp16; fp32 on the CPU
     micro_batch : most tiles of a rank in one forward pass; None = the rank's whole share
     threads : CPU threads of a rank; None = the node's cores shared by its ranks
@@ -78,8 +74,6 @@ class TrainConfig:
 class CheckpointConfig:
     """When checkpoints are written and kept; the first (untrained) and every pseudo-epoch's are always both.
 
-    Attributes
-    ----------
     every_min : minutes between two; 0 = one after every step
     keep_last : of the others, how many stay
     """
@@ -92,8 +86,6 @@ class CheckpointConfig:
 class PretrainConfig:
     """A pretraining run.
 
-    Attributes
-    ----------
     objective : what is learnt: a `kind` and its settings
     seed : of weights, plans and masks
     global_batch : tiles of one optimiser step over all ranks; constant for a run

@@ -16,12 +16,8 @@ from torch import Tensor
 from hpcssl.core.world import World
 
 
-def _unchanged(tensor: Tensor) -> None:
-    """Reduce over a world of one."""
-
-
-def _unlimited(seconds: float) -> None:
-    """Wait for nobody in a world of one."""
+def _nothing(argument: object) -> None:
+    """Do what a world of one has to do together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +29,8 @@ class Collectives:
     """
 
     world: World = field(default_factory=World)
-    all_reduce_sum: Callable[[Tensor], None] = _unchanged
-    limit_waiting: Callable[[float], None] = _unlimited
+    all_reduce_sum: Callable[[Tensor], None] = _nothing
+    limit_waiting: Callable[[float], None] = _nothing
 
 
 class GradientBuffer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class RunWriter:
         Waits for the checkpoint before, if that is still being written, and raises what it failed with.
         """
         tensors, values = state.to_checkpoint()
-        self._background.start(tensors, self._writing(state.step, values))
+        self._background.start(tensors, partial(self._write_checkpoint, state.step, values))
         self._saved = time.monotonic()
 
     def finish(self) -> None:
@@ -84,20 +85,17 @@ class RunWriter:
         self._metrics.close()
         self._board.close()
 
-    def _writing(self, step: int, values: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], None]:
-        def write(tensors: Mapping[str, Tensor]) -> None:
-            try:
-                self._check_ours()
-                self._metrics.sync()  # no checkpoint is ahead of the trace
-                save_checkpoint(self._run, step, tensors, values, before_rename=self._check_ours)
-                self._check_ours()
-                keep = self._recipe.checkpoint.keep_last
-                prune_checkpoints(self._run, step, keep_last=keep, keep_steps=self._timeline.ends_pseudo_epoch)
-            except Exception:
-                if not self.is_stale():  # or the later start has removed the half-written file: no error of ours
-                    raise
-
-        return write
+    def _write_checkpoint(self, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        try:
+            self._check_ours()
+            self._metrics.sync()  # no checkpoint is ahead of the trace
+            save_checkpoint(self._run, step, tensors, values, before_rename=self._check_ours)
+            self._check_ours()
+            keep = self._recipe.checkpoint.keep_last
+            prune_checkpoints(self._run, step, keep_last=keep, keep_steps=self._timeline.ends_pseudo_epoch)
+        except Exception:
+            if not self.is_stale():  # or the later start has removed the half-written file: no error of ours
+                raise
 
     def _check_ours(self) -> None:
         if self.is_stale():

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hpcssl.core.config import to_mapping
 from hpcssl.core.errors import RunError
-from hpcssl.objectives.contract import Objective
 from hpcssl.optim.parameters import parameter_groups
 from hpcssl.train.execution import resolve_precision
 from hpcssl.train.objective import build_objective
@@ -21,18 +20,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainState:
-    """What training changes.
-
-    Attributes
-    ----------
-    step : optimiser steps done
-    skipped_steps : how many of them changed nothing, because something in them was not finite
-    objective : model and loss
-    """
+    """What training changes: model, optimiser, loss scale, and the numbers of steps done and of those skipped."""
 
     def __init__(self, recipe: PretrainConfig, device: torch.device):
         self.step = self.skipped_steps = 0
-        self.objective: Objective = build_objective(recipe, device)
+        self.objective = build_objective(recipe, device)
         self._recipe = recipe
         groups = parameter_groups(self.objective.trained.named_parameters())
         self.parameters: list[torch.nn.Parameter] = [p for g in groups for p in g["params"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -40,12 +39,8 @@ def train_step(
     """Compute one optimiser step from this rank's share of the batch, and return what is worth logging.
 
     Where the loss or a gradient is not finite, the step counts on and nothing else changes, up to
-    `train.max_skipped_steps` times in a run. All ranks decide alike: what they look at is reduced over them.
-
-    Raises
-    ------
-    NotFiniteError
-        If no more steps may be skipped. The state is that before the step.
+    `train.max_skipped_steps` times in a run; then NotFiniteError leaves the state as before the step. All ranks decide
+    alike: what they look at is reduced over them.
     """
     values = timeline.values(state.step)
     state.set_values(values)
@@ -53,7 +48,9 @@ def train_step(
     precision = resolve_precision(recipe.train.precision, device)
     share = len(batch.positions)
     loss = torch.zeros((), device=device)
-    for part in _micro_batches(share, recipe.train.micro_batch):
+    size = recipe.train.micro_batch or share
+    for start in range(0, share, size):
+        part = slice(start, start + size)
         tiles = Tiles(
             positions=batch.positions[part],
             views=tuple(view[:, part].to(device, non_blocking=True) for view in batch.views),
@@ -83,8 +80,3 @@ def train_step(
     state.scaler.update()
     state.step += 1
     return {**record, "skipped_steps": state.skipped_steps}
-
-
-def _micro_batches(share: int, size: int | None) -> Iterator[slice]:
-    size = size or share
-    return (slice(start, min(start + size, share)) for start in range(0, share, size))

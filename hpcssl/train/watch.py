@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,12 +49,7 @@ def feature_deviation(features_ND: Tensor) -> float:
 
 
 class CollapseWatch:
-    """Looks at the features of the schedule's first tiles, un-augmented.
-
-    Parameters
-    ----------
-    say : is told, once, that a limit is crossed and what to try
-    """
+    """Looks at the features of the schedule's first tiles, un-augmented; says, once, which limit is crossed."""
 
     def __init__(
         self,
@@ -67,7 +62,7 @@ class CollapseWatch:
     ):
         self._recipe, self._device, self._say = recipe, device, say
         self._warned: set[str] = set()
-        self._read_tiles = partial(_fixed_tiles, recipe, store, schedule)
+        self._store, self._schedule = store, schedule
         warm = schedule.positions_per_pseudo_epoch * max(1.0, recipe.optim.warmup_pseudo_epochs)
         self._warm_steps = warm / recipe.global_batch
 
@@ -88,7 +83,17 @@ class CollapseWatch:
 
     @cached_property
     def _tiles(self) -> Tensor:
-        return self._read_tiles()  # at the first look, not while all ranks wait for the run to begin
+        """The whole of the tiles at the schedule's first positions, each once, uint8 (N, px, px, 3).
+
+        They are read at the first look, not while all ranks wait for the run to begin.
+        """
+        count = min(MOST_TILES, self._schedule.num_positions)
+        px = self._recipe.augment.global_views.view_px
+        whole = AugmentRecipe(global_views=ViewRecipe(count=1, view_px=px, scale=(1.0, 1.0), flip=0.0))
+        request = StreamRequest(recipe=whole, seed=0, global_batch=count, steps=range(1))
+        stream = TileStream(self._store, self._schedule, request, config=self._recipe.loader)
+        first = np.sort(np.unique(self._schedule.tiles_at(0, count), return_index=True)[1])
+        return next(iter(stream)).views[0][0][torch.from_numpy(first)]
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> dict[str, float]:
@@ -111,14 +116,3 @@ def complaints(measurements: Mapping[str, float], advice: str = "") -> dict[str,
         "features": f"the features collapse: deviation {deviation:.3g} (limit {LEAST_DEVIATION}), RankMe {rank:.3g}"
         f" (limit {LEAST_RANK:g}); try a lower optim.lr_per_256 or a longer warm-up{advice}"
     }
-
-
-def _fixed_tiles(recipe: PretrainConfig, store: Store, schedule: Schedule) -> Tensor:
-    """Return the whole of the tiles at the schedule's first positions, each once, uint8 (N, px, px, 3)."""
-    count = min(MOST_TILES, schedule.num_positions)
-    px = recipe.augment.global_views.view_px
-    whole = AugmentRecipe(global_views=ViewRecipe(count=1, view_px=px, scale=(1.0, 1.0), flip=0.0))
-    request = StreamRequest(recipe=whole, seed=0, global_batch=count, steps=range(1))
-    stream = TileStream(store, schedule, request, config=recipe.loader)
-    first = np.sort(np.unique(schedule.tiles_at(0, count), return_index=True)[1])
-    return next(iter(stream)).views[0][0][torch.from_numpy(first)]

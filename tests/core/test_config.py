@@ -124,10 +124,17 @@ def test_yaml_reads_5e_5_as_text_and_it_becomes_a_number() -> None:
     assert build(Run, with_overrides({}, ["optim.lr=1e-6"]), where="x").optim.lr == 1e-6
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"- a\n- b\n", b"5", b"a: [1", b"a: b: c", b"\xff\xfe\x00", b"a:\n\t- b", b"a: 1\na: 2"]
-)
-def test_what_is_no_mapping_is_told_in_one_line(tmp_path: Path, content: bytes) -> None:
+def test_read_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: {b: 1}\nc: é\n", encoding="utf-8")
+    assert read_yaml(path) == {"a": {"b": 1}, "c": "é"}
+
+
+NO_MAPPINGS = [b"", b"- a\n- b\n", b"5", b"a: [1", b"a: b: c", b"\xff\xfe\x00", b"a:\n\t- b", b"seed: 1\nseed: 2\n"]
+
+
+@pytest.mark.parametrize("content", NO_MAPPINGS)
+def test_what_is_no_mapping_or_has_a_key_twice_is_told_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -151,11 +158,14 @@ def test_overrides_set_values_without_touching_the_original() -> None:
 
 
 @pytest.mark.parametrize("override", ["lr", "", "=5", "=", "name.x=1"])
-def test_what_is_no_override_is_refused(override: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--set name\.x: name is a value" if "." in override else "expected key=value"
-    ):
+def test_what_is_no_override_or_below_a_value_is_refused(override: str) -> None:
+    expected = r"--set name\.x: name is a value" if "x" in override else "expected key=value"
+    with pytest.raises(ConfigError, match=expected):
         with_overrides({"name": "a"}, [override])
+
+
+def test_text_that_is_no_yaml_stays_text() -> None:
+    assert with_overrides({}, ["name=a: b: c", "out=[x"]) == {"name": "a: b: c", "out": "[x"}
 
 
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:

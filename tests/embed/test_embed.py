@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hpcssl.core.errors import ConfigError, FeatureError, RunError
 from hpcssl.embed import embedding as embed_module
@@ -16,7 +19,10 @@ from hpcssl.embed.sources import Source, load_encoder
 from hpcssl.features.feature_files import read_coords, read_slide
 from hpcssl.features.feature_folder import FeatureSet
 from hpcssl.models.encoder import normalised
+from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
+from hpcssl.runs.run_folder import read_settings
 from hpcssl.stores.scan import build_store
+from hpcssl.train.pretrain_config import PretrainConfig
 from hpcssl.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,10 +54,8 @@ def _assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 @pytest.fixture(scope="module")
 def features(data, runs, tmp_path_factory) -> Path:
     """All slides by the moved DINO run."""
-    before = torch.get_num_threads()
     out = tmp_path_factory.mktemp("features") / "f"
     _embed(data, f"{runs['dino']}@7", out)
-    torch.set_num_threads(before)
     return out
 
 
@@ -83,21 +87,13 @@ def test_features_are_the_class_token_of_the_whole_tile(data, runs, tmp_path, ob
 
 def _encoder_of(run: Path) -> torch.nn.Module:
     """Return the encoder that training would go on with (of DINO the teacher's), not through the embed room."""
-    from hpcssl.core.config import build
-    from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
-    from hpcssl.runs.run_folder import read_config
-    from hpcssl.train.pretrain_config import PretrainConfig
-
-    settings = {k: v for k, v in read_config(run).items() if k not in ("data", "derived")}
-    state = TrainState(build(PretrainConfig, settings, where="run"), torch.device("cpu"))
+    state = TrainState(read_settings(run, PretrainConfig)[0], torch.device("cpu"))
     state.from_checkpoint(*load_checkpoint(checkpoint_path(run, 7)))
     module = state.objective.module
     return module["teacher"]["encoder"] if "teacher" in dict(module.named_children()) else module.encoder
 
 
 def _resized(file: Path, px: int = 32) -> np.ndarray:
-    from PIL import Image
-
     return np.array(Image.open(file).convert("RGB").resize((px, px), Image.Resampling.BICUBIC))
 
 
@@ -137,8 +133,6 @@ def test_done_slides_are_not_computed_again(data, runs, features, tmp_path):
 @pytest.mark.parametrize("slides", [0, 1, 4])
 def test_stopped_after_some_slides_it_goes_on_to_the_same_files(data, runs, features, tmp_path, monkeypatch, slides):
     """Gone in the middle of writing one: no half file counts."""
-    import os
-
     real, done = os.replace, []
 
     def dying(source, target):
@@ -275,10 +269,8 @@ def test_what_made_the_features_stands_beside_them(data, features):
     }
 
 
-def test_a_run_that_moved_still_has_its_encoder(small, data, runs, tmp_path):
+def test_a_run_that_moved_still_has_its_encoder(runs, tmp_path):
     """The encoder is built from the checkpoint alone."""
-    import shutil
-
     shutil.copytree(runs["mae"], tmp_path / "moved")
     encoder, state = load_encoder(Source.parse(str(tmp_path / "moved")))
     assert encoder.config.embed_dim == 24

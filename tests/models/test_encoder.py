@@ -10,13 +10,7 @@ import torch.nn.functional as F
 
 from hpcssl.core.config import build
 from hpcssl.core.errors import ConfigError
-from hpcssl.models.encoder import (
-    EncoderConfig,
-    build_encoder,
-    drop_path_rates,
-    resample_position,
-    residual_scale,
-)
+from hpcssl.models.encoder import EncoderConfig, build_encoder, drop_path_rates, resample_position, residual_scale
 
 TINY = EncoderConfig(image_px=32, patch_px=8, embed_dim=24, depth=3, num_heads=2, drop_path=0.3)
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
@@ -59,18 +53,14 @@ def test_the_class_token_starts_as_published_not_at_timms_near_zero(encoder):
 
 
 def test_drop_path_rates_are_linear_over_blocks_and_shared_by_branches():
+    """Asking for them leaves torch's generator alone."""
+    state = torch.get_rng_state()
     assert drop_path_rates(TINY) == pytest.approx([0, 0, 0.15, 0.15, 0.3, 0.3])
     rates = drop_path_rates(EncoderConfig())
     assert len(rates) == 24
     assert rates[0] == 0
     assert rates[-1] == pytest.approx(0.1)
     assert len(drop_path_rates(EncoderConfig(name="vit_large_patch16_224"))) == 48
-
-
-def test_asking_for_rates_leaves_the_generator_alone():
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    drop_path_rates(EncoderConfig(name="vit_base_patch16_224"))
     assert torch.equal(torch.get_rng_state(), state)
 
 

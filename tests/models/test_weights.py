@@ -25,23 +25,20 @@ def vit():
 
 
 def _write(path: Path, layout: str, weights: dict) -> Path:
-    teacher = {f"backbone.{n}": t for n, t in weights.items() if not n.startswith("head")}
+    backbone = {n: t for n, t in weights.items() if not n.startswith("head")}
     head = {"head.mlp.0.weight": torch.zeros(3, 24), "head.last_layer.weight_v": torch.zeros(7, 3)}
-    student = {f"module.{n}": torch.zeros_like(t) for n, t in (teacher | head).items()}
-    if layout == "safetensors":
-        save_file(weights, path)
-    elif layout == "bare":
-        torch.save(weights, path)
-    elif layout == "dino":
-        args = argparse.Namespace(arch="vit_small", lr=0.1)
-        torch.save({"student": student, "teacher": teacher | head, "epoch": 3, "args": args}, path)
-    elif layout == "dino_student":
-        torch.save({"student": {f"module.{n}": t for n, t in (teacher | head).items()}}, path)
-    elif layout == "mae":
-        decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
-        torch.save({"model": {n: t for n, t in weights.items() if not n.startswith("head")} | decoder}, path)
-    elif layout == "state_dict":
-        torch.save({"epoch": 1, "state_dict": {f"module.{n}": t for n, t in weights.items()}}, path)
+    teacher = {f"backbone.{n}": t for n, t in backbone.items()} | head
+    student = {f"module.{n}": torch.zeros_like(t) for n, t in teacher.items()}
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
+    args = argparse.Namespace(arch="vit_small", lr=0.1)
+    contents = {
+        "bare": weights,
+        "dino": {"student": student, "teacher": teacher, "epoch": 3, "args": args},
+        "dino_student": {"student": {f"module.{n}": t for n, t in teacher.items()}},
+        "mae": {"model": backbone | decoder},
+        "state_dict": {"epoch": 1, "state_dict": {f"module.{n}": t for n, t in weights.items()}},
+    }
+    save_file(weights, path) if layout == "safetensors" else torch.save(contents[layout], path)
     return path
 
 

@@ -139,9 +139,8 @@ def test_an_objective_from_outside_goes_all_the_way(small, data, tmp_path, hpcss
     torch.testing.assert_close(embedded, expected, atol=1e-5, rtol=1e-4)
 
     settings = {key: value for key, value in read_config(whole).items() if key not in ("data", "derived")}
-    with pytest.raises(
-        ConfigError, match=r"^run: objective.kind = colour; known: dino, mae"
-    ):  # where none registered it
+    unknown = r"^run: objective.kind = colour; known: dino, mae"  # where none registered it
+    with pytest.raises(ConfigError, match=unknown):
         build(PretrainConfig, settings, where="run")
 
 

@@ -21,7 +21,6 @@ from hpcssl.models.decoder import MaeDecoderConfig, MaskedAutoencoder, sincos_po
 from hpcssl.models.encoder import EncoderConfig, build_encoder, normalised
 from hpcssl.objectives.contract import Tiles
 from hpcssl.objectives.mae.mae_loss import patchify
-from hpcssl.optim.parameters import parameter_groups
 from hpcssl.plan.draw import draw_mask
 from hpcssl.train.objective import build_objective
 from hpcssl.train.reduce import Collectives
@@ -156,15 +155,6 @@ def test_fresh_weights_are_drawn_as_published(models_mae):
         rel = 0.05 if parameter.numel() > 10_000 else 0.3  # of 128 numbers at least
         assert parameter.std().item() == pytest.approx(wanted.std().item(), rel=rel), name
         assert parameter.mean().item() == pytest.approx(wanted.mean().item(), abs=1e-2), name
-
-
-def test_the_same_parameters_decay(small):
-    """The published training leaves the choice to timm, where today the function has another name."""
-    ours = build_objective(small.mae_recipe(), CPU).trained
-    theirs = param_groups_weight_decay(ours)
-    published = [{id(parameter) for parameter in group["params"]} for group in theirs]
-    groups = parameter_groups(ours.named_parameters())
-    assert [{id(parameter) for parameter in group["params"]} for group in reversed(groups)] == published
 
 
 def test_learning_rates_are_the_published_ones(published, small, timeline_of):

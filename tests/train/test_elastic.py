@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from hpcssl.core.errors import ConfigError
-from hpcssl.core.world import check_divides
 from hpcssl.loader import stream as stream_module
 from hpcssl.objectives.dino.dino_objective import Dino
 from hpcssl.plan import draw as draw_module
@@ -185,8 +183,3 @@ def test_gradients_that_are_not_reduced_are_noticed(small, losses, monkeypatch):
     monkeypatch.setattr(GradientBuffer, "mean_over_ranks", lambda self, collectives: None)
     with pytest.raises(AssertionError, match="every rank tells the same"):
         losses(_recipe(small, "dino"), 2, 12)
-
-
-def test_ranks_that_cannot_share_the_batch_are_told_who_can():
-    with pytest.raises(ConfigError, match=r"5 processes cannot share .* 12 equally; 1, 2, 3, 4, 6 or 12 can"):
-        check_divides(5, 12)

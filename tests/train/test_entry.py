@@ -10,17 +10,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from hpcssl.core.atomic import digest_file
 from hpcssl.core.errors import RunError, ScheduleError
 from hpcssl.core.world import World
+from hpcssl.models.encoder import build_encoder
 from hpcssl.runs.checkpoint import checkpoint_steps
 from hpcssl.runs.run_folder import Generation
 from hpcssl.runs.trace import read_metrics
 from hpcssl.schedule.build import build_schedule
 from hpcssl.schedule.spec import ScheduleSpec
 from hpcssl.stores.scan import build_store
-from hpcssl.train.entry import _Patience, pretrain
+from hpcssl.train.entry import patient, pretrain
 from hpcssl.train.loop import Stopped, Surroundings
+from hpcssl.train.reduce import Collectives
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
@@ -35,33 +39,19 @@ def _start(run, *, steps: int | None = None) -> list[str]:
     """Start a run in this process, and stop it after so many steps; returns what it said."""
     said: list[str] = []
     left = iter(range(10**9) if steps is None else range(steps))
-    pretrain(
-        run,
-        world=World(),
-        all_reduce_sum=lambda tensor: None,
-        local_rank=0,
-        ranks_per_node=1,
-        cores=1,
-        surroundings=Surroundings(
-            generation=Generation.take(run), asked_to_stop=lambda: next(left) + 1 == steps, say=said.append
-        ),
-    )
+    stop = lambda: next(left) + 1 == steps  # noqa: E731
+    pretrain(run, Surroundings(generation=Generation.take(run), asked_to_stop=stop, say=said.append))
     return said
 
 
-def _rebuilt_schedule(data) -> None:
-    shutil.rmtree(data.schedule_path)
-    spec = ScheduleSpec(seed=7, num_pseudo_epochs=4, positions_per_pseudo_epoch=40, num_groups=2, max_repeats=200)
-    build_schedule(spec, data.store.slides, data.schedule_path)
-
-
-def _rebuilt_store(small):
-    def rebuild(data) -> None:
-        shutil.rmtree(data.store_path)
+def _rebuild(small, data, what: str) -> None:
+    shutil.rmtree(getattr(data, f"{what}_path"))
+    if what == "store":
         (data.tiles / "lung" / "lung-0" / "tile_x0_y0.jpg").write_bytes(small.jpeg(99, quality=50))
         build_store(data.tiles, data.store_path)
-
-    return rebuild
+    else:
+        spec = ScheduleSpec(seed=7, num_pseudo_epochs=4, positions_per_pseudo_epoch=40, num_groups=2, max_repeats=200)
+        build_schedule(spec, data.store.slides, data.schedule_path)
 
 
 @pytest.mark.parametrize("what", ["schedule", "store"])
@@ -73,7 +63,7 @@ def test_swapped_data_are_refused_with_both_digests_and_nothing_is_lost(small, o
         with pytest.raises(Stopped):
             _start(run, steps=5)
     before = own.identity[f"{what}_digest"]
-    {"schedule": _rebuilt_schedule, "store": _rebuilt_store(small)}[what](own)
+    _rebuild(small, own, what)
     after = own.identity[f"{what}_digest"]
     assert before != after
     with pytest.raises(RunError) as caught:
@@ -93,18 +83,10 @@ def test_data_that_are_gone_are_told(small, own, tmp_path):
 
 
 def test_swapped_initial_weights_are_refused_before_the_first_step_only(small, data, tmp_path):
-    from safetensors.torch import save_file
-
-    from hpcssl.core.atomic import digest_file
-    from hpcssl.models.encoder import build_encoder
-    from hpcssl.runs.run_folder import prepare_run
-    from hpcssl.train.pretrain_config import Timeline
-
     recipe, file = small.dino_recipe(initial_weights=str(tmp_path / "w.safetensors")), tmp_path / "w.safetensors"
     weights = build_encoder(recipe.encoder).vit.state_dict()
     save_file(weights, file)
-    run, identity = tmp_path / "run", {**data.identity, "initial_weights_digest": digest_file(file)}
-    prepare_run(run, recipe, data=identity, derived=Timeline(recipe, data.schedule).derived())
+    run = small.make_run(tmp_path / "run", data, recipe, initial_weights_digest=digest_file(file))
     save_file({name: tensor + 1 for name, tensor in weights.items()}, file)
     with pytest.raises(RunError, match=r"initial_weights_digest = \w+ in config.yaml, \w+ found"):
         _start(run, steps=1)
@@ -142,10 +124,10 @@ def test_waiting_in_vain_is_told_apart_from_other_errors(message, told):
     def sum_(tensor) -> None:
         raise RuntimeError(message)
 
-    patience = _Patience(sum_, World(rank=1, size=2))
+    patience = patient(Collectives(world=World(rank=1, size=2), all_reduce_sum=sum_))
     with pytest.raises(RuntimeError, match=re.escape(message)):
         patience.all_reduce_sum(torch.zeros(1))  # no limit as yet
-    patience.limit(3)
+    patience.limit_waiting(3)
     with pytest.raises(RunError if told else RuntimeError, match="for 3 s" if told else re.escape(message)):
         patience.all_reduce_sum(torch.zeros(1))
 

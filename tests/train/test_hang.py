@@ -28,6 +28,7 @@ def _rank(run: Path, rank: int) -> None:
     from hpcssl.jobs.rendezvous import all_reduce_sum, process_group
     from hpcssl.train.entry import pretrain
     from hpcssl.train.loop import Surroundings
+    from hpcssl.train.reduce import Collectives
 
     warnings.simplefilter("error", FutureWarning)
     torch.cuda.is_available = lambda: False
@@ -43,19 +44,10 @@ def _rank(run: Path, rank: int) -> None:
     world = World(rank=rank, size=2)
     try:
         with process_group(run / "generations", "test", world, one_node=True):
-            pretrain(
-                run,
-                world=world,
-                all_reduce_sum=all_reduce_sum,
-                local_rank=rank,
-                ranks_per_node=2,
-                cores=2,
-                surroundings=Surroundings(
-                    generation=Generation.take(run) if rank == 0 else None,
-                    asked_to_stop=asked_to_stop,
-                    say=lambda text: None,
-                ),
-            )
+            generation = Generation.take(run) if rank == 0 else None
+            collectives = Collectives(world=world, all_reduce_sum=all_reduce_sum)
+            around = Surroundings(generation=generation, asked_to_stop=asked_to_stop, say=id, collectives=collectives)
+            pretrain(run, around)
     except Exception as error:  # noqa: BLE001 - told to the test
         outcome = f"{type(error).__name__}: {error}"
     (run / f"outcome-{rank}.json").write_text(json.dumps(outcome))

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hpcssl.cli.main import main
 from hpcssl.core.atomic import digest_file
 from hpcssl.models.encoder import build_encoder
 from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
+from hpcssl.runs.trace import read_metrics
 from hpcssl.train.objective import build_objective, load_initial_weights
 
 
@@ -27,8 +27,6 @@ def file(small, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("objective", ["dino", "mae"])
 def test_every_encoder_starts_from_the_file(small, file, objective):
-    from safetensors.torch import load_file
-
     built = build_objective(small.RECIPES[objective](), torch.device("cpu"))
     other = {n: t.clone() for n, t in built.module.state_dict().items() if ".vit." not in n}
     load_initial_weights(built, file)
@@ -54,14 +52,12 @@ def test_a_run_records_the_file_and_uses_it_at_step_0_only(small, data, file, tm
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["initial_weights_digest"] == digest_file(file)
     tensors, _ = load_checkpoint(checkpoint_path(run, 0))
-    from safetensors.torch import load_file
-
     start = load_file(file)
     assert torch.equal(tensors["encoder.vit.cls_token"], start["cls_token"])
     last = max((run / "checkpoints").iterdir())
     assert pretrain("--set", "stop_after=2") == 0  # goes on from `last`, whose weights are the file's no more
-    record = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in record] == list(range(1, len(record) + 1))
+    steps = read_metrics(run)["step"].tolist()
+    assert steps == list(range(1, len(steps) + 1))
     assert last.exists()
     save_file({n: t + 1 for n, t in start.items()}, file)
     capsys.readouterr()

@@ -9,15 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
-from hpcssl.runs.trace import last_record, read_metrics
+from hpcssl.runs.trace import last_record
 
 PSEUDO_EPOCHS = 90
 STEPS = PSEUDO_EPOCHS * 40 // 12
-# of a metrics line, what was computed; the rest says how long it took
-COMPUTED = ["step", "samples_seen", "pseudo_epoch", "loss", "lr", "weight_decay", "grad_norm", "skipped_steps"]
 # put before everything that a rank imports: it dies when it has written and synced its nth checkpoint, unnamed as yet
 DIES_BEFORE_RENAME = """
 import os, pathlib, signal
@@ -101,10 +97,5 @@ def test_killed_many_times_it_ends_in_the_same_bits(small, long_data, tmp_path, 
     killed.finish()
     assert unnamed == kills // 4
     assert len((killed.run / "restarts.jsonl").read_text().splitlines()) > kills // 2
-    one, other = (load_checkpoint(checkpoint_path(r.run, STEPS))[0] for r in (killed, whole))
-    assert one.keys() == other.keys()
-    for name, tensor in other.items():
-        assert torch.equal(one[name], tensor), name
-    traces = [read_metrics(r.run)[[*COMPUTED, "teacher_entropy", "rank_me"]] for r in (killed, whole)]
-    assert traces[0].equals(traces[1])
+    small.assert_same_run(killed.run, whole.run, STEPS)
     assert not list((killed.run / "checkpoints").glob(".*")), "nothing half-written is left"

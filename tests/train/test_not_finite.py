@@ -38,6 +38,17 @@ def _train(small, run, recipe, data, **more):
     small.train_here(run, recipe, data, **more)
 
 
+def _train_ranks(small, run, recipe, data, size: int):
+    """Train as several ranks, each in its thread."""
+    ranks = small.VirtualRanks(size)
+
+    def work(rank: int) -> None:
+        collectives = Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank))
+        _train(small, run, recipe, data, collectives=collectives, claim=None if rank == 0 else False)
+
+    ranks.run(work)
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Makes the loss of some positions not a number, whichever rank computes them."""
@@ -57,8 +68,8 @@ def poison(monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_skipped_step_counts_on_and_changes_nothing(small, data, tmp_path, poison, objective, value):
     poison(value=value)
-    run = small.make_run(tmp_path / "run", data, _recipe(small, objective, 2))
     recipe = _recipe(small, objective, 2, checkpoint=replace(small.dino_recipe().checkpoint, every_min=0, keep_last=20))
+    run = small.make_run(tmp_path / "run", data, recipe)
     _train(small, run, recipe, data)
     trace = read_metrics(run)
     assert trace["step"].tolist() == list(range(1, small.STEPS + 1))
@@ -74,17 +85,17 @@ def test_a_skipped_step_counts_on_and_changes_nothing(small, data, tmp_path, poi
 
 def test_a_resumed_run_knows_what_was_skipped_before(small, data, tmp_path, poison):
     poison()
-    whole, parts = (small.make_run(tmp_path / n, data, _recipe(small, "dino", 2)) for n in ("whole", "parts"))
-    _train(small, whole, _recipe(small, "dino", 2), data)
+    recipe = _recipe(small, "dino", 2)
+    whole, parts = (small.make_run(tmp_path / name, data, recipe) for name in ("whole", "parts"))
+    _train(small, whole, recipe, data)
     stops = iter([False] * 4 + [True])
     with pytest.raises(Exception, match="asked to stop"):
-        _train(small, parts, _recipe(small, "dino", 2), data, asked_to_stop=lambda: next(stops))
+        _train(small, parts, recipe, data, asked_to_stop=lambda: next(stops))
     assert load_checkpoint(checkpoint_path(parts, 5))[1]["skipped_steps"] == 1
     with pytest.raises(RunError, match=r"step 8: .*1 steps having been skipped before"):
         _train(small, parts, _recipe(small, "dino", 1), data)
-    _train(small, parts, _recipe(small, "dino", 2), data)
-    one, other = (load_checkpoint(checkpoint_path(run, small.STEPS))[0] for run in (whole, parts))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    _train(small, parts, recipe, data)
+    small.assert_same_run(parts, whole, small.STEPS)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -94,17 +105,7 @@ def test_all_ranks_skip_the_same_steps(small, data, tmp_path, poison, size):
     recipe = _recipe(small, "dino", 1)
     run, alone = (small.make_run(tmp_path / name, data, recipe) for name in ("run", "alone"))
     save_checkpoint(run, 0, *TrainState(recipe, CPU).to_checkpoint())  # torch's generator is one for all threads
-    ranks = small.VirtualRanks(size)
-    ranks.run(
-        lambda rank: _train(
-            small,
-            run,
-            recipe,
-            data,
-            collectives=Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank)),
-            claim=None if rank == 0 else False,
-        )
-    )
+    _train_ranks(small, run, recipe, data, size)
     _train(small, alone, recipe, data)
     traces = [read_metrics(r) for r in (run, alone)]
     assert traces[0]["skipped_steps"].tolist() == [0, 0, *[1] * (small.STEPS - 2)]
@@ -114,7 +115,7 @@ def test_all_ranks_skip_the_same_steps(small, data, tmp_path, poison, size):
 @pytest.mark.parametrize("objective", ["dino", "mae"])
 def test_beyond_the_allowance_the_step_is_saved_and_can_be_repeated(small, data, tmp_path, objective):
     recipe = _recipe(small, objective, 0)
-    run, size = small.make_run(tmp_path / "run", data, recipe), 2
+    run = small.make_run(tmp_path / "run", data, recipe)
     stops = iter([False, False, True, True])
     with pytest.raises(Exception, match="asked to stop"):
         _train(small, run, recipe, data, asked_to_stop=lambda: next(stops))
@@ -122,18 +123,8 @@ def test_beyond_the_allowance_the_step_is_saved_and_can_be_repeated(small, data,
     broken = next(name for name in tensors if name.endswith("encoder.vit.norm.weight") and "optimizer" not in name)
     tensors[broken][:] = 3e38  # a state that overflows in the forward pass
     save_checkpoint(run, 3, tensors, state)
-    ranks = small.VirtualRanks(size)
     with pytest.raises(RunError) as caught:
-        ranks.run(
-            lambda rank: _train(
-                small,
-                run,
-                recipe,
-                data,
-                collectives=Collectives(world=World(rank=rank, size=size), all_reduce_sum=ranks.all_reduce_sum(rank)),
-                claim=None if rank == 0 else False,
-            )
-        )
+        _train_ranks(small, run, recipe, data, 2)
     folder = failed_step_folder(run, 3)
     assert folder == run / "failed-step-000000003"
     told = str(caught.value)

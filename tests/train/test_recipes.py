@@ -26,6 +26,7 @@ def test_what_export_writes_of_every_recipe_is_what_timm_expects(name):
         model = timm.create_model(**timm_arguments(to_mapping(encoder.config)))
     ours, theirs = ({n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (encoder.vit, model))
     assert ours == theirs
+    assert recipe.objective.kind == name.partition("-")[0]
     assert check_recipe(recipe) == ""
 
 

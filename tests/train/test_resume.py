@@ -123,35 +123,6 @@ def test_weights_depend_on_the_seed_alone(small, objective):
     assert all(first[n].unique().numel() == 1 or "pos_embed" in n for n in same), "all drawn weights differ"
 
 
-def test_the_frozen_last_layer_does_not_move_and_then_does(small, data, advance):
-    recipe = small.dino_recipe()
-    assert [s for s in range(9) if Timeline(recipe, data.schedule).values(s).objective.last_layer_frozen] == [0, 1, 2]
-    state = TrainState(recipe, CPU)
-    head = state.objective.trained["head"]
-    last, first_layer = head.last_v.detach().clone(), head.mlp[0].weight.detach().clone()
-    for step in range(1, 4):
-        advance(small, recipe, [state], step)
-        assert head.last_v.grad is None
-        assert torch.equal(head.last_v, last), "neither gradient nor weight decay moves it"
-        assert not state.optimizer.state.get(head.last_v), "nor has it moments"
-    assert not torch.equal(head.mlp[0].weight, first_layer)
-    advance(small, recipe, [state], 5)  # the learning rate is not 0 and the layer is free
-    assert not torch.equal(head.last_v, last)
-
-
-def test_the_teacher_follows_and_gets_no_gradient(small, data, advance):
-    recipe = small.dino_recipe()
-    state = TrainState(recipe, CPU)
-    student, teacher = (state.objective.module[k].state_dict() for k in ("student", "teacher"))
-    advance(small, recipe, [state], 1)
-    before = {n: t.clone() for n, t in teacher.items()}
-    advance(small, recipe, [state], 2)
-    momentum = Timeline(recipe, data.schedule).values(1).objective.momentum
-    for name, tensor in teacher.items():
-        torch.testing.assert_close(tensor, momentum * before[name] + (1 - momentum) * student[name])
-    assert all(p.grad is None for p in state.objective.module["teacher"].parameters())
-
-
 def test_gradients_lie_in_one_buffer_in_the_order_given():
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     buffer = GradientBuffer(parameters)

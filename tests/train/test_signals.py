@@ -20,27 +20,6 @@ from hpcssl.runs.trace import last_record, read_metrics
 pytestmark = [pytest.mark.usefixtures("one_thread", "own_process"), pytest.mark.timeout(120)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_saves_and_stops_and_the_run_goes_on(small, tmp_path, number):
-    data = small.make_data(tmp_path, pseudo_epochs=60)
-    run = small.make_run(tmp_path / "run", data, small.mae_recipe())
-
-    def send() -> None:
-        small.wait_until(lambda: (last_record(run) or {"step": 0})["step"] >= 5, 60, "step 5")
-        os.kill(os.getpid(), number)
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    assert launch(run, Resources(), "none", work=train_rank, on_step=lambda step: None) == "stopped"
-    sender.join()
-    stopped_at = last_record(run)["step"]
-    assert 5 <= stopped_at < 200
-    assert checkpoint_steps(run)[-1] == stopped_at, "nothing that was computed is lost"
-    assert load_latest(run, lambda told: pytest.fail(told))[1]["step"] == stopped_at
-    assert launch(run, Resources(), "none", work=train_rank, on_step=lambda step: None) == "finished"
-    assert read_metrics(run)["step"].tolist() == list(range(1, 201))
-
-
 @pytest.fixture
 def longer(small, tmp_path):
     """A run of 200 steps."""
@@ -57,6 +36,19 @@ def _after_step(small, run, step, work):
     thread = threading.Thread(target=wait)
     thread.start()
     return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(small, longer, number):
+    sender = _after_step(small, longer, 5, lambda: os.kill(os.getpid(), number))
+    assert launch(longer, Resources(), "none", work=train_rank, on_step=lambda step: None) == "stopped"
+    sender.join()
+    stopped_at = last_record(longer)["step"]
+    assert 5 <= stopped_at < 200
+    assert checkpoint_steps(longer)[-1] == stopped_at, "nothing that was computed is lost"
+    assert load_latest(longer, lambda told: pytest.fail(told))[1]["step"] == stopped_at
+    assert launch(longer, Resources(), "none", work=train_rank, on_step=lambda step: None) == "finished"
+    assert read_metrics(longer)["step"].tolist() == list(range(1, 201))
 
 
 def test_the_first_ctrl_c_saves_and_says_so(small, longer, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.special import erf
+from scipy.special import erf, softmax
 
 from hpcssl.loader.stream import Batch
 from hpcssl.objectives.contract import Tiles
@@ -36,11 +36,6 @@ def _normed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * weight + bias
 
 
-def _softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
 def _blocks(w: Weights, prefix: str, x: np.ndarray, depth: int, scale: np.ndarray | None = None) -> np.ndarray:
     """Pre-norm transformer blocks on [B, N, D]; `scale` [B, 2 · depth] multiplies attention's and MLP's branches."""
 
@@ -53,7 +48,7 @@ def _blocks(w: Weights, prefix: str, x: np.ndarray, depth: int, scale: np.ndarra
         at = f"{prefix}{i}."
         y = linear(f"{at}attn.qkv", _normed(x, w[f"{at}norm1.weight"], w[f"{at}norm1.bias"]))
         q, k, v = y.reshape(batch, tokens, 3, HEADS, dim // HEADS).transpose(2, 0, 3, 1, 4)
-        y = _softmax(q @ k.swapaxes(-1, -2) / np.sqrt(dim // HEADS)) @ v
+        y = softmax(q @ k.swapaxes(-1, -2) / np.sqrt(dim // HEADS), axis=-1) @ v
         x = x + scale[:, 2 * i, None, None] * linear(f"{at}attn.proj", y.swapaxes(1, 2).reshape(batch, tokens, dim))
         y = linear(f"{at}mlp.fc1", _normed(x, w[f"{at}norm2.weight"], w[f"{at}norm2.bias"]))
         y = linear(f"{at}mlp.fc2", y * 0.5 * (1 + erf(y / np.sqrt(2))))
@@ -145,12 +140,12 @@ class _Dino:
 
     def targets(self, w: Weights) -> tuple[np.ndarray, np.ndarray]:
         logits = _logits(_below(w, "teacher."), self.views[0])
-        return logits, _softmax((logits - w["center"]) / self.recipe.objective.teacher_temperature)
+        return logits, softmax((logits - w["center"]) / self.recipe.objective.teacher_temperature, axis=-1)
 
     def loss(self, w: Weights) -> float:
         _, q = self.targets(w)
         student = [_logits(_below(w, "student."), v, s) for v, s in zip(self.views, self.scales(), strict=True)]
-        log_p = np.log(_softmax(np.concatenate(student) / self.recipe.objective.student_temperature))
+        log_p = np.log(softmax(np.concatenate(student) / self.recipe.objective.student_temperature, axis=-1))
         pairs = [-(q[g] * log_p[v]).sum(-1).mean() for g in range(2) for v in range(4) if v != g]
         return float(np.mean(pairs))
 
@@ -288,10 +283,12 @@ def _check_dino(small, data, begin, step, *, learnt_lengths=False):
         else:
             wanted = w[f"student.{name}"]
             assert f"optimizer.exp_avg.{name}" not in after
+            assert state.objective.trained.get_parameter(name).grad is None
         _assert_near(after[f"student.{name}"], wanted, name)
         momentum = values.objective.momentum
         teacher = momentum * w[f"teacher.{name}"] + (1 - momentum) * after[f"student.{name}"]
         _assert_near(after[f"teacher.{name}"], teacher, name)
+    assert all(p.grad is None for p in state.objective.module["teacher"].parameters())
     _assert_near(after["center"], 0.9 * w["center"] + 0.1 * logits.mean((0, 1)), "center")
 
 

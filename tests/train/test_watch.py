@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe
 from hpcssl.runs.checkpoint import checkpoint_path, load_checkpoint
@@ -67,9 +68,7 @@ def test_measurements_are_those_of_the_equations(small, data, watch):
     with torch.no_grad():
         features = teacher["encoder"](((tiles / 255.0 - mean) / std).permute(0, 3, 1, 2))
         logits = teacher["head"](features).double().numpy()
-    exponents = (logits - np.linspace(-0.2, 0.2, 64)) / 0.04
-    q = np.exp(exponents - exponents.max(1, keepdims=True))
-    q /= q.sum(1, keepdims=True)
+    q = softmax((logits - np.linspace(-0.2, 0.2, 64)) / 0.04, axis=1)
     mean_q = q.mean(0)
     found = watch(recipe).measure(state)
     assert found == {
@@ -105,7 +104,7 @@ def test_watching_changes_nothing_of_training(small, data, tmp_path, objective):
     assert traces[1]["rank_me"][both].tolist() == traces[5]["rank_me"][both].tolist(), "a function of the state alone"
 
 
-def test_a_warning_is_said_once_and_names_limit_and_remedy(small, data, tmp_path):
+def test_a_warning_is_said_once_and_names_limit_and_remedy(small, data, watch):
     """All features equal: the last norm's weights are 0, and no gradient mends that in one step."""
     recipe = _every(small.dino_recipe(), 1)
     state = TrainState(recipe, CPU)
@@ -115,12 +114,12 @@ def test_a_warning_is_said_once_and_names_limit_and_remedy(small, data, tmp_path
             norm.weight.zero_()
             norm.bias.fill_(1.0)
     said: list[str] = []
-    watch = CollapseWatch(recipe, data.store, data.schedule, CPU, say=said.append)
-    watch.look(state)
+    watched = watch(recipe, said)
+    watched.look(state)
     assert not said, "not before the warm-up is over"
     state.step = Timeline(recipe, data.schedule).warmup_steps + 1
     for _ in range(2):
-        watch.look(state)
+        watched.look(state)
     (features,) = [text for text in said if "features" in text]
     assert features.startswith("step 4: the features collapse: deviation ")
     assert "(limit 0.1)" in features

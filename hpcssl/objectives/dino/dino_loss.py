@@ -18,19 +18,11 @@ def dino_loss(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """Return the mean cross-entropy over the pairs of a teacher view and another view of the student, and over tiles.
+    """Return the mean cross-entropy, in nats, over pairs of a teacher view and another of the student, and over tiles.
 
     With q the teacher's softmax and s the student's logits over the temperature, one pair gives
-    logsumexp(s) - q · s; the sums over q and over s are taken before the product, so that no pair costs an array.
-
-    Parameters
-    ----------
-    student_VBK, teacher_GBK : logits; no gradient flows to the teacher's
-    center_K : the running mean of the teacher's logits
-
-    Returns
-    -------
-    Scalar, nats.
+    logsumexp(s) - q · s; the sums over q and over s are taken before the product, so that no pair costs an array. No
+    gradient flows to the teacher's logits, nor to their running mean, the centre.
     """
     num_views, num_tiles, _ = student_VBK.shape
     num_global = len(teacher_GBK)
@@ -52,10 +44,8 @@ def dino_loss(
 def update_center(center_K: Tensor, teacher_sum_K: Tensor, count: int, momentum: float) -> Tensor:
     """Return the centre after a step, momentum · center + (1 - momentum) · mean.
 
-    Parameters
-    ----------
-    teacher_sum_K : sum of the teacher's logits over its views and over the *global* batch (the caller reduces it)
-    count : how many vectors that sum holds: global views × global batch
+    `teacher_sum_K` sums the teacher's logits over its views and the *global* batch, `count` vectors (the caller
+    reduces it).
     """
     return center_K * momentum + teacher_sum_K.to(center_K.dtype) * ((1 - momentum) / count)
 
@@ -66,8 +56,12 @@ def teacher_entropy(teacher_GBK: Tensor, center_K: Tensor, temperature: float) -
 
     It watches for collapse: log(K) when every output is uniform, 0 when every one is certain.
     """
-    q_GBK = _probabilities(teacher_GBK, center_K, temperature)
-    return -torch.special.xlogy(q_GBK, q_GBK).sum(-1).mean()
+    return entropy(_probabilities(teacher_GBK, center_K, temperature)).mean()
+
+
+def entropy(shares_NK: Tensor) -> Tensor:
+    """Return the entropy of each row's shares, [N], in nats."""
+    return -torch.special.xlogy(shares_NK, shares_NK).sum(-1)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from hpcssl.core.errors import ConfigError
 from hpcssl.models.encoder import Encoder, drop_path_rates, normalised, residual_scale
 from hpcssl.models.heads import DinoHead, DinoHeadConfig
 from hpcssl.objectives.contract import Clock, Objective, ObjectiveConfig, Tiles
-from hpcssl.objectives.dino.dino_loss import dino_loss, teacher_entropy, update_center
+from hpcssl.objectives.dino.dino_loss import dino_loss, entropy, teacher_entropy, update_center
 from hpcssl.optim.parameters import update_average
 from hpcssl.optim.values import cosine
 from hpcssl.plan.draw import PlanNeeds
@@ -30,13 +30,7 @@ MOST_ENTROPY = 0.99  # of the teacher, as a share of log K; 1 = its outputs are 
 
 @dataclass(frozen=True, kw_only=True)
 class DinoValues:
-    """What changes with the step.
-
-    Attributes
-    ----------
-    momentum, teacher_temperature : see `DinoConfig`
-    last_layer_frozen : whether the head's last layer gets no gradient
-    """
+    """What changes with the step (see `DinoConfig`)."""
 
     momentum: float
     teacher_temperature: float
@@ -47,8 +41,6 @@ class DinoValues:
 class DinoConfig(ObjectiveConfig):
     """Settings of DINO; the defaults are the paper's.
 
-    Attributes
-    ----------
     head : sizes of the projection head
     student_temperature, teacher_temperature : of the softmax
     warmup_teacher_temperature : the teacher's in the first pseudo-epoch, if there is a warm-up
@@ -118,16 +110,16 @@ class Dino(Objective):
     def loss(self, tiles: Tiles, values: DinoValues) -> Tensor:
         """Return the mean cross-entropy of the tiles and add the teacher's logits to the step's sum."""
         with torch.no_grad():
-            teacher = _logits(self._teacher, [_features(self._teacher, tiles.views[0])])
+            teacher = self._teacher["head"](_features(self._teacher, tiles.views[0]))
         kept = tiles.drop_path or (None,) * len(tiles.views)
         scales = (None if kind is None else residual_scale(kind.flatten(0, 1), self.needs.drop_path) for kind in kept)
         features = [_features(self._student, views, scale) for views, scale in zip(tiles.views, scales, strict=True)]
         with torch.no_grad():
             self._sum += teacher.sum((0, 1), dtype=self._sum.dtype)
-            entropy = teacher_entropy(teacher, self._center, values.teacher_temperature)
-            self._entropy += entropy * teacher.shape[1]
+            mean = teacher_entropy(teacher, self._center, values.teacher_temperature)
+            self._entropy += mean * teacher.shape[1]
         return dino_loss(
-            _logits(self._student, features),
+            self._student["head"](torch.cat(features)),  # one pass, its weights normed once
             teacher,
             self._center,
             student_temperature=self._config.student_temperature,
@@ -148,11 +140,11 @@ class Dino(Objective):
         update_average(self._teacher.parameters(), self._student.parameters(), values.momentum)
         all_reduce_sum(self._sum)
         all_reduce_sum(self._entropy)
-        entropy = float(self._entropy) / global_batch
+        mean_entropy = float(self._entropy) / global_batch
         vectors = self._global_views * global_batch
         self._center.copy_(update_center(self._center, self._sum, vectors, self._config.center_momentum))
         self.forget()
-        return {"teacher_entropy": entropy, "momentum": values.momentum}
+        return {"teacher_entropy": mean_entropy, "momentum": values.momentum}
 
     def forget(self) -> None:
         """Drop the sums over the step's tiles."""
@@ -167,8 +159,8 @@ class Dino(Objective):
         outputs_NK = torch.cat([(chunk / temperature).softmax(-1) for chunk in logits])
         return {
             "center_norm": float(self._center.norm()),
-            "watched_entropy": float(_entropy(outputs_NK).mean()),
-            "outputs_used": math.exp(_entropy(outputs_NK.mean(0))),
+            "watched_entropy": float(entropy(outputs_NK).mean()),
+            "outputs_used": math.exp(entropy(outputs_NK.mean(0))),
         }
 
     def complaints(self, measurements: Mapping[str, float]) -> dict[str, str]:
@@ -188,18 +180,8 @@ class Dino(Objective):
         return messages
 
 
-def _entropy(shares_NK: Tensor) -> Tensor:
-    return -torch.special.xlogy(shares_NK, shares_NK).sum(-1)
-
-
 def _features(model: nn.ModuleDict, views: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return the encoder's features of views (V, B, px, px, 3), as (V, B, D)."""
     scale = None if scale is None else scale.to(views.device)
     features: Tensor = model["encoder"](normalised(views.flatten(0, 1)), scale)
     return features.unflatten(0, views.shape[:2])
-
-
-def _logits(model: nn.ModuleDict, features: list[Tensor]) -> Tensor:
-    """Return the head's output for the views of all kinds, (V, B, K); one pass, its weights normed once."""
-    logits: Tensor = model["head"](torch.cat(features))
-    return logits

@@ -24,13 +24,8 @@ def patchify(images_BCHW: Tensor, patch_px: int) -> Tensor:
 def mae_loss(predictions_BNP: Tensor, images_BCHW: Tensor, mask_BN: Tensor, patch_px: int) -> Tensor:
     """Return the mean squared error over the masked patches, a scalar, computed in float32 or finer.
 
-    The target is each patch's pixels less their mean over the root of their unbiased variance + 1e-6.
-
-    Parameters
-    ----------
-    predictions_BNP : for every patch its predicted values, ordered as `patchify` does
-    images_BCHW : the normalised images
-    mask_BN : boolean, True where masked
+    The target is each patch's pixels, normalised and ordered as `patchify` does, less their mean over the root of their
+    unbiased variance + 1e-6. The mask is True where masked.
     """
     fine = torch.promote_types(images_BCHW.dtype, torch.float32)
     target_BNP = patchify(images_BCHW.to(fine), patch_px)

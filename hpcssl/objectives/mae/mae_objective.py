@@ -20,12 +20,7 @@ from hpcssl.plan.recipe import AugmentRecipe
 
 @settings
 class MaeConfig(ObjectiveConfig):
-    """Settings of MAE; the defaults are the paper's.
-
-    Attributes
-    ----------
-    decoder : sizes of the decoder
-    """
+    """Settings of MAE; the defaults are the paper's."""
 
     hides_patches: ClassVar[bool] = True
     peaks_after_warmup: ClassVar[bool] = True

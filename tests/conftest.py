@@ -18,7 +18,7 @@ SHARING = ("tests/slurm", "tests/long")  # folders whose files share what is dea
 # files of the short run that are not marked as fast: they start many processes, kill many builds, train many runs
 NOT_FAST = [
     *("backends_agree", "demo_inputs", "elastic", "follow", "full_size", "hang", "jobs_command", "kill", "launch"),
-    *("mccv_fit", "online_remote", "resume", "signals", "store_killed", "tiling", "virtual_ranks"),
+    *("mccv_fit", "online_remote", "resume", "signals", "store_killed", "tiling"),
 ]
 END_S = 120  # for what tests left behind to end in
 

@@ -31,7 +31,7 @@ from measuring import device_name, median, options, ratios, repeated, seconds, s
 from plain_step import PlainDino, PlainMae
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpcssl.core.config import build, to_mapping, with_overrides
+from hpcssl.core.config import build, to_mapping
 from hpcssl.core.errors import ConfigError
 from hpcssl.loader.stream import Batch
 from hpcssl.models.decoder import MaeDecoderConfig, sincos_position
@@ -39,6 +39,7 @@ from hpcssl.models.encoder import Encoder, EncoderConfig, normalised
 from hpcssl.models.heads import DinoHeadConfig
 from hpcssl.objectives.dino.dino_objective import DinoConfig
 from hpcssl.objectives.mae.mae_objective import MaeConfig
+from hpcssl.objectives.registry import present_layout
 from hpcssl.plan.draw import PlanNeeds, draw_plan
 from hpcssl.plan.recipe import AugmentRecipe, ViewRecipe, dino_augment, mae_augment
 from hpcssl.train.execution import resolve_precision
@@ -245,7 +246,9 @@ def main() -> None:
         recipe = make(size, args.batch or (64 if on_gpu else 4))
         recipe = dataclasses.replace(recipe, train=TrainConfig(precision=precision))
         try:
-            recipe = build(PretrainConfig, with_overrides(to_mapping(recipe), args.set), where="bench_step")
+            recipe = build(
+                PretrainConfig, present_layout(to_mapping(recipe), "bench_step", args.set), where="bench_step"
+            )
         except ConfigError as error:
             sys.exit(str(error))
         label = f"{objective}_{precision}"

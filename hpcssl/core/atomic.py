@@ -27,9 +27,6 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-sync_dir = sync
-
-
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on leaving without an error, sync it and rename it to `path`.

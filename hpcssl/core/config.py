@@ -34,10 +34,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 _SHOWN = 20
 _RANGES = {
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "above {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "below {lt:g}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
     "finite_number": "a finite number",
 }
 _FREE = "free"
@@ -212,8 +212,14 @@ def _describe(cls: type, error: ErrorDetails) -> str:
     if kind.startswith("missing"):
         return f"{key} is missing"
     if kind in _RANGES:
-        return f"{key} = {value}; expected {_RANGES[kind].format(**error.get('ctx', {}))}"
+        return f"{key} = {value}; expected {_RANGES[kind].format(**_limits(error))}"
     return f"{key} = {value!r}: {error['msg'].lower()}"
+
+
+def _limits(error: ErrorDetails) -> dict[str, Any]:
+    """Return the limits of a range, whole ones without a point."""
+    limits = error.get("ctx", {}).items()
+    return {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in limits}
 
 
 def _path_in(cls: type, location: Sequence[int | str]) -> tuple[str, list[str]]:

@@ -43,8 +43,6 @@ print(json.dumps(facts))
 
 def diagnose_cluster(profile: Profile, name: str, out: Path) -> list[Check]:
     """Return all checks of a profile of this name against the cluster of this machine, whose nodes must see `out`."""
-    import torch
-
     answer = _ask("scontrol", "show", "partition", "--oneliner")
     if isinstance(answer, Check):
         return [answer]
@@ -61,6 +59,8 @@ def diagnose_cluster(profile: Profile, name: str, out: Path) -> list[Check]:
     accepted = _would_be_accepted(profile)
     kinds = {node.gpu_kinds for node in checks.nodes_that_fit(profile, nodes)}
     names = " ".join([name, partition.name, profile.constraint or "", *kinds])
+    import torch
+
     report += [accepted, *checks.check_stack(names, torch.__version__, torch.version.cuda)]
     return report if accepted.status == FAIL else [*report, *_probe(profile, out)]
 

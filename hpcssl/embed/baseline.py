@@ -22,6 +22,7 @@ from hpcssl.embed.sources import Embedder
 from hpcssl.models.weights import read_weights
 
 PREFIX = "timm:"
+_GROUPS = ("state_dict", "model", "model_ema", "teacher")  # below which published files keep the weights
 _SEED = 0  # of random weights
 
 
@@ -135,7 +136,7 @@ def _kept_by_timm(name: str, config: dict[str, Any]) -> Path:
 
 def _load(model: nn.Module, file: Path, classifier: str | tuple[str, ...] | None) -> None:
     """Load weights; of the file, only the classifier may be left over."""
-    stored, expected = read_weights(file), model.state_dict()
+    stored, expected = read_weights(file, _GROUPS), model.state_dict()
     ends = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
     left = [name for name in stored if name not in expected and not name.startswith(ends)]
     missing = [name for name in expected if name not in stored]

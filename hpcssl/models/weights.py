@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,10 @@ _GROUPS = ("teacher", "student", "model", "state_dict", "model_ema")  # the firs
 _NOT_ENCODER = ("head", "fc_norm.", "decoder_", "mask_token")  # classifier, projection head, MAE's decoder
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the named tensors of a file, wherever in it they stand, without the prefix `module.` of their names.
+def read_weights(path: Path, groups: Sequence[str] = _GROUPS) -> dict[str, Tensor]:
+    """Return the named tensors of a file, without the prefix `module.` of their names.
+
+    They stand in the first of some `groups` that there is, again and again, else on top.
 
     ConfigError where there is no such file, or it holds no weights that load without running code.
     """
@@ -43,13 +45,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().splitlines()[:1]
         raise ConfigError(f"{path}: cannot be read as weights ({''.join(reason)[:200]})") from None
     while isinstance(content, Mapping) and (
-        groups := [content[g] for g in _GROUPS if isinstance(content.get(g), Mapping)]
+        inner := [content[group] for group in groups if isinstance(content.get(group), Mapping)]
     ):
-        content = groups[0]
+        content = inner[0]
     values = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(name).removeprefix("module."): value for name, value in values if isinstance(value, Tensor)}
     if not tensors:
-        raise ConfigError(f"{path}: no named weights in it; expected some, or a mapping with {', '.join(_GROUPS)}")
+        raise ConfigError(f"{path}: no named weights in it; expected some, or a mapping with {', '.join(groups)}")
     return tensors
 
 

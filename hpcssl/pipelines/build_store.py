@@ -14,7 +14,7 @@ from hpcssl.core.errors import SlideError
 from hpcssl.jobs.array import Call
 from hpcssl.jobs.profile import Profile
 from hpcssl.pipelines.stage import Stage, StageJobs, submit_stage
-from hpcssl.pipelines.tile import share_out
+from hpcssl.pipelines.tile import submit_work
 from hpcssl.slides.slide_list import FAILED, slides_to_read
 from hpcssl.stores.online import OnlineStore
 from hpcssl.stores.online_build import Looking, OnlineOptions, build_online
@@ -65,9 +65,7 @@ def submit_from_slides(
     refuses a job.
     """
     work = Looking(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
-    calls, shared = share_out(work, source, num_tasks)
-    last = ("store-write", Call(_write_store, shared))
-    return submit_stage(Stage(kind="store-look", out=out, calls=calls, last=last), profile)
+    return submit_work(work, source, profile, num_tasks, kinds=("store-look", "store-write"), last=_write_store)
 
 
 def submit_parts(
@@ -78,11 +76,14 @@ def submit_parts(
     There are at most `num_tasks` parts; the other parameters as for `hpcssl.stores.scan.build_store`. UserError if the
     store exists, its parts were begun with other settings, or SLURM refuses a job.
     """
-    missing = plan_parts(tiles, out, table=table, options=options, num_parts=num_tasks)
     whole = {"out": out.resolve()}
-    calls, last = [Call(build_part, {**whole, "number": number}) for number in missing], Call(join_parts, whole)
-    stage = Stage(kind="store-parts", out=parts_folder(out), calls=calls, last=("store-join", last))
-    return submit_stage(stage, profile)
+
+    def calls() -> list[Call]:
+        missing = plan_parts(tiles, out, table=table, options=options, num_parts=num_tasks)
+        return [Call(build_part, {**whole, "number": number}) for number in missing]
+
+    last = ("store-join", Call(join_parts, whole))
+    return submit_stage(Stage(kind="store-parts", out=parts_folder(out), calls=calls, last=last), profile)
 
 
 def _write_store(source: Path, work: Looking) -> None:

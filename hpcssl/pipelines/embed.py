@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hpcssl.embed.embedding import embed_store, missing_slides, prepare, source_of, text_of
 from hpcssl.jobs.array import Call, Submitted, shares
@@ -40,8 +41,11 @@ def embed(request: EmbedRequest, *, threads: int, progress: Progress) -> int:
     A UserError as of `hpcssl.embed.embedding.embed_store`.
     """
     store, source = open_store(request.store), source_of(request.encoder, request.weights)
-    with progress(f"embedding {request.encoder}", store.num_slides, "slides") as advance:
-        embed_store(store, source, request.out, threads=threads, tile_px=request.tile_px, on_progress=advance)
+    settings: dict[str, Any] = {"threads": threads, "tile_px": request.tile_px}
+    if request.slides is not None:
+        settings["slides"] = missing_slides(store, request.out, request.slides)
+    with progress(f"embedding {request.encoder}", len(settings.get("slides", store.slides)), "slides") as advance:
+        embed_store(store, source, request.out, **settings, on_progress=advance)
     return store.num_slides
 
 
@@ -73,7 +77,7 @@ def submit_embedding(request: EmbedRequest, profile: Profile, *, num_tasks: int)
         Call(embed_share, {"request": fixed, "slides": [missing[i] for i in share], "threads": profile.cpus_per_gpu})
         for share in shares(tiles, num_tasks)
     ]
-    stage = Stage(kind="embed", out=request.out, calls=calls, gpus=min(1, profile.gpus_per_node))
+    stage = Stage(kind="embed", out=request.out, calls=lambda: calls, gpus=min(1, profile.gpus_per_node))
     return submit_stage(stage, profile).array
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +32,8 @@ from hpcssl.jobs.array import Call, Submitted, jobs_under_way
 from hpcssl.jobs.profile import load_profile
 from hpcssl.pipelines.embed import EmbedRequest, is_embedded, submit_embedding
 from hpcssl.pipelines.evaluate import fit_missing
+from hpcssl.pipelines.followed_run import folder_of, is_followed, measured_steps
 from hpcssl.pipelines.stage import Stage, submit_stage
-from hpcssl.runs.checkpoint import checkpoint_steps
-from hpcssl.runs.run_folder import read_config
 from hpcssl.stores.kinds import open_store
 
 _FIXED = ("store", "preset", "replicas", "seed", "tile_px")  # other values would mix in one table of results
@@ -98,17 +98,12 @@ def load_bench(path: Path) -> Bench:
     return bench
 
 
-def is_followed(run: Path) -> bool:
-    """Return whether a run has a benchmark."""
-    return (_folder(run) / "bench.yaml").is_file()
-
-
 def attach(run: Path, bench: Bench) -> None:
     """Write what is measured into a prepared run folder; it may be extended, but not be made another benchmark.
 
     RunError names both values where the run is measured otherwise already.
     """
-    file = _folder(run) / "bench.yaml"
+    file = folder_of(run) / "bench.yaml"
     if file.exists():
         old, new = ({key: getattr(one, key) for key in _FIXED} for one in (_bench_of(run), bench))
         advice = "give the same, or remove it"
@@ -125,12 +120,12 @@ def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitte
     a job.
     """
     bench = _bench_of(run)
-    profile, slides, results = load_profile(bench.profile), _slides_of(bench), _folder(run) / "results"
+    profile, slides, results = load_profile(bench.profile), _slides_of(bench), folder_of(run) / "results"
     steps, tried, done = measured_steps(run, every=bench.every), _tried(run), _done(results)
     fixed = {"results": results.resolve(), "bench": bench, "threads": profile.cpus_per_gpu}
     submitted = []
     for step in steps if again else [step for step in steps if step == steps[-1] or step not in tried]:
-        features = _folder(run) / "features" / f"step-{step:09d}"
+        features = folder_of(run) / "features" / f"step-{step:09d}"
         of_step = EmbedRequest(store=Path(bench.store), encoder=f"{run}@{step}", out=features)
         request = replace(of_step, tile_px=bench.tile_px, slides=slides)
         embedding = None if is_embedded(request) else submit_embedding(request, profile, num_tasks=bench.array)
@@ -140,25 +135,13 @@ def submit_missing(run: Path, *, again: bool = True) -> list[tuple[str, Submitte
             if any((task_name(Path(splits)), head, str(step)) not in done for head in bench.head)
         ]
         gpus = min(1, profile.gpus_per_node) if bench.device == "cuda" else 0
-        stage = Stage(kind=f"mccv-{step}", out=results, calls=calls, gpus=gpus)
+        stage = Stage(kind=f"mccv-{step}", out=results, calls=partial(list, calls), gpus=gpus)
         measuring = submit_stage(stage, profile, after=[embedding.job] if embedding else []).array
         for what, job in ((f"embeds step {step}", embedding), (f"measures step {step}", measuring)):
             if job and job.tasks:
                 submitted.append((what, job))
         _note_tried(run, step)
     return submitted
-
-
-def measured_steps(run: Path, *, every: int) -> list[int]:
-    """Return the steps whose checkpoints are there and end every so many pseudo-epochs; 0, untrained, is one."""
-    settings = read_config(run)
-    batch, positions = settings["global_batch"], settings["derived"]["positions_per_pseudo_epoch"]
-
-    def is_measured(step: int) -> bool:
-        number = -(-step * batch // positions)
-        return number % every == 0 and number * positions // batch == step
-
-    return [step for step in checkpoint_steps(run) if is_measured(step)]
 
 
 def measure(features: Path, splits: str, results: Path, bench: Bench, threads: int) -> None:
@@ -176,14 +159,14 @@ def _done(results: Path) -> set[tuple[str, str, str]]:
 
 def _tried(run: Path) -> set[int]:
     """Return the steps for which jobs were submitted by the bench.yaml of now."""
-    file, bench = _folder(run) / "submitted.json", digest_file(_folder(run) / "bench.yaml")
+    file, bench = folder_of(run) / "submitted.json", digest_file(folder_of(run) / "bench.yaml")
     stored = read_json(file, RunError(f"{file}: damaged; remove it")) if file.exists() else {}
     return {int(step) for step in stored["steps"]} if stored.get("bench") == bench else set()
 
 
 def _note_tried(run: Path, step: int) -> None:
-    record = {"bench": digest_file(_folder(run) / "bench.yaml"), "steps": sorted({*_tried(run), step})}
-    write_atomic(_folder(run) / "submitted.json", json.dumps(record) + "\n")
+    record = {"bench": digest_file(folder_of(run) / "bench.yaml"), "steps": sorted({*_tried(run), step})}
+    write_atomic(folder_of(run) / "submitted.json", json.dumps(record) + "\n")
 
 
 def _slides_of(bench: Bench) -> list[str]:
@@ -192,11 +175,7 @@ def _slides_of(bench: Bench) -> list[str]:
 
 
 def _bench_of(run: Path) -> Bench:
-    file = _folder(run) / "bench.yaml"
+    file = folder_of(run) / "bench.yaml"
     if not is_followed(run):
         raise RunError(f"{run}: no benchmark follows it; begin one with hpcssl pretrain … --benchmark-with bench.yaml")
     return config.build(Bench, config.read_yaml(file), where=str(file))
-
-
-def _folder(run: Path) -> Path:
-    return run / "benchmark"

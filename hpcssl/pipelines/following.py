@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpcssl.jobs.batch_script import python
-from hpcssl.pipelines.follow import is_followed, measured_steps, submit_missing
+from hpcssl.pipelines.followed_run import is_followed, measured_steps
 
 _POLL_S = 20.0
 _APART_S = 600.0
@@ -58,4 +58,6 @@ def _submit_apart(run: Path, say: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
+    from hpcssl.pipelines.follow import submit_missing
+
     submit_missing(Path(sys.argv[1]), again=False)

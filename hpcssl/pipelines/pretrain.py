@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Literal
 
 from hpcssl.core.atomic import digest_file
 from hpcssl.core.config import dump_yaml, to_mapping
-from hpcssl.core.errors import RunError, StoreError
+from hpcssl.core.errors import ConfigError, RunError, StoreError
 from hpcssl.core.world import check_divides
 from hpcssl.jobs.cluster import check_cluster
 from hpcssl.jobs.elastic import parse_gpus, with_gpus
@@ -92,7 +93,15 @@ def plan_pretraining(request: PretrainRequest) -> PretrainPlan:
     UserError for a recipe, data, resources or a benchmark that cannot be used, or not together.
     """
     check_cluster(request.cluster, request.resources, request.out)
+    if not 0 <= request.wait_min < math.inf:
+        raise ConfigError(f"--wait-min {request.wait_min:g}; expected minutes, at least 0")
     recipe = load_recipe(request.recipe, request.overrides)
+    registered_in = type(recipe.objective).__module__
+    if request.cluster != "none" and registered_in.partition(".")[0] != __package__.partition(".")[0]:
+        raise ConfigError(
+            f"objective {recipe.objective.kind} is registered in {registered_in}, which the processes of --cluster"
+            f" {request.cluster} do not import; give --cluster none"
+        )
     if recipe.initial_weights:  # a job may start in another folder
         recipe = replace(recipe, initial_weights=str(Path(recipe.initial_weights).resolve()))
     store, schedule = open_store(request.store), Schedule.open(request.schedule)

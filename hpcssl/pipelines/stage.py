@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,14 @@ class Stage:
     ----------
     kind : one word for what the array does; with `out` it names the job
     out : folder that the calls fill; logs go to `out/logs`
-    calls : what is missing, one call a task; empty where nothing is
+    calls : gives what is missing, one call a task; may prepare `out`, and is called only where `last` is not under way
     last : what is done when all calls have ended well, and one word for it; None = nothing
     gpus : of each task of the array
     """
 
     kind: str
     out: Path
-    calls: Sequence[Call]
+    calls: Callable[[], Sequence[Call]]
     last: tuple[str, Call] | None = None
     gpus: int = 0
 
@@ -53,9 +53,9 @@ def submit_stage(stage: Stage, profile: Profile, *, after: Sequence[str] = ()) -
         ending = jobs_under_way(job_name(stage.last[0], stage.out))
         if ending:
             return StageJobs(array=None, last=Submitted(job=ending[0], tasks=0))
-    array = None
-    if stage.calls:
-        array = submit_calls(stage.calls, stage.out, profile, kind=stage.kind, gpus=stage.gpus, after=after)
+    array, calls = None, stage.calls()
+    if calls:
+        array = submit_calls(calls, stage.out, profile, kind=stage.kind, gpus=stage.gpus, after=after)
     if stage.last is None or (array and not array.tasks):
         return StageJobs(array=array, last=None)
     kind, call = stage.last

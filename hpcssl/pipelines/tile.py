@@ -61,20 +61,32 @@ def submit_tiling(source: Path, out: Path, options: TilingOptions, *, profile: P
     Threads are the profile's. UserError for a table or folder that cannot be used, and where SLURM refuses a job.
     """
     work = Tiling(out.resolve(), replace(options, threads=profile.cpus_per_gpu))
-    calls, shared = share_out(work, source, num_tasks)
-    last = ("tile-store", Call(_write_store, shared))
-    return submit_stage(Stage(kind="tile-cut", out=out, calls=calls, last=last), profile)
+    return submit_work(work, source, profile, num_tasks, kinds=("tile-cut", "tile-store"), last=_write_store)
 
 
-def share_out(work: SlideWork, source: Path, num: int) -> tuple[list[Call], dict[str, Any]]:
-    """Return at most so many calls that do what is missing of some work on slides, and the arguments of what follows.
+def submit_work(
+    work: SlideWork,
+    source: Path,
+    profile: Profile,
+    num_tasks: int,
+    *,
+    kinds: tuple[str, str],
+    last: Callable[..., None],
+) -> StageJobs:
+    """Submit at most `num_tasks` tasks that do what is missing of some work on slides, and `last` after them.
 
-    Each call is for every n-th slide: neighbours are often alike.
+    Each task is for every n-th slide: neighbours are often alike. `kinds` names the array and the last job.
     """
-    missing = [row["slide_id"] for row in work.missing(slides_to_read(source))]
+    slides = slides_to_read(source)
     shared = {"source": source.absolute(), "work": work}  # not resolved: records of slides have its name in theirs
-    num = min(num, len(missing))
-    return [Call(_read_share, {**shared, "slide_ids": missing[k::num]}) for k in range(num)], shared
+
+    def calls() -> list[Call]:
+        missing = [row["slide_id"] for row in work.missing(slides)]
+        num = min(num_tasks, len(missing))
+        return [Call(_read_share, {**shared, "slide_ids": missing[k::num]}) for k in range(num)]
+
+    stage = Stage(kind=kinds[0], out=work.out, calls=calls, last=(kinds[1], Call(last, shared)))
+    return submit_stage(stage, profile)
 
 
 def _read_share(source: Path, work: SlideWork, slide_ids: Sequence[str]) -> None:

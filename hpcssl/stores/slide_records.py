@@ -75,7 +75,8 @@ class SlideWork(ABC):
 
         A slide that cannot be read is left to that, too, which tries it again and lists it.
         """
-        self.read_each([row for row in self.missing(slides) if row["slide_id"] in slide_ids])
+        _, rows = self.old_and_new(self.claim(), slides[slides["slide_id"].isin(slide_ids)])
+        self.read_each(rows)
 
     def read_each(
         self, rows: Sequence[Row], on_progress: Callable[[int], None] = lambda n: None

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TextIO, TypeAlias
 import numpy as np
 import pandas as pd
 
-from hpcssl.core.atomic import remove_temporary, sync_dir, write_atomic
+from hpcssl.core.atomic import remove_temporary, sync, write_atomic
 from hpcssl.core.errors import StoreError, UserError
 from hpcssl.core.ordered import in_order
 from hpcssl.stores.index_writer import IndexWriter, SlideEntry, seal
@@ -101,7 +101,7 @@ class Build:
         self._done: list[bytes] = []
         self._new_marks: list[bytes] = []
         self.whole: set[bytes] = set()  # what tells the slides that tries before this one found whole
-        self._bad_list = target.out.with_name(f"{target.out.name}.bad_tiles.csv")
+        self._bad_list = Path(f"{target.out.absolute()}.bad_tiles.csv")
         self._bad: TextIO | None = None
         self.num_bad, self._first_bad = 0, ""  # files found so far that are no tiles
         self._num_tiles = 0
@@ -268,9 +268,9 @@ class Build:
 
 def move_synced(folder: Path, to: Path) -> None:
     """Give a folder with all that is in it its place."""
-    sync_dir(folder)
+    sync(folder)
     os.replace(folder, to)
-    sync_dir(to.parent)
+    sync(to.parent)
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hpcssl.core.atomic import digest_bytes
 from hpcssl.core.errors import StoreError
-from hpcssl.slides.slide_table import digest_slides
+from hpcssl.slides.slide_table import digest_slides, slide_of
 from hpcssl.stores.store import Store, Texts
 from hpcssl.stores.tile_files import PADDING, jpeg_fault
 
@@ -67,6 +67,13 @@ class TileStore(Store):
     def file_of(self, tile: int) -> Path:
         """See `Store.file_of`."""
         return Path(f"{self._prefix(tile)}{self._folders[self.slide_of(tile)]}/{self._names[tile]}")
+
+    def files_of(self, tiles: np.ndarray) -> list[str]:
+        """See `Store.files_of`."""
+        slides = slide_of(tiles, self.first_tiles)
+        folders = {slide: self._folders[slide] for slide in np.unique(slides).tolist()}
+        pairs = zip(slides.tolist(), tiles.tolist())
+        return [f"{self._prefix(tile)}{folders[slide]}/{self._names[tile]}" for slide, tile in pairs]
 
     def coordinates_of(self, tile: int) -> tuple[int, int]:
         """Return a tile's corner (x, y) in level-0 pixels, from a name that ends in `_x<x>_y<y>.jpg`; else (-1, -1)."""

@@ -70,7 +70,7 @@ class TilingOptions:
         return BuildOptions(pack=self.pack, shard_gb=self.shard_gb, check=False, threads=1)
 
     def __post_init__(self) -> None:
-        assert self.build  # checks the size of a shard
+        _ = self.build  # refuses a size of shards that cannot be
 
 
 def tile_slides(

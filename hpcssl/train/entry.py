@@ -1,4 +1,4 @@
-"""One process of a pretraining run, from a prepared run folder: what the jobs room starts, by name."""
+"""One process of a pretraining run, from a prepared run folder."""
 
 from __future__ import annotations
 

@@ -120,9 +120,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> PretrainCon
     """Load a recipe that ships or a YAML file, with `--set` applied; ConfigError for anything unknown in it."""
     path = resources.locate("recipe", name_or_path)
     where = f"recipe {path.stem}"
-    stored = present_layout(config.read_yaml(path), where)
-    values = present_layout(config.with_overrides(stored, overrides), where, before=stored)
-    return config.build(PretrainConfig, values, where=where)
+    return config.build(PretrainConfig, present_layout(config.read_yaml(path), where, overrides), where=where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -233,8 +233,11 @@ def test_the_stream_works_ahead(small, stream, data):
     made = stream(store=store, threads=4, prefetch_steps=2, stop=3)
     batches = iter(made)
     next(batches)
+    before = made.stats.read_wait_s
     small.wait_until(lambda: len(store.fetched) == 36, 30, "all three steps are read without being asked for")
+    time.sleep(2)  # the trainer computes
     assert len(next(batches).positions) == 12
+    assert made.stats.read_wait_s - before < 1, "its own time is no waiting"
     assert made.stats.read_s >= 24 * 0.003
 
 

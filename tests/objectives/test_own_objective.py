@@ -13,7 +13,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from hpcssl.core.config import build
+from hpcssl.core import resources
+from hpcssl.core.config import build, to_mapping
 from hpcssl.core.errors import ConfigError
 from hpcssl.embed.exported import timm_arguments
 from hpcssl.features.feature_files import read_slide
@@ -173,3 +174,52 @@ def test_the_former_layout_of_recipes_and_settings_is_understood(small, tmp_path
     for file in ("former.yaml", present):
         found = load_recipe(str(tmp_path / file), [f"{setting}=3", f"objective={kind}"])
         assert found == load_recipe(name, [f"objective.{setting.removeprefix('dino.')}=3"]) != recipe
+
+
+MAE = ("augment.mask_ratio=0.75", "augment.global_views.count=1", "augment.local_views=null")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("mae-demo", ["decoder={depth: 3}"], {"decoder": {"embed_dim": 512, "depth": 3, "num_heads": 16}}),
+        ("dino-demo", ["dino={momentum: 0.9}"], {"momentum": 0.9, "center_momentum": 0.9}),
+        ("dino-demo", ["objective.momentum=0.9", "objective=dino"], {"momentum": 0.9, "center_momentum": 0.8}),
+        ("dino-demo", ["dino.momentum=0.8", "objective.momentum=0.9"], {"momentum": 0.9}),
+        ("dino-demo", ["objective.momentum=0.9", "dino.momentum=0.8"], {"momentum": 0.8}),
+        ("dino-demo", ["objective=mae", "objective.decoder.depth=3", *MAE], {"kind": "mae"}),
+        ("dino-demo", ["objective.kind=mae", *MAE], {"kind": "mae"}),
+        ("dino-demo", ["objective={kind: mae, decoder: {depth: 2}}", *MAE], {"kind": "mae"}),
+    ],
+)
+def test_settings_of_both_layouts_go_together(name, settings, expected):
+    """A group that is given replaces the one before, the last of two settings counts, and so does the last kind."""
+    objective = to_mapping(load_recipe(name, settings).objective)
+    assert {key: objective[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("mae-demo", "dino.momentumm=1", "objective dino: unknown setting momentumm; did you mean momentum?"),
+        ("dino-demo", "objective.kind=[a]", "objective.kind = ['a']; known: dino, mae"),
+        ("dino-demo", "objective=deno", "did you mean dino?"),
+        ("dino-demo", "dino=3", "expected a group of settings"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused_in_one_line(name, setting, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(name, [setting])
+
+
+def test_the_settings_of_a_recipe_that_may_become_another_are_kept(tmp_path):
+    text = resources.locate("recipe", "dino-demo").read_text()
+    start, end = text.index("objective:"), text.index("global_batch:")
+    both = "objective: dino\ndino: {momentum: 0.9}\ndecoder: {depth: 2, embed_dim: 64, num_heads: 4}\n"
+    (tmp_path / "both.yaml").write_text(text[:start] + both + text[end:])
+    decoder = load_recipe(str(tmp_path / "both.yaml"), ["objective=mae", *MAE]).objective.decoder
+    assert (decoder.depth, decoder.embed_dim) == (2, 64)
+    twice = "objective: {kind: dino, momentum: 0.8}\ndino: {momentum: 0.9}\n"
+    (tmp_path / "twice.yaml").write_text(text[:start] + twice + text[end:])
+    with pytest.raises(ConfigError, match="give its settings in one place"):
+        load_recipe(str(tmp_path / "twice.yaml"))

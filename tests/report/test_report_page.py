@@ -44,6 +44,10 @@ def test_the_whole_report(tmp_path: Path, inputs: Inputs) -> None:
     expected = {f"{part}.{ending}" for part in PARTS for ending in ("png", "csv")}
     expected |= {f"{table}.{ending}" for table in ("summary", "saturation") for ending in ("csv", "md", "tex")}
     assert {p.name for p in out.iterdir()} == expected | {"report.html", "verdict.txt"}
+    summary = pd.read_csv(out / "summary.csv").set_index(["task", "checkpoint"])
+    assert summary.loc[("lung", 200), "difference_low"] > 0
+    by_checkpoint = pd.read_csv(out / "auc_by_checkpoint.csv").groupby(["task", "checkpoint"])["score"].mean()
+    pd.testing.assert_series_equal(by_checkpoint, summary["score"], rtol=1e-5, check_names=False)
     page = Page(path)
     assert len(page.sources) == len(page.alts) == len(PARTS)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)

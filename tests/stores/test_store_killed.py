@@ -188,15 +188,22 @@ def test_slides_that_were_done_are_not_read_again(
     assert told == [1] * 4
 
 
-@pytest.mark.parametrize("change", ["options", "lost bytes", "lung-0,lung,3", "breast-1,breast,4"])
+@pytest.mark.parametrize(
+    "change", ["options", "lost bytes", "torn marks", "foreign marks", "lung-0,lung,3", "breast-1,breast,4"]
+)
 def test_what_belongs_to_another_build_is_not_gone_on_with(change: str, tiles: Path, tmp_path: Path) -> None:
-    """Other options, bytes that were lost, other slides first, the same slides in another order."""
+    """Other options, bytes that were lost, damaged marks, other slides first, the same slides in another order."""
     interrupt(tiles, tmp_path / "store", KINDS["packed"], after=1)
     options, table = KINDS["packed"], None
     if change == "options":
         options = BuildOptions(pack=True, commit_s=0)
     elif change == "lost bytes":
         os.truncate(tmp_path / ".store.partial" / "tiles-000000.tar", 100)
+    elif change.endswith("marks"):
+        marks = tmp_path / ".store.partial" / "done.bin"
+        data = marks.read_bytes()
+        assert len(data) >= 16
+        marks.write_bytes(data[:-7] if change == "torn marks" else bytes(16) + data[16:])
     else:
         table = tmp_path / "slides.csv"
         table.write_text(f"slide_id,organ,num_tiles\n{change}\nbreast-0,breast,3\n")

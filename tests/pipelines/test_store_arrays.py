@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hpcssl.core.errors import SlideError
+from hpcssl.core.errors import RunError, SlideError
 from hpcssl.jobs.array import Call, Submitted
 from hpcssl.jobs.profile import Profile
 from hpcssl.pipelines import stage
@@ -93,6 +93,19 @@ def build(request: pytest.FixtureRequest, slides: Path, online: ModuleType, tmp_
 
 def parametrized(*fixtures: str, kinds: Sequence[str] = tuple(JOBS)) -> Any:
     return pytest.mark.parametrize(fixtures, [(kind,) * len(fixtures) for kind in kinds], indirect=True, ids=kinds)
+
+
+@parametrized("submit")
+def test_nothing_is_written_where_slurm_does_not_answer(submit, tmp_path, monkeypatch) -> None:
+    """Else the corrected command would be refused: another number of tasks, another MPP."""
+
+    def away(name: str) -> list[str]:
+        raise RunError("squeue gave no answer within 60 s")
+
+    monkeypatch.setattr(stage, "jobs_under_way", away)
+    with pytest.raises(RunError, match="gave no answer"):
+        submit(3)
+    assert {path.name for path in tmp_path.iterdir()} <= {"tiles"}
 
 
 @parametrized("submit", "build")

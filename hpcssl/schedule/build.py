@@ -140,7 +140,7 @@ def _checksum(out: Path, file: str) -> Path:
 
 def _write_all(builder: Builder, out: Path, numbers: list[int], jobs: int, on_progress: Callable[[int], None]) -> None:
     """Write pseudo-epochs in `jobs` threads, and in one more that only waits for the disk."""
-    computing, stop = threading.Semaphore(jobs), threading.Event()
+    computing, stop = threading.Semaphore(0), threading.Event()
 
     def write(number: int) -> None:
         path, digest = out / pseudo_epoch_file(number), hashlib.sha256()
@@ -155,12 +155,14 @@ def _write_all(builder: Builder, out: Path, numbers: list[int], jobs: int, on_pr
         write_atomic(_checksum(out, path.name), f"{digest.hexdigest()}  {path.name}\n")
 
     with ThreadPoolExecutor(jobs + 1) as pool:
-        tasks = [pool.submit(write, number) for number in numbers]
         try:
+            tasks = [pool.submit(write, number) for number in numbers]
+            computing.release(jobs)  # not before: Ctrl-C then finds this thread waiting, not starting others
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             failed = next((task for task in tasks if task in done and task.exception()), None)
         finally:
             stop.set()
+            computing.release(jobs)
             pool.shutdown(cancel_futures=True)
     if failed:
         failed.result()

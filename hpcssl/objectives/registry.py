@@ -7,7 +7,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Discriminator, PlainValidator, TypeAdapter
 
 from hpcssl.core.config import build, nearest, tag_of, with_overrides
@@ -75,9 +74,9 @@ def present_layout(recipe: Mapping[str, Any], where: str, overrides: Sequence[st
     kind, groups = _groups_by_kind(recipe, where)
     below_groups = []
     for override in overrides:
-        key, _, text = override.partition("=")
+        key, sign, text = override.partition("=")
         if key in ("objective", "objective.kind"):
-            kind, given = _groups_by_kind({"objective": yaml.safe_load(text)}, where)
+            kind, given = _groups_by_kind(with_overrides({}, [f"objective{sign}{text}"]), where)
             groups |= given
         else:
             below_groups.append(override)
@@ -93,7 +92,7 @@ def present_layout(recipe: Mapping[str, Any], where: str, overrides: Sequence[st
     groups = values.pop("objective")
     if kind is None:
         return values  # whoever builds it says what is missing
-    for one, settings in {kind if isinstance(kind, str) else str(kind): {}, **groups}.items():
+    for one, settings in {str(kind): {}, **groups}.items():
         config = _config_named(one, where)
         if not isinstance(settings, Mapping):
             raise ConfigError(f"{where}: objective {one} = {settings!r}; expected a group of settings")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hpcssl.embed.embedding import embed_store, missing_slides, prepare, source_of, text_of
 from hpcssl.jobs.array import Call, Submitted, shares
@@ -41,11 +40,11 @@ def embed(request: EmbedRequest, *, threads: int, progress: Progress) -> int:
     A UserError as of `hpcssl.embed.embedding.embed_store`.
     """
     store, source = open_store(request.store), source_of(request.encoder, request.weights)
-    settings: dict[str, Any] = {"threads": threads, "tile_px": request.tile_px}
-    if request.slides is not None:
-        settings["slides"] = missing_slides(store, request.out, request.slides)
-    with progress(f"embedding {request.encoder}", len(settings.get("slides", store.slides)), "slides") as advance:
-        embed_store(store, source, request.out, **settings, on_progress=advance)
+    slides = range(store.num_slides) if request.slides is None else missing_slides(store, request.out, request.slides)
+    with progress(f"embedding {request.encoder}", len(slides), "slides") as advance:
+        embed_store(
+            store, source, request.out, threads=threads, tile_px=request.tile_px, slides=slides, on_progress=advance
+        )
     return store.num_slides
 
 

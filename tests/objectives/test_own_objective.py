@@ -204,6 +204,8 @@ def test_settings_of_both_layouts_go_together(name, settings, expected):
         ("mae-demo", "dino.momentumm=1", "objective dino: unknown setting momentumm; did you mean momentum?"),
         ("dino-demo", "objective.kind=[a]", "objective.kind = ['a']; known: dino, mae"),
         ("dino-demo", "objective=deno", "did you mean dino?"),
+        ("dino-demo", "objective=[x", "objective.kind = [x; known: dino, mae"),
+        ("dino-demo", "objective", "--set objective: expected key=value"),
         ("dino-demo", "dino=3", "expected a group of settings"),
     ],
 )

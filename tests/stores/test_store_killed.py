@@ -19,6 +19,7 @@ from hpcssl.stores.kinds import open_store
 from hpcssl.stores.scan import BuildOptions, build_store
 from hpcssl.stores.tar import ShardWriter, shard_name
 
+Interrupt = Callable[..., None]
 KINDS = {
     "loose": BuildOptions(commit_s=0, threads=2),
     "packed": BuildOptions(pack=True, shard_gb=5e-6, commit_s=0, threads=2),  # a shard a slide
@@ -68,19 +69,6 @@ def killed_at(number: int, work: Callable[[], object]) -> Callable[[], None]:
         work()
 
     return run
-
-
-def interrupt(tiles: Path, out: Path, options: BuildOptions, *, after: int) -> None:
-    """Stop a build with its slide number `after`."""
-    done: list[int] = []
-
-    def stop(_: int) -> None:
-        done.append(1)
-        if len(done) == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_store(tiles, out, options=options, on_progress=stop)
 
 
 def build_again(tiles: Path, out: Path, options: BuildOptions) -> None:
@@ -175,7 +163,7 @@ def test_without_cutting_off_what_follows_the_commit_the_bytes_differ(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slides_that_were_done_are_not_read_again(
-    kind: str, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interrupt: Interrupt, kind: str, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(tiles, tmp_path / "store", KINDS[kind], after=3)
     looked_at: list[str] = []
@@ -191,7 +179,9 @@ def test_slides_that_were_done_are_not_read_again(
 @pytest.mark.parametrize(
     "change", ["options", "lost bytes", "torn marks", "foreign marks", "lung-0,lung,3", "breast-1,breast,4"]
 )
-def test_what_belongs_to_another_build_is_not_gone_on_with(change: str, tiles: Path, tmp_path: Path) -> None:
+def test_what_belongs_to_another_build_is_not_gone_on_with(
+    interrupt: Interrupt, change: str, tiles: Path, tmp_path: Path
+) -> None:
     """Other options, bytes that were lost, damaged marks, other slides first, the same slides in another order."""
     interrupt(tiles, tmp_path / "store", KINDS["packed"], after=1)
     options, table = KINDS["packed"], None

@@ -20,6 +20,7 @@ from hpcssl.stores.store import Store
 from hpcssl.stores.tiling import TilingOptions, tile_slides
 from hpcssl.synthetic.drawn_slides import draw_slide
 
+Interrupt = Callable[..., None]
 KINDS = {
     "loose": BuildOptions(commit_s=0, threads=2),
     "unchecked": BuildOptions(commit_s=0, threads=2, check=False),
@@ -41,18 +42,6 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def first_of(tiles: Path, slide: str) -> Path:
     return sorted((tiles / slide).iterdir())[0]
-
-
-def interrupted(tiles: Path, out: Path, options: BuildOptions, *, after: int) -> None:
-    done: list[int] = []
-
-    def stop(_: int) -> None:
-        done.append(1)
-        if len(done) == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_store(tiles, out, options=options, on_progress=stop)
 
 
 def opened_by(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Store]) -> tuple[Store, list[str]]:
@@ -96,11 +85,11 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 @each_kind
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_slide_changed_after_a_kill_is_taken_as_it_is(
-    options: BuildOptions, change: str, tiles: Path, tmp_path: Path
+    interrupt: Interrupt, options: BuildOptions, change: str, tiles: Path, tmp_path: Path
 ) -> None:
     if change == "mended":
         first_of(tiles, ORDER[1]).write_bytes(b"")
-    interrupted(tiles, tmp_path / "store", options, after=3)
+    interrupt(tiles, tmp_path / "store", options, after=3)
     CHANGES[change](first_of(tiles, ORDER[1]))
     store = build_store(tiles, tmp_path / "store", options=options)
     store.verify()
@@ -108,9 +97,9 @@ def test_a_slide_changed_after_a_kill_is_taken_as_it_is(
     assert not (tmp_path / "store.bad_tiles.csv").exists()
 
 
-def test_what_was_not_opened_does_not_count_as_whole(tiles: Path, tmp_path: Path) -> None:
+def test_what_was_not_opened_does_not_count_as_whole(interrupt: Interrupt, tiles: Path, tmp_path: Path) -> None:
     first_of(tiles, ORDER[0]).write_bytes(b"text")
-    interrupted(tiles, tmp_path / "store", KINDS["unchecked"], after=3)
+    interrupt(tiles, tmp_path / "store", KINDS["unchecked"], after=3)
     with pytest.raises(StoreError, match=r"1 of 14 tile files .* \(not a JPEG\)"):
         build_store(tiles, tmp_path / "store", options=KINDS["loose"])
 
